@@ -1,0 +1,55 @@
+"""`python -m ibq_jax COMMAND ...`: hands over to `ibq_jax.commands`, and turns errors into one line and an exit code.
+
+Exit codes: 0 done, 2 wrong use (one line says what), 1 failed, 143 stopped by SIGTERM or Ctrl-C with everything saved
+(not 0: a scheduler must see that the work is not done).
+"""
+
+import errno
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from ibq_jax.base.errors import UsageError
+
+COMMANDS = {
+    "prepare": "makes a data set: openmoji, a folder of images, tar shards, ImageNet",
+    "train": "trains a config in a work folder, or continues what is there",
+    "evaluate": "measures a trained tokenizer's reconstructions on its validation split",
+}
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print("usage: python -m ibq_jax COMMAND ...  (COMMAND --help tells its flags)\n")
+        print("\n".join(f"  {name:10} {words}" for name, words in COMMANDS.items()))
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        print(f"ibq_jax: there is no command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    cache = Path("~/.cache/ibq_jax/compiled").expanduser()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))  # the second start skips most of the compilation
+    from ibq_jax.base.loop import Interrupted, TrainingStopped  # not before --help: JAX takes a second to import
+
+    try:
+        importlib.import_module(f"ibq_jax.commands.{name}").main(rest)
+    except UsageError as error:
+        print(f"ibq_jax {name}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"ibq_jax {name}: the disk is full ({error.filename or error}); free room, then rerun", file=sys.stderr)
+        return 2
+    except TrainingStopped as stopped:
+        print(f"ibq_jax {name}: {stopped}", file=sys.stderr)
+        return 1
+    except Interrupted as interrupted:
+        print(f"ibq_jax {name}: {interrupted}", file=sys.stderr)
+        return 143
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

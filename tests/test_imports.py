@@ -1,0 +1,51 @@
+"""The rooms of the house: a file imports from its own room or an earlier one, and some packages have one door."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "ibq_jax"
+ROOMS = ("base", "ops", "data", "tokenizer", "autoregressive", "evaluate", "interop", "api", "commands")
+DOORS = {"orbax": {"base/checkpoint.py"}, "clu": {"tokenizer/run.py"}, "torch": {"base/tensor_files.py"}}
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def imported(file: str) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return modules
+
+
+def room(file: str) -> int:
+    return ROOMS.index(file.split("/")[0].removesuffix(".py"))
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file not in ("__init__.py", "__main__.py")])
+def test_imports_point_to_earlier_rooms(file):
+    for module in imported(file):
+        parts = module.split(".")
+        if parts[0] == "ibq_jax" and len(parts) > 1 and parts[1] in ROOMS:
+            assert ROOMS.index(parts[1]) <= room(file), f"{file} imports {module}"
+
+
+@pytest.mark.parametrize("package", DOORS)
+def test_a_package_has_one_door(package):
+    users = {file for file in FILES if any(module.split(".")[0] == package for module in imported(file))}
+    assert users == DOORS[package]
+
+
+def test_no_file_is_called_utils_and_none_is_too_long():
+    for file in FILES:
+        assert not file.endswith("utils.py")
+        assert len((PACKAGE / file).read_text().splitlines()) <= 400, f"{file} wants splitting"
+
+
+def test_defaults_stand_in_configs():
+    for file in FILES:
+        assert "config.get(" not in (PACKAGE / file).read_text(), f"{file} has a default of its own"
