@@ -1,0 +1,137 @@
+"""Checkpoints: asynchronous, atomic, kept by policy, restored to any mesh. The only file that imports Orbax.
+
+A step's folder appears under its number only when it is whole, so a kill leaves the earlier steps as they were. One
+that is damaged afterwards is moved to `broken/` beside the others, said, and the newest whole one is used.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from ibq_jax.base.errors import UsageError
+
+
+@dataclass
+class Restored:
+    """A checkpoint: the state's pytree, and what was saved beside it as JSON."""
+
+    step: int
+    state: object
+    metadata: dict
+
+
+class Checkpoints:
+    """The checkpoints of one run, under `directory`.
+
+    Keeps the newest `keep_last` and the `keep_best` with the highest `best_metric`.
+    """
+
+    def __init__(self, directory: Path, *, keep_last: int = 1, keep_best: int = 0, best_metric: str = ""):
+        self.directory = epath.Path(directory).resolve()
+        policies = [LatestN(keep_last)]
+        if keep_best:
+            policies.append(
+                BestN(
+                    get_metric_fn=lambda metrics: metrics[best_metric],
+                    n=keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        )
+        handlers = {"state": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+
+    def save(self, step: int, state, metadata: dict, metrics: dict[str, float] | None = None) -> None:
+        """Starts writing; returns once the state is copied off the devices. `metrics`: this step's evaluation."""
+        if step in self._manager.all_steps():
+            return
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
+        try:
+            self._manager.save(step, args=args, metrics=metrics)
+        except (ValueError, OSError) as error:
+            raise self._unwritable(error) from error
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. Raises UsageError when it could not be written (a full disk, say)."""
+        try:
+            self._manager.wait_until_finished()
+        except (ValueError, OSError) as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: Exception) -> UsageError:
+        whole = self._manager.latest_step()
+        kept = f"step {whole} is whole and a rerun continues from it" if whole is not None else "none is whole yet"
+        return UsageError(f"cannot write a checkpoint under {self.directory} ({_reason(error)}); {kept}")
+
+    def restore(self, abstract_state, say: Callable[[str], None] = print) -> Restored | None:
+        """The newest whole checkpoint, as `abstract_state` (shapes with shardings) asks; None where there is none.
+
+        Newer ones that are damaged are moved aside and said. Raises UsageError when none of several could be read; then
+        nothing is moved.
+        """
+        damaged = []
+        for step in reversed(self.steps):
+            try:
+                restored = self.restore_step(step, abstract_state)
+            except Exception as error:  # Orbax wraps what TensorStore says of a damaged file in a bare Exception
+                damaged.append((step, _reason(error)))
+                continue
+            for broken, reason in damaged:
+                aside = self._set_aside(broken)
+                say(f"checkpoint {self.directory / str(broken)} is not whole ({reason}); moved to {aside}")
+            return restored
+        if damaged:
+            raise UsageError(f"no checkpoint under {self.directory} can be read; step {damaged[0][0]}: {damaged[0][1]}")
+        return None
+
+    def restore_step(self, step: int, abstract_state) -> Restored:
+        """One step's state and metadata. Raises UsageError when it is of another structure or other shapes."""
+        self._check_shapes(step, abstract_state)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), metadata=ocp.args.JsonRestore())
+        items = self._manager.restore(step, args=args)
+        return Restored(step, items["state"], items["metadata"])
+
+    def _check_shapes(self, step: int, abstract_state) -> None:
+        saved = _shapes(self._manager.item_metadata(step)["state"].tree)
+        asked = _shapes(abstract_state)
+        for name in sorted(saved.keys() | asked.keys()):
+            if saved.get(name) != asked.get(name):
+                raise UsageError(
+                    f"checkpoint {self.directory / str(step)} is of another model: {name} is "
+                    f"{saved.get(name, 'absent')} there and {asked.get(name, 'absent')} here"
+                )
+
+    def _set_aside(self, step: int) -> epath.Path:
+        broken = self.directory / "broken" / str(step)
+        broken.parent.mkdir(parents=True, exist_ok=True)
+        while broken.exists():
+            broken = broken.with_name(broken.name + "_again")
+        if jax.process_index() == 0:
+            (self.directory / str(step)).rename(broken)
+        self._manager.reload()
+        return broken
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

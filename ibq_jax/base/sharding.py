@@ -1,0 +1,125 @@
+"""The mesh, and where every array lies on it. Sharding is stated here and nowhere else.
+
+Three axes: `data` (examples only), `fsdp` (examples, and the large matrices with their optimizer state) and `codebook`
+(examples, and the rows of the codebook with its optimizer state and average). A batch lies on all three.
+
+Parameters carry logical axis names (`flax.linen.with_logical_partitioning`); RULES maps those to mesh axes.
+"""
+
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ibq_jax.base.errors import UsageError
+
+DATA, FSDP, CODEBOOK = "data", "fsdp", "codebook"
+AXES = (DATA, FSDP, CODEBOOK)
+
+RULES = {
+    "codes": CODEBOOK,
+    "code_dim": None,
+    "conv_in": None,
+    "conv_out": FSDP,
+}
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
+    """A mesh of `devices` (all of the job's by default); an axis of size -1 takes what the others leave.
+
+    Axes are Auto: the partitioner places what no annotation places, which Linen's logical names rely on.
+    Raises UsageError when the sizes do not multiply to the device count.
+    """
+    devices = jax.devices() if devices is None else devices
+    unknown = sorted(set(sizes) - set(AXES))
+    if unknown:
+        raise UsageError(f"mesh axis {unknown[0]!r} does not exist; the axes are {', '.join(AXES)}")
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise UsageError(f"mesh {asked}: sizes are positive, and at most one is -1 (whatever is left)")
+    fixed = int(np.prod([size for size in shape if size != -1]))
+    if len(devices) % fixed or (-1 not in shape and fixed != len(devices)):
+        raise UsageError(f"mesh {asked} does not fit {len(devices)} devices; the product must equal the device count")
+    shape = tuple(len(devices) // fixed if size == -1 else size for size in shape)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading dimension over every mesh axis."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The spec of one array of logical axes `names`.
+
+    An `fsdp` dimension that the axis does not divide stays whole (it only saves memory). A `codebook` dimension that
+    the axis does not divide, a name without a rule, or two dimensions on one mesh axis raise UsageError.
+    """
+    spec = []
+    for name, size in zip(names, shape, strict=True):
+        if name is not None and name not in RULES:
+            raise UsageError(f"logical axis {name!r} has no sharding rule; the rules are for {', '.join(RULES)}")
+        axis = None if name is None else RULES[name]
+        if axis is not None and size % mesh.shape[axis]:
+            if axis == CODEBOOK:
+                raise UsageError(
+                    f"codebook of {size} codes does not divide over {mesh.shape[axis]} devices of mesh axis '{axis}'"
+                )
+            axis = None
+        if axis is not None and axis in spec:
+            raise UsageError(f"logical axes {names}: two dimensions fall on the mesh axis {axis!r}")
+        spec.append(axis)
+    return PartitionSpec(*spec)
+
+
+def abstract_state(create: Callable, mesh: Mesh, *args):
+    """Shapes and shardings of what `create(*args)` would return, without computing it.
+
+    Returns (shapes, shardings): two pytrees of the unboxed structure, of jax.ShapeDtypeStruct (each with its sharding)
+    and of NamedSharding. Leaves that carry logical names follow RULES; all others are replicated.
+    """
+    boxed = jax.eval_shape(create, *args)
+
+    def place(leaf) -> NamedSharding:
+        if isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, partition_spec(leaf.names, leaf.value.shape, mesh))
+        return replicated(mesh)
+
+    shardings = jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+    shapes = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.meta.unbox(boxed),
+        shardings,
+    )
+    return shapes, shardings
+
+
+def create_sharded(create: Callable, mesh: Mesh, *args):
+    """`create(*args)`, every array born where it belongs."""
+    _, shardings = abstract_state(create, mesh, *args)
+    return jax.jit(lambda *a: nn.meta.unbox(create(*a)), out_shardings=shardings)(*args)
+
+
+def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Each process's rows [b_local, ...] -> global arrays [B, ...] on all mesh axes, rows in process order."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def check_batch(batch_size: int, mesh: Mesh, accumulate: int, what: str) -> None:
+    """Raises UsageError unless `accumulate` micro-batches of `batch_size` divide over all devices."""
+    parts = mesh.size * accumulate
+    if batch_size % parts:
+        times = f" times {accumulate} micro-batches" if accumulate > 1 else ""
+        near = max(1, round(batch_size / parts)) * parts
+        raise UsageError(
+            f"{what}={batch_size} does not divide over {mesh.size} devices{times}; "
+            f"use a multiple of {parts}, such as {near}"
+        )

@@ -1,0 +1,92 @@
+"""What a run says while it trains: scalars, pictures, a progress line. Written by process 0 only.
+
+Scalars go to TensorBoard event files and to `metrics.jsonl` (one JSON object a line: step, then names). The loop reads
+them from the devices one step late, so that the host queues the next step before it waits for the last.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Telemetry:
+    """Writes under `workdir`. On a resumed run what was logged after `start_step` is dropped: it is computed again."""
+
+    def __init__(self, workdir: Path, start_step: int, total_steps: int, enabled: bool = True):
+        self._enabled = enabled
+        self._clock, self._clock_step = time.monotonic(), start_step
+        self.total_steps = total_steps
+        if not enabled:
+            return
+        self._path = workdir / "metrics.jsonl"
+        _keep_until(self._path, start_step)
+        self._file = self._path.open("a")
+        self._events = SummaryWriter(str(workdir / "events"), purge_step=start_step + 1, flush_secs=10)
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if not self._enabled:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def images(self, step: int, name: str, picture: np.ndarray) -> None:
+        """`picture`: uint8 [H, W, 3]."""
+        if self._enabled:
+            self._events.add_image(name, picture, step, dataformats="HWC")
+
+    def advance(self, step: int) -> None:
+        if self._enabled and not self._bar.disable:
+            self._bar.update(step - self._bar.n)
+
+    def line(self, step: int, words: str) -> None:
+        """One console line: the step, its rate since the last line, the time left, then `words`."""
+        now = time.monotonic()
+        rate = (step - self._clock_step) / max(now - self._clock, 1e-9)
+        self._clock, self._clock_step = now, step
+        left = tqdm.format_interval((self.total_steps - step) / rate) if rate > 0 else "?"
+        self.say(f"step {step}/{self.total_steps}  {rate:.2f} steps/s  {left} left  {words}")
+
+    @contextlib.contextmanager
+    def aside(self):
+        """What happens inside (an evaluation, a checkpoint) does not count in the rate of the steps."""
+        start = time.monotonic()
+        yield
+        self._clock += time.monotonic() - start
+
+    def say(self, words: str) -> None:
+        if self._enabled:
+            tqdm.write(words, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        if self._enabled:
+            self._bar.close()
+            self._file.close()
+            self._events.close()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:  # a line that a kill cut short
+            continue
+        if entry["step"] <= step:
+            kept.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)

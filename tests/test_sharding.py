@@ -1,0 +1,89 @@
+"""The mesh and where arrays lie on it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.base.sharding import (
+    AXES,
+    abstract_state,
+    check_batch,
+    create_sharded,
+    global_batch,
+    make_mesh,
+    partition_spec,
+)
+
+
+def test_an_axis_of_minus_one_takes_what_is_left():
+    assert dict(make_mesh({"data": -1, "codebook": 4}).shape) == {"data": 2, "fsdp": 1, "codebook": 4}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"data": 3}, "does not fit 8 devices"),
+        ({"data": -1, "codebook": 3}, "does not fit 8 devices"),
+        ({"data": -1, "fsdp": -1}, "at most one is -1"),
+        ({"data": 0}, "sizes are positive"),
+        ({"model": 8}, "mesh axis 'model' does not exist"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes, words):
+    with pytest.raises(UsageError, match=words):
+        make_mesh(sizes)
+
+
+def test_specs_follow_the_rules():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
+    assert partition_spec(("codes", "code_dim"), (64, 8), mesh) == PartitionSpec("codebook", None)
+    assert partition_spec((None, None, "conv_in", "conv_out"), (3, 3, 8, 16), mesh) == PartitionSpec(
+        None, None, None, "fsdp"
+    )
+    assert partition_spec((None, None, "conv_in", "conv_out"), (3, 3, 8, 3), mesh) == PartitionSpec(*[None] * 4)
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "words"),
+    [
+        (("codes", "code_dim"), (63, 8), "codebook of 63 codes does not divide"),
+        (("codes", "codes"), (64, 64), "two dimensions fall on"),
+        (("code",), (64,), "has no sharding rule"),
+    ],
+)
+def test_a_spec_that_cannot_be_is_refused(names, shape, words):
+    with pytest.raises(UsageError, match=words):
+        partition_spec(names, shape, make_mesh({"data": 4, "codebook": 2}))
+
+
+def test_parameters_are_born_where_they_belong():
+    mesh = make_mesh({"data": 2, "codebook": 4})
+
+    def create(seed):
+        key = jax.random.key(seed)
+        rows = nn.LogicallyPartitioned(jax.random.normal(key, (16, 4)), ("codes", "code_dim"))
+        return {"codebook": rows, "step": jnp.zeros(())}
+
+    shapes, shardings = abstract_state(create, mesh, 0)
+    state = create_sharded(create, mesh, 0)
+    assert shapes["codebook"].sharding == shardings["codebook"] == state["codebook"].sharding
+    assert state["codebook"].addressable_shards[0].data.shape == (4, 4)
+    np.testing.assert_array_equal(state["codebook"], create(0)["codebook"].value)
+
+
+def test_a_batch_lies_on_every_axis_in_order():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
+    rows = np.arange(16)[:, None]
+    batch = global_batch({"x": rows}, mesh)["x"]
+    assert batch.sharding.spec == PartitionSpec(AXES)
+    assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 1)}
+    np.testing.assert_array_equal(batch, rows)
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_a_number_that_does():
+    with pytest.raises(UsageError, match=r"data\.batch_size=12 does not divide over 8 devices; use a multiple of 8"):
+        check_batch(12, make_mesh({"data": 8}), 1, "data.batch_size")
