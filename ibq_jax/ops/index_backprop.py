@@ -1,0 +1,151 @@
+"""Index Backpropagation Quantization (arXiv 2412.02692): every code of the codebook receives a gradient at every step.
+
+With logits l = z E^T [N, K] of N tokens and K codes, p = softmax(l) and q = softmax(l / temperature):
+
+    z_q            = (onehot(i) - sg(p) + p) E,   i_n = argmax_k l_nk;   its value is E[i], its gradient goes through p
+    sample_entropy = mean_n H(q_n)                                        how undecided a token is
+    avg_entropy    = mean over groups of tokens of -sum_k a_k log(a_k + 1e-5),   a_k = mean of q_nk over the group
+
+Two implementations with the same values, indices and gradients: "dense" is the lines above, differentiated by JAX, and
+holds several [N, K] arrays; "streamed" (`ibq_jax.ops.streamed`) holds none, and splits the codebook over devices.
+"""
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.base.sharding import CODEBOOK
+from ibq_jax.ops.streamed import LOG_EPSILON, Stream, streamed_nearest_codes, streamed_quantize
+
+BLOCK_BYTES = 8 * 2**20
+
+
+class IndexBackprop(NamedTuple):
+    """What `index_backprop` returns for N tokens of D dimensions. Entropies are in nats.
+
+    Gradients flow through z_q, sample_entropy and avg_entropy; the last two fields are for watching only.
+    """
+
+    z_q: jax.Array  # [N, D] float32, exactly codebook[indices]
+    indices: jax.Array  # [N] int32, the smallest one on a tie
+    sample_entropy: jax.Array  # []
+    avg_entropy: jax.Array  # []
+    max_probability: jax.Array  # [] mean over tokens of the largest probability at temperature 1
+    max_logit: jax.Array  # [] the largest |logit|
+
+
+def index_backprop(
+    z: jax.Array,
+    codebook: jax.Array,
+    *,
+    entropy_temperature: float = 0.01,
+    entropy_group_tokens: int = 0,
+    block_size: int = 0,
+    implementation: Literal["streamed", "dense"] = "streamed",
+    mesh: Mesh | None = None,
+) -> IndexBackprop:
+    """Quantizes z [N, D] to rows of codebook [K, D]; differentiable in both.
+
+    Inputs are float32 or bfloat16; bfloat16 is multiplied as it is, everything else is float32, and gradients come
+    back in the inputs' types. Float32 products follow `jax.default_matmul_precision`.
+
+    Args:
+      z: tokens, raw (not normalised).
+      codebook: codes, raw.
+      entropy_temperature: divides the logits of q, and only of q.
+      entropy_group_tokens: consecutive tokens whose probabilities are averaged before avg_entropy is taken;
+        0 = all N. A property of the loss: the number of devices does not enter. The streamed form keeps K numbers
+        for each group.
+      block_size: codes that the streamed form handles at once; it must divide the codes of one device. 0 = as many as
+        keep one float32 [tokens, block_size] array within 8 MiB, or 4 times the size of z where that is more; at most
+        three such arrays live at a time.
+      implementation: "streamed", or "dense", which ignores block_size and leaves a mesh to the partitioner.
+      mesh: None runs on one device (or as the partitioner likes). A mesh with the axes of `ibq_jax.base.sharding`
+        splits tokens over all its axes and the codebook's rows over `codebook`.
+
+    Raises:
+      UsageError: a size that does not divide, or an unknown implementation.
+      ValueError: arrays of other shapes or types.
+    """
+    _check_arrays(z, codebook)
+    tokens = z.shape[0]
+    group_tokens = entropy_group_tokens or tokens
+    if group_tokens < 0 or tokens % group_tokens:
+        raise UsageError(
+            f"entropy_group_tokens={group_tokens} does not divide the {tokens} tokens of a batch; "
+            f"near divisors: {_near_divisors(tokens, group_tokens)} (0 = the whole batch is one group)"
+        )
+    if not entropy_temperature > 0:
+        raise UsageError(f"entropy_temperature={entropy_temperature} must be positive")
+    if implementation == "dense":
+        return _dense(z, codebook, entropy_temperature, group_tokens)
+    if implementation != "streamed":
+        raise UsageError(f"implementation={implementation!r} does not exist; it is 'streamed' or 'dense'")
+    stream = _stream(z, codebook, block_size, mesh)
+    return IndexBackprop(*streamed_quantize(z, codebook, entropy_temperature, group_tokens, stream))
+
+
+def nearest_codes(z: jax.Array, codebook: jax.Array, *, block_size: int = 0, mesh: Mesh | None = None) -> jax.Array:
+    """The `indices` of `index_backprop` alone, [N] int32: one streamed product. Arguments and errors are the same."""
+    _check_arrays(z, codebook)
+    return streamed_nearest_codes(z, codebook, _stream(z, codebook, block_size, mesh))
+
+
+def _dense(z: jax.Array, codebook: jax.Array, temperature: float, group_tokens: int) -> IndexBackprop:
+    z, codebook = z.astype(jnp.float32), codebook.astype(jnp.float32)
+    logits = jnp.einsum("nd,kd->nk", z, codebook)
+    indices = jnp.argmax(logits, axis=1).astype(jnp.int32)
+    p = jax.nn.softmax(logits)
+    soft = jnp.einsum("nk,kd->nd", p - lax.stop_gradient(p), lax.stop_gradient(codebook))  # zero, with p's gradient
+    log_q = jax.nn.log_softmax(logits / temperature)
+    q = jnp.exp(log_q)
+    a = q.reshape(-1, group_tokens, q.shape[1]).mean(axis=1)
+    return IndexBackprop(
+        z_q=codebook[indices] + soft,
+        indices=indices,
+        sample_entropy=-(q * log_q).sum(axis=1).mean(),
+        avg_entropy=-(a * jnp.log(a + LOG_EPSILON)).sum(axis=1).mean(),
+        max_probability=lax.stop_gradient(p.max(axis=1).mean()),
+        max_logit=lax.stop_gradient(jnp.abs(logits).max()),
+    )
+
+
+def _check_arrays(z: jax.Array, codebook: jax.Array) -> None:
+    if z.ndim != 2 or codebook.ndim != 2 or z.shape[1] != codebook.shape[1] or 0 in z.shape + codebook.shape:
+        raise ValueError(f"expected z [N, D] and codebook [K, D], none of them empty; got {z.shape}, {codebook.shape}")
+    if not {z.dtype, codebook.dtype} <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
+        raise ValueError(f"expected float32 or bfloat16, got z {z.dtype} and codebook {codebook.dtype}")
+
+
+def _stream(z: jax.Array, codebook: jax.Array, block_size: int, mesh: Mesh | None) -> Stream:
+    (tokens, width), codes = z.shape, codebook.shape[0]
+    if mesh is not None:
+        shards = mesh.shape[CODEBOOK]
+        if tokens % mesh.size:
+            raise UsageError(f"{tokens} tokens do not divide over the {mesh.size} devices of the mesh")
+        if codes % shards:
+            raise UsageError(f"a codebook of {codes} codes does not divide over mesh axis {CODEBOOK}={shards}")
+        tokens, codes = tokens * shards // mesh.size, codes // shards
+    if block_size == 0:
+        most = max(BLOCK_BYTES // (4 * tokens), 4 * width)
+        block_size = max(size for size in _divisors(codes) if size <= most)
+    if block_size < 0 or codes % block_size:
+        raise UsageError(
+            f"block_size={block_size} does not divide the {codes} codes of a device; "
+            f"near divisors: {_near_divisors(codes, block_size)} (0 = chosen for you)"
+        )
+    return Stream(block_size, mesh)
+
+
+def _divisors(number: int) -> Iterable[int]:
+    return (divisor for divisor in range(1, number + 1) if number % divisor == 0)
+
+
+def _near_divisors(number: int, wanted: int) -> str:
+    nearest = sorted(_divisors(number), key=lambda divisor: abs(divisor - wanted))[:2]
+    return ", ".join(map(str, sorted(nearest)))

@@ -1,0 +1,327 @@
+"""The quantizer of `ibq_jax.ops.index_backprop` and its gradient without an [N, K] array, on one device or many.
+
+Shapes: N tokens, K codes, D dimensions, C codes of a block, R runs of T consecutive tokens; in einsums n, k, d.
+Logits are held as [C, N], codes first: the products of both gradients then transpose only the smaller operand.
+
+The codebook is walked over in blocks, three times, and a block's logits l = E z^T are computed anew each time:
+
+  pass 1, forward   m_n = max_k l_kn, its index i_n, and S_n = sum_k e^((l_kn - m_n)/tau), rescaled whenever m_n grows.
+
+  pass 2, forward   Now log q_kn = (l_kn - m_n)/tau - log S_n is known. A block holds every token, so its means a over
+                    the groups are final, and v = d avg_entropy / d a = -log(a + eps) - a/(a + eps) is too. Summed up:
+                        s_n  = sum_k e^(l_kn - m_n)          p_kn = e^(l_kn - m_n) / s_n
+                        mu_n = sum_k e^(l_kn - m_n) e_k
+                        H_n  = -sum_k q_kn log q_kn = log S_n - sum_k q_kn (l_kn - m_n)/tau
+                        u_n  = sum_k q_kn v_k
+
+  pass 3, backward  With g = dL/dz_q, gs = dL/dsample_entropy, ga = dL/davg_entropy and r_n = g_n . mu_n / s_n
+                        dl_kn = p_kn (g_n . e_k - r_n) + q_kn / (N tau) (ga (v_k - u_n) - gs (log q_kn + H_n))
+                        dz = dl^T E          dE = dl z, and g_n added to row i_n
+
+dl holds the derivatives of two softmaxes, x -> p (x - sum p x); r, u and H are their inner sums. Because v is free of
+cotangents, u is had in the forward pass. All in all seven products of N K D multiplications (l three times, mu, g E^T,
+dz, dE) and five exponentials of N K elements. Kept in between: mu [D, N], v [K, R] and six numbers a token.
+
+Every column of dl sums to zero, but for rounding: g_n . e_k and r_n come from different products. For a confident token
+nearly all of the excess lies in its winner's entry, p = 1 times a difference that should vanish, and may outweigh the
+gradient itself. So pass 3 sums the columns too, and takes the winner's share, p_in times the excess, off that entry.
+
+Entropy groups of G tokens need not match devices. A run is gcd(G, a device's tokens) tokens, so that both consist of
+whole runs; a and v have a column for every run, which for runs of the same group are equal.
+
+On a mesh, tokens lie on all axes and codes on axis `codebook`. Each device gathers the tokens of its neighbours along
+`codebook`, walks over its own codes, and combines maxima and sums along that axis; z_q, mu and dz are scattered back to
+the tokens' owners, and dE is summed over the other axes. Without a mesh these axes are the empty tuple, over which
+every collective is the identity, so that one program serves both.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from ibq_jax.base.sharding import AXES, CODEBOOK, DATA, FSDP
+
+LOG_EPSILON = 1e-5  # eps: within the logarithm of avg_entropy, as in the released code
+NO_CODE = jnp.iinfo(jnp.int32).max
+
+OWNED = P(AXES)  # per token, split over every device
+OWNED_LAST = P(None, AXES)
+GATHERED = P((DATA, FSDP))  # per token, equal along `codebook`
+CODES = P(CODEBOOK)
+CODES_BY_RUNS = P(CODEBOOK, (DATA, FSDP))
+EQUAL = P()
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """How the codebook is walked over: codes of a block, and the mesh they are split over (None: one device)."""
+
+    block_size: int
+    mesh: Mesh | None = None
+
+    @property
+    def code_axes(self) -> tuple[str, ...]:
+        return () if self.mesh is None else (CODEBOOK,)
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """The axes over which tokens stay split once they are gathered along `code_axes`."""
+        return () if self.mesh is None else (DATA, FSDP)
+
+    def on_devices(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        if self.mesh is None:
+            return function
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+
+    def scan(self, step: Callable, carry: Any, arrays: Any) -> tuple[Any, Any]:
+        """`lax.scan` over blocks of the arrays' rows; the rows that steps return are joined again."""
+        blocks = jax.tree.map(lambda rows: rows.reshape(-1, self.block_size, *rows.shape[1:]), arrays)
+        carry, joined = lax.scan(step, carry, blocks)
+        return carry, jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), joined)
+
+
+def streamed_nearest_codes(z: jax.Array, codebook: jax.Array, stream: Stream) -> jax.Array:
+    """argmax_k of z E^T, [N] int32. Sizes are taken to divide; the public functions check them."""
+
+    def local(z, codebook):
+        z = lax.all_gather(z, stream.code_axes, tiled=True)
+
+        def step(best, block):
+            rows, codes = block
+            return _improve(best, _product("kd,nd->kn", rows, z), codes), None
+
+        best, _ = stream.scan(step, _no_best(z), (codebook, _own_codes(codebook, stream)))
+        return _best_of_devices(best, stream)[1]
+
+    return stream.on_devices(local, (OWNED, CODES), GATHERED)(z, codebook)
+
+
+def streamed_quantize(
+    z: jax.Array, codebook: jax.Array, temperature: float, group_tokens: int, stream: Stream
+) -> tuple[jax.Array, ...]:
+    """The fields of `IndexBackprop` in their order. Sizes are taken to divide; the public functions check them."""
+    dtype = jnp.result_type(z, codebook)
+    plan = _Plan(temperature, group_tokens, z.shape[0], stream)
+    return _quantize(plan, z.astype(dtype), codebook.astype(dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Everything but the arrays."""
+
+    temperature: float
+    group_tokens: int
+    tokens: int  # N, of all devices
+    stream: Stream
+
+
+class _Saved(NamedTuple):
+    """What pass 3 needs of passes 1 and 2; letters as in the module's docstring."""
+
+    indices: jax.Array  # [N]
+    m: jax.Array  # [N]
+    s: jax.Array  # [N]
+    log_s_tau: jax.Array  # [N]  log S
+    h: jax.Array  # [N]
+    u: jax.Array  # [N]
+    mu: jax.Array  # [D, N]
+    v: jax.Array  # [K, R]
+
+
+SAVED = _Saved(*[GATHERED] * 6, mu=OWNED_LAST, v=CODES_BY_RUNS)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _quantize(plan: _Plan, z: jax.Array, codebook: jax.Array) -> tuple[jax.Array, ...]:
+    return _forward(plan, z, codebook)[0]
+
+
+def _forward(plan: _Plan, z: jax.Array, codebook: jax.Array):
+    out_specs = (OWNED, GATHERED, EQUAL, EQUAL, EQUAL, EQUAL), SAVED
+    run = plan.stream.on_devices(partial(_local_forward, plan), (OWNED, CODES), out_specs)
+    outputs, saved = run(z, codebook)
+    return outputs, (z, codebook, saved)
+
+
+def _backward(plan: _Plan, residuals, cotangents):
+    g, _, g_sample, g_avg, _, _ = cotangents  # indices and diagnostics pass no gradient on
+    in_specs = (OWNED, CODES, SAVED, OWNED, EQUAL, EQUAL)
+    run = plan.stream.on_devices(partial(_local_backward, plan), in_specs, (OWNED, CODES))
+    return run(*residuals, g, g_sample, g_avg)
+
+
+_quantize.defvjp(_forward, _backward)
+
+
+def _local_forward(plan: _Plan, z: jax.Array, codebook: jax.Array) -> tuple[tuple[jax.Array, ...], _Saved]:
+    stream = plan.stream
+    z = lax.all_gather(z, stream.code_axes, tiled=True)
+    m, indices, s_tau, largest = _maxima(plan, z, codebook)
+    log_s_tau = jnp.log(s_tau)
+    s, mu, h, u, avg_entropy, v = _expectations(plan, z, codebook, m, log_s_tau)
+
+    _, winners = _own_rows(codebook, indices, stream)
+    z_q = lax.psum_scatter(winners.astype(jnp.float32), stream.code_axes, tiled=True)
+    sample_entropy = lax.psum(h.sum(), stream.token_axes) / plan.tokens
+    max_probability = lax.psum((1 / s).sum(), stream.token_axes) / plan.tokens
+    outputs = (z_q, indices, sample_entropy, avg_entropy, max_probability, largest)
+    return outputs, _Saved(indices, m, s, log_s_tau, h, u, mu, v)
+
+
+def _maxima(plan: _Plan, z: jax.Array, codebook: jax.Array) -> tuple[jax.Array, ...]:
+    """Pass 1: m, i, S [N], and the largest |l| []."""
+    stream, tau = plan.stream, plan.temperature
+
+    def step(carry, block):
+        best, s_tau, lowest = carry
+        rows, codes = block
+        logits = _product("kd,nd->kn", rows, z)
+        improved = _improve(best, logits, codes)
+        m_before, m = best[0], improved[0]
+        s_tau = s_tau * jnp.exp((m_before - m) / tau) + jnp.exp((logits - m[None]) / tau).sum(axis=0)
+        return (improved, s_tau, jnp.minimum(lowest, logits.min(axis=0))), None
+
+    start = (_no_best(z), _per_token(z, 0.0), _per_token(z, jnp.inf))
+    (best, s_tau, lowest), _ = stream.scan(step, start, (codebook, _own_codes(codebook, stream)))
+    m, indices = _best_of_devices(best, stream)
+    s_tau = lax.psum(s_tau * jnp.exp((best[0] - m) / tau), stream.code_axes)
+    largest = lax.pmax(jnp.maximum(m, -lowest).max(), stream.token_axes + stream.code_axes)
+    return m, indices, s_tau, largest
+
+
+def _expectations(
+    plan: _Plan, z: jax.Array, codebook: jax.Array, m: jax.Array, log_s_tau: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Pass 2: s [N], mu [D, N] of the device's own tokens, H and u [N], avg_entropy [] and v [K, R]."""
+    stream, tau, run_tokens = plan.stream, plan.temperature, _run_tokens(plan, z)
+
+    def step(carry, rows):
+        s, mu, q_below, u, a_log_a = carry
+        below = _product("kd,nd->kn", rows, z) - m[None]
+        weight = jnp.exp(below)
+        q = jnp.exp(below / tau - log_s_tau[None])
+        a = _group_means(plan, q, run_tokens)
+        log_a = jnp.log(a + LOG_EPSILON)
+        v = -log_a - a / (a + LOG_EPSILON)
+        sums = (
+            s + weight.sum(axis=0),
+            mu + _product("kd,kn->dn", rows, weight.astype(rows.dtype)),
+            q_below + (q * below).sum(axis=0),
+            u + (q * _to_tokens(v, run_tokens)).sum(axis=0),
+            a_log_a + (a * log_a).sum(),
+        )
+        return sums, v
+
+    zeros = _per_token(z, 0.0)
+    start = (zeros, jnp.zeros_like(z.T, jnp.float32), zeros, zeros, zeros[0])
+    (s, mu, q_below, u, a_log_a), v = stream.scan(step, start, codebook)
+    s, q_below, u = lax.psum((s, q_below, u), stream.code_axes)
+    mu = lax.psum_scatter(mu, stream.code_axes, scatter_dimension=1, tiled=True)
+    avg_entropy = -lax.psum(a_log_a, stream.token_axes + stream.code_axes) * run_tokens / plan.tokens
+    return s, mu, log_s_tau - q_below / tau, u, avg_entropy, v
+
+
+def _local_backward(plan: _Plan, z, codebook, saved: _Saved, g, g_sample, g_avg) -> tuple[jax.Array, jax.Array]:
+    """Pass 3: dz of the device's own tokens, dE of its own codes."""
+    stream, tau = plan.stream, plan.temperature
+    r = lax.all_gather(jnp.einsum("nd,dn->n", g, saved.mu), stream.code_axes, tiled=True) / saved.s
+    z = lax.all_gather(z, stream.code_axes, tiled=True)
+    g = lax.all_gather(g, stream.code_axes, tiled=True)
+    g_operand = g.astype(z.dtype)
+    g_sample, g_avg = g_sample / (plan.tokens * tau), g_avg / (plan.tokens * tau)
+    inner = g_avg * saved.u + g_sample * saved.h
+    run_tokens = _run_tokens(plan, z)
+
+    def step(carry, block):
+        dz, excess = carry
+        rows, v = block
+        below = _product("kd,nd->kn", rows, z) - saved.m[None]
+        p = jnp.exp(below) / saved.s[None]
+        through_p = p * (_product("kd,nd->kn", rows, g_operand) - r[None])
+        log_q = below / tau - saved.log_s_tau[None]
+        through_q = jnp.exp(log_q) * (_to_tokens(g_avg * v, run_tokens) - g_sample * log_q - inner[None])
+        dl = (through_p + through_q).astype(z.dtype)
+        carry = dz + _product("kd,kn->dn", rows, dl), excess + dl.sum(axis=0, dtype=jnp.float32)
+        return carry, _product("kn,nd->kd", dl, z)
+
+    start = (jnp.zeros_like(z.T, jnp.float32), _per_token(z, 0.0))
+    (dz, excess), dcodebook = stream.scan(step, start, (codebook, saved.v))
+    p_winner = 1 / saved.s
+    excess = (p_winner * lax.psum(excess, stream.code_axes))[:, None]
+    own, winners = _own_rows(codebook, saved.indices, stream)
+    dz = lax.psum_scatter(dz.T - excess * winners, stream.code_axes, tiled=True)
+    dcodebook = dcodebook.at[own].add(g - excess * z, mode="drop", wrap_negative_indices=False)
+    dcodebook = lax.psum(dcodebook, stream.token_axes)
+    return dz.astype(z.dtype), dcodebook.astype(codebook.dtype)
+
+
+def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _per_token(z: jax.Array, value: float) -> jax.Array:
+    return jnp.full_like(z[:, 0], value, jnp.float32)
+
+
+def _first_code(codebook: jax.Array, stream: Stream) -> jax.Array:
+    return lax.axis_index(stream.code_axes) * codebook.shape[0]
+
+
+def _own_codes(codebook: jax.Array, stream: Stream) -> jax.Array:
+    return _first_code(codebook, stream) + jnp.arange(codebook.shape[0], dtype=jnp.int32)
+
+
+def _own_rows(codebook: jax.Array, indices: jax.Array, stream: Stream) -> tuple[jax.Array, jax.Array]:
+    """The rows [N] of this device's codebook that `indices` name, out of range for other devices' codes, and their
+    values [N, D], zero for other devices' codes."""
+    own = indices - _first_code(codebook, stream)
+    return own, codebook.at[own].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+def _no_best(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _per_token(z, -jnp.inf), jnp.zeros_like(z[:, 0], jnp.int32)
+
+
+def _improve(best: tuple[jax.Array, jax.Array], logits: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Takes a block of logits [C, N] into the running maxima [N] and their codes [N]; on a tie the first code stays.
+
+    Two plain reductions, since XLA's argmax (one reduction of pairs) takes twice as long as the product on CPU.
+    """
+    m, index = best
+    top = logits.max(axis=0)
+    first = jnp.where(logits == top[None], codes[:, None], NO_CODE).min(axis=0)
+    return jnp.maximum(m, top), jnp.where(top > m, first, index)
+
+
+def _best_of_devices(best: tuple[jax.Array, jax.Array], stream: Stream) -> tuple[jax.Array, jax.Array]:
+    m = lax.pmax(best[0], stream.code_axes)
+    return m, lax.pmin(jnp.where(best[0] == m, best[1], NO_CODE), stream.code_axes)
+
+
+def _run_tokens(plan: _Plan, z: jax.Array) -> int:
+    return math.gcd(plan.group_tokens, z.shape[0])
+
+
+def _group_means(plan: _Plan, q: jax.Array, run_tokens: int) -> jax.Array:
+    """q [C, N] -> [C, R]: for each run on this device, the mean of q over the whole group that the run belongs to."""
+    axes = plan.stream.token_axes
+    shares = q.reshape(q.shape[0], -1, run_tokens).sum(axis=2) / plan.group_tokens
+    if run_tokens == plan.group_tokens:
+        return shares
+    runs = lax.axis_index(axes) * shares.shape[1] + jnp.arange(shares.shape[1])
+    groups = runs // (plan.group_tokens // run_tokens)
+    means = jnp.zeros((q.shape[0], plan.tokens // plan.group_tokens)).at[:, groups].add(shares)
+    return lax.psum(means, axes)[:, groups]
+
+
+def _to_tokens(v: jax.Array, run_tokens: int) -> jax.Array:
+    """[C, R] -> [C, N]."""
+    return jnp.broadcast_to(v[:, :, None], (*v.shape, run_tokens)).reshape(v.shape[0], -1)
