@@ -1,0 +1,109 @@
+"""A folder of images: a class per subfolder, or no classes; its own train and val folders, or a split by name."""
+
+import functools
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.data.sources import IMAGE_SUFFIXES, Collection, Example, held_out, printable, read_bounded
+
+
+class _Image(NamedTuple):
+    split: str
+    class_name: str | None
+    path: str  # below the root, with "/"
+
+
+def image_folder(root: str | os.PathLike, name: str, validation: float = 0.05) -> Collection:
+    """The .jpg, .jpeg, .png, .webp and .bmp images below `root`, in one of four layouts:
+
+        root/CLASS/**/x.jpg    root/x.jpg    root/{train,val}/CLASS/**/x.jpg    root/{train,val}/x.jpg
+
+    Classes are numbered in the order of their names. Where `train` and `val` (or `validation`) stand side by side they
+    are the splits; otherwise the fraction `validation` of every class is held out, by the hashes of the files' paths
+    below `root`. Hidden files are left alone.
+
+    Raises:
+        UsageError: no folder, no images, or images beside class folders.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UsageError(f"{root} is not a folder")
+    folders = _split_folders(root)
+    images = [image for split, folder in folders.items() for image in _images(root, folder, split)]
+    class_names = _class_names(root, images)
+    if len(folders) == 1:
+        images = _with_validation(images, validation)
+    label_of = {None: None} | {class_name: label for label, class_name in enumerate(class_names)}
+    examples = [
+        Example(image.split, image.path, functools.partial(_read, root / image.path), label_of[image.class_name])
+        for image in images
+    ]
+    return Collection(
+        name=name,
+        description=f"The images of the folder {printable(root.resolve().name)}.",
+        examples=lambda: examples,
+        class_names=tuple(printable(class_name) for class_name in class_names),
+        total=len(examples),
+    )
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    train = root / "train"
+    held = [path for path in (root / "val", root / "validation") if path.is_dir()]
+    if not train.is_dir() or not held:
+        return {"train": root}
+    if len(held) == 2:
+        raise UsageError(f"{root} holds both val and validation: keep one")
+    return {"train": train, "validation": held[0]}
+
+
+def _images(root: Path, folder: Path, split: str) -> Iterator[_Image]:
+    """The images of one split, in the order of their names: the class is the folder right below `folder`, if any."""
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            for path in sorted(_images_below(entry)):
+                yield _Image(split, entry.name, path.relative_to(root).as_posix())
+        elif _is_image(entry.name):
+            yield _Image(split, None, entry.relative_to(root).as_posix())
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    for parent, _, files in os.walk(folder):
+        yield from (Path(parent, file) for file in files if _is_image(file))
+
+
+def _is_image(file: str) -> bool:
+    return not file.startswith(".") and file.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
+def _class_names(root: Path, images: list[_Image]) -> list[str]:
+    if not images:
+        suffixes = ", ".join(f".{suffix}" for suffix in sorted(IMAGE_SUFFIXES))
+        raise UsageError(f"{root} holds no images ({suffixes})")
+    examples = {image.class_name: image.path for image in images}
+    beside = examples.pop(None, None)
+    if beside and examples:
+        raise UsageError(
+            f"{root} holds images in class folders ({min(examples.values())}) and beside them ({beside}): "
+            "move the latter into a class folder or away"
+        )
+    return sorted(examples)
+
+
+def _with_validation(images: list[_Image], fraction: float) -> list[_Image]:
+    paths = defaultdict(list)
+    for image in images:
+        paths[image.class_name].append(image.path)
+    held = held_out(paths, fraction)
+    return [image._replace(split="validation") if image.path in held else image for image in images]
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return read_bounded(file)

@@ -1,0 +1,239 @@
+"""Batches as a pure function of (seed, step), from a TFDS data set in ArrayRecord form, by way of Grain.
+
+Shapes: B images of a global batch, b = B / processes of this process's part, S the side of an image in pixels.
+Positions count a run's examples from its start: step s holds positions s*B .. (s+1)*B - 1, and process i reads rows
+i*b .. (i+1)*b - 1 of them. What lies at a position, crop included, depends on the seed and the position alone, not on
+the number of processes, workers or threads.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Generator, Iterator
+from typing import TypedDict
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import flags
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.data.preprocess import UnreadableImage, centre_crop, decode, random_crop, resize_shorter_side
+from ibq_jax.data.store import find_dataset
+
+NO_LABEL = -1
+
+
+class Record(TypedDict):
+    """One stored example, still encoded."""
+
+    image: bytes
+    label: int  # NO_LABEL in a data set without classes
+    index: int  # in its split
+
+
+class ImageSource:
+    """A split of a data set: `len(source)` records, `source[i]` -> Record, read in any order and from any process."""
+
+    def __init__(self, name: str, data_dir: str | os.PathLike, split: str, builder: tfds.core.DatasetBuilder):
+        self.name, self.data_dir, self.split = name, data_dir, split
+        self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        features = builder.info.features
+        has_classes = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
+        self.class_names: tuple[str, ...] = tuple(features["label"].names) if has_classes else ()
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the labels; 0 in a data set without classes."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        try:
+            record = self._records[index]
+        except RuntimeError as error:  # ArrayRecord's
+            raise UsageError(f"{self}, record {index} is damaged ({error}): prepare it with --overwrite") from error
+        label = int(record["label"]) if self.class_names else NO_LABEL
+        return Record(image=record["image"], label=label, index=index)
+
+    def __iter__(self) -> Iterator[Record]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __str__(self) -> str:
+        return f"data set {self.name} in {os.path.abspath(self.data_dir)}, split {self.split!r}"
+
+    def __reduce__(self):
+        return open_split, (self.name, self.data_dir, self.split)
+
+
+def open_split(name: str, data_dir: str | os.PathLike, split: str) -> ImageSource:
+    """Opens a split, e.g. "train", or one of TFDS's slices such as "train[:90%]".
+
+    Raises:
+        UsageError: the data set is not in `data_dir`, is not in ArrayRecord form, or lacks the split.
+    """
+    path = find_dataset(name, data_dir)
+    if path is None:
+        sources = {"openmoji": "openmoji", "imagenet2012": "imagenet --tars=DIR"}
+        source = sources.get(name, f"folder --in=DIR --name={name}")
+        raise UsageError(
+            f"no data set {name!r} in {os.path.abspath(data_dir)}: "
+            f"make it with python -m ibq_jax prepare {source} --data_dir={data_dir}"
+        )
+    builder = tfds.builder_from_directory(path)
+    if "image" not in builder.info.features:
+        raise UsageError(f"data set {path} has no images; it has {', '.join(builder.info.features)}")
+    if split.partition("[")[0] not in builder.info.splits:
+        raise UsageError(f"data set {path} has no split {split!r}; it has {', '.join(builder.info.splits)}")
+    try:
+        return ImageSource(name, data_dir, split, builder)
+    except NotImplementedError as error:
+        raise UsageError(f"data set {path} is in {builder.info.file_format.value} form, not array_record") from error
+
+
+def training_batches(
+    source: ImageSource,
+    *,
+    image_size: int,
+    resize: int,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    threads: int = 2,
+) -> Generator[dict[str, np.ndarray]]:
+    """Endless batches of random crops, reshuffled every epoch; every record comes exactly once an epoch.
+
+    Args:
+        source: the records.
+        image_size: S, the side of the crop.
+        resize: pixels of the shorter side before cropping (antialiased).
+        batch_size: B, over all processes. A batch may straddle two epochs.
+        seed: of the order and the crops, 0..2**32 - 1.
+        start_step: steps to leave out at the start; costs nothing.
+        process_index: this process's place among process_count.
+        process_count: processes that share every batch.
+        workers: reader processes, which need a script that guards its entry point with `if __name__ == "__main__"`; 0
+            reads in threads of this process.
+        threads: reader threads in each process; each holds one batch.
+
+    Yields:
+        {"image": uint8 [b, S, S, 3], "label": int32 [b], "index": int64 [b], the record's index in the split}. The
+        iterator has a close(), which ends the readers.
+
+    Raises:
+        UsageError: sizes that do not fit each other; while iterating, a record that cannot be decoded.
+    """
+    rows = _rows_per_process(batch_size, process_count)
+    _check(image_size, resize, threads, workers)
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed={seed}: it must be in 0..2**32 - 1")
+    crop = functools.partial(_training_example, image_size=image_size, resize=resize, origin=str(source))
+    examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(crop)
+    batches = examples.batch(rows)[start_step * process_count + process_index :: process_count]
+    return _iterate(batches, workers, threads)
+
+
+def _training_example(
+    record: Record, rng: np.random.Generator, *, image_size: int, resize: int, origin: str
+) -> dict[str, np.ndarray]:
+    image = resize_shorter_side(_decode(record, origin), resize)
+    return _example(random_crop(image, image_size, rng), record)
+
+
+def _example(image: np.ndarray, record: Record) -> dict[str, np.ndarray]:
+    return {"image": image, "label": np.int32(record["label"]), "index": np.int64(record["index"])}
+
+
+def evaluation_batches(
+    source: ImageSource,
+    *,
+    image_size: int,
+    resize: int,
+    batch_size: int,
+    examples: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    antialias: bool = True,
+    threads: int = 2,
+) -> Generator[dict[str, np.ndarray]]:
+    """One pass over centre crops, as many batches for every process.
+
+    Args:
+        source: the records.
+        image_size: S, the side of the crop.
+        resize: pixels of the shorter side before cropping.
+        batch_size: B, over all processes.
+        examples: how many records, spread evenly over the split so that every class has its share; 0 takes all.
+        process_index: this process's place among process_count.
+        process_count: processes that share every batch.
+        antialias: False resizes as the published numbers' evaluation did (`preprocess.resize_shorter_side`).
+        threads: reader threads.
+
+    Yields:
+        what `training_batches` yields, and "mask": bool [b]. The last batch is filled up with black images, label and
+        index -1, mask False.
+
+    Raises:
+        UsageError: as `training_batches`.
+    """
+    rows = _rows_per_process(batch_size, process_count)
+    _check(image_size, resize, threads)
+    count = min(examples, len(source)) if examples else len(source)
+    padded = -(-count // batch_size) * batch_size
+    load = functools.partial(
+        _evaluation_example, source=source, count=count, image_size=image_size, resize=resize, antialias=antialias
+    )
+    batches = grain.MapDataset.range(padded).map(load).batch(rows)[process_index::process_count]
+    return _iterate(batches, 0, threads)
+
+
+def _evaluation_example(
+    position: int, *, source: ImageSource, count: int, image_size: int, resize: int, antialias: bool
+) -> dict[str, np.ndarray]:
+    if position >= count:
+        black = np.zeros((image_size, image_size, 3), np.uint8)
+        return {**_example(black, Record(image=b"", label=NO_LABEL, index=-1)), "mask": np.False_}
+    record = source[position * len(source) // count]
+    image = resize_shorter_side(_decode(record, str(source)), resize, antialias)
+    return {**_example(centre_crop(image, image_size), record), "mask": np.True_}
+
+
+def _decode(record: Record, origin: str) -> np.ndarray:
+    try:
+        return decode(record["image"])
+    except UnreadableImage as error:
+        raise UsageError(f"{origin}, record {record['index']} is no image ({error}): prepare it anew") from error
+
+
+def _iterate(batches: grain.MapDataset, workers: int, threads: int) -> Generator[dict[str, np.ndarray]]:
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain asks absl for its options when it starts a worker
+    # Every thread makes whole batches, so as many are in flight, finished or not, as there are threads.
+    stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+    if workers:
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1))
+    with contextlib.closing(iter(stream)) as iterator:
+        try:
+            yield from iterator
+        except UsageError as error:
+            raise UsageError(str(error).partition("\n")[0]) from error  # Grain adds lines on its tracebacks
+
+
+def _rows_per_process(batch_size: int, process_count: int) -> int:
+    if batch_size <= 0 or batch_size % process_count:
+        raise UsageError(f"a batch of {batch_size} images does not divide among {process_count} processes")
+    return batch_size // process_count
+
+
+def _check(image_size: int, resize: int, threads: int, workers: int = 0) -> None:
+    if image_size <= 0:
+        raise UsageError(f"image_size={image_size}: it must be positive")
+    if resize < image_size:
+        raise UsageError(f"resize={resize} is smaller than image_size={image_size}: a crop would not fit")
+    if min(threads, workers) < 0:
+        raise UsageError(f"threads={threads}, workers={workers}: neither can be negative")

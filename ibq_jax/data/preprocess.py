@@ -1,0 +1,87 @@
+"""From encoded bytes to a square uint8 crop: decode, resize the shorter side, crop.
+
+Shapes: H, W of an image; S the side of the crop. Images are uint8 RGB [H, W, 3]; [S, S, 3] once cropped.
+Scaling to [-1, 1] happens on the device. There is no flip, in training or elsewhere, as in arXiv 2412.02692.
+"""
+
+import io
+import struct
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+
+class UnreadableImage(ValueError):
+    """Bytes that are no whole image of a known format, or one too large to decode safely; the message says why."""
+
+
+def decode(encoded: bytes) -> np.ndarray:
+    """Decodes a JPEG, PNG, WebP or BMP file completely -> uint8 RGB [H, W, 3].
+
+    Transparent pixels show white, 16-bit grey is scaled to 8 bits, CMYK is converted, an animation gives its first
+    frame. An EXIF orientation is not applied: the ImageNet pipelines whose numbers are compared do not apply it either.
+
+    Raises:
+        UnreadableImage: broken or foreign bytes, or more pixels than Pillow's guard against decompression bombs allows.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return np.asarray(_to_rgb(image))
+    except UnidentifiedImageError as error:
+        raise UnreadableImage("no image of a known format") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise UnreadableImage(str(error) or type(error).__name__) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # convert() would clip it at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def resize_shorter_side(image: np.ndarray, size: int, antialias: bool = True) -> np.ndarray:
+    """Bilinear resize of [H, W, 3] so that the shorter side is `size` pixels; the longer one is rounded.
+
+    With `antialias` as Pillow does it: the filter widens with the reduction. Without, every output pixel mixes its four
+    nearest inputs whatever the reduction, as OpenCV does it and as the published IBQ numbers were computed.
+    """
+    height, width = image.shape[:2]
+    shorter = min(height, width)
+    if shorter == size:
+        return image
+    target = (round(height * size / shorter), round(width * size / shorter))
+    if antialias:
+        return np.asarray(Image.fromarray(image).resize(target[::-1], Image.Resampling.BILINEAR))
+    return _resize_plain(image, *target)
+
+
+def _resize_plain(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    top, bottom, down = _neighbours(image.shape[0], height)
+    left, right, across = _neighbours(image.shape[1], width)
+    across = across[None, :, None]
+    down = down[:, None, None]
+    rows = image[top] * (1 - down) + image[bottom] * down
+    return np.rint(rows[:, left] * (1 - across) + rows[:, right] * across).astype(np.uint8)
+
+
+def _neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two input positions around each output pixel's centre, and the second one's weight; edges are repeated."""
+    centre = np.clip((np.arange(target, dtype=np.float32) + 0.5) * (source / target) - 0.5, 0, source - 1)
+    first = np.floor(centre).astype(np.int64)
+    return first, np.minimum(first + 1, source - 1), (centre - first).astype(np.float32)
+
+
+def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """The middle [size, size, 3] of [H, W, 3]; an odd remainder leaves the extra row or column at the end."""
+    top, left = ((side - size) // 2 for side in image.shape[:2])
+    return image[top : top + size, left : left + size]
+
+
+def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A [size, size, 3] window of [H, W, 3], every position equally likely."""
+    top, left = (int(rng.integers(side - size, endpoint=True)) for side in image.shape[:2])
+    return image[top : top + size, left : left + size]

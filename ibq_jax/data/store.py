@@ -1,0 +1,183 @@
+"""TFDS data sets in ArrayRecord form, written and found without TensorFlow.
+
+Examples go through `tfds.core.SequentialWriter`, because TFDS's own builders shuffle any split over 1 GB through
+TensorFlow's files. They keep the source's order on disk; whoever reads shuffles.
+"""
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import os
+import shutil
+import sys
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.dataset_info import DatasetIdentity
+from tqdm import tqdm
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.data.preprocess import UnreadableImage, decode
+from ibq_jax.data.sources import MAX_ENCODED_BYTES, Collection, Example, printable
+
+EXAMPLES_PER_SHARD = 8192
+EXAMPLES_PER_CALL = 256  # TFDS rewrites its metadata at every call
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_dataset` made: images per split and label, and which were left out for what reason."""
+
+    path: Path
+    counts: Mapping[str, Counter]  # split -> label (None without classes) -> images
+    skipped: tuple[str, ...]  # "name: reason"
+
+
+def find_dataset(name: str, data_dir: str | os.PathLike) -> Path | None:
+    """The folder of the data set's newest finished version, `data_dir/name/version`; None where there is none."""
+    folder = Path(data_dir, name)
+    versions = [
+        path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if tfds.core.Version.is_valid(path.name) and (path / "dataset_info.json").is_file()
+    ]
+    return max(versions, key=lambda path: tfds.core.Version(path.name), default=None)
+
+
+def made_with(path: Path) -> Mapping[str, str | int | float] | None:
+    """The settings that the data set at `path` was written with; None where something else wrote it."""
+    return tfds.builder_from_directory(path).info.metadata.get("settings")
+
+
+def write_dataset(
+    collection: Collection,
+    data_dir: str | os.PathLike,
+    settings: Mapping[str, str | int | float],
+    overwrite: bool = False,
+) -> Written:
+    """Writes every readable image of the collection to `data_dir/name/version`, which appears only once it is complete.
+
+    Each image is decoded fully first, so whatever is stored can be read. The others are named on stderr, counted, left
+    out, and listed in the data set's metadata, where the `settings` are kept too.
+
+    Raises:
+        UsageError: the data set exists and `overwrite` is off, another process is writing it, no image can be read, or
+            the disk is full.
+    """
+    path = Path(data_dir, collection.name, collection.version)
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} is there already: pass --overwrite to build it anew, or choose another --name")
+    counts: dict[str, Counter] = {}
+    skipped: list[str] = []
+    with _complete_or_absent(path) as folder:
+        info = _dataset_info(collection, folder, settings)
+        writer = tfds.core.SequentialWriter(info, EXAMPLES_PER_SHARD, file_format="array_record")
+        readable = _readable(collection, skipped)
+        while chunk := list(itertools.islice(readable, EXAMPLES_PER_CALL)):
+            _write(chunk, writer, counts)
+        if not counts:
+            first = f", the first {skipped[0]}" if skipped else ""
+            raise UsageError(f"{collection.name}: {len(skipped)} images found and none can be read{first}")
+        info.metadata["skipped"] = skipped
+        writer.close_all()
+    return Written(path, counts, tuple(skipped))
+
+
+def _dataset_info(collection: Collection, folder: Path, settings: Mapping) -> tfds.core.DatasetInfo:
+    features = {"image": tfds.features.Image(), "file_name": tfds.features.Text()}
+    if collection.class_names:
+        features["label"] = tfds.features.ClassLabel(names=list(collection.class_names))
+    identity = DatasetIdentity(
+        name=collection.name,
+        version=tfds.core.Version(collection.version),
+        data_dir=str(folder),
+        module_name=__name__,
+    )
+    return tfds.core.DatasetInfo(
+        builder=identity,
+        description=collection.description,
+        features=tfds.features.FeaturesDict(features),
+        homepage=collection.homepage,
+        citation=collection.citation,
+        license=collection.license,
+        metadata=tfds.core.MetadataDict(settings=dict(settings)),
+    )
+
+
+def _write(
+    chunk: Iterable[tuple[Example, bytes]], writer: tfds.core.SequentialWriter, counts: dict[str, Counter]
+) -> None:
+    records: dict[str, list[dict]] = {}
+    for example, encoded in chunk:
+        record = {"image": encoded, "file_name": printable(example.name)}
+        if example.label is not None:
+            record["label"] = example.label
+        records.setdefault(example.split, []).append(record)
+        counts.setdefault(example.split, Counter())[example.label] += 1
+    writer.initialize_splits(list(records), fail_if_exists=False)
+    writer.add_examples(records)
+
+
+def _readable(collection: Collection, skipped: list[str]) -> Iterator[tuple[Example, bytes]]:
+    """The examples that decode, with their bytes, in order, checked on every core; the others go to `skipped`."""
+    cores = os.cpu_count() or 1
+    pending: deque[tuple[Example, Future[bytes]]] = deque()
+    examples = iter(collection.examples())
+    with ThreadPoolExecutor(cores) as pool, tqdm(total=collection.total, unit=" images", dynamic_ncols=True) as bar:
+        while True:
+            for example in itertools.islice(examples, 4 * cores - len(pending)):
+                pending.append((example, pool.submit(_load, example)))
+            if not pending:
+                return
+            example, encoded = pending.popleft()
+            bar.update()
+            if error := encoded.exception():
+                if not isinstance(error, OSError | UnreadableImage):
+                    raise error
+                skipped.append(printable(f"{example.name}: {error}"))
+                bar.write(f"skipped {skipped[-1]}", file=sys.stderr)
+            else:
+                yield example, encoded.result()
+
+
+def _load(example: Example) -> bytes:
+    encoded = example.read()
+    if len(encoded) > MAX_ENCODED_BYTES:
+        raise UnreadableImage(f"larger than {MAX_ENCODED_BYTES >> 20} MiB")
+    decode(encoded)
+    return encoded
+
+
+@contextlib.contextmanager
+def _complete_or_absent(path: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `path` if the block ends well and is removed if not.
+
+    A killed process leaves it behind, locked by no one; the next one empties it.
+    """
+    unfinished = path.with_name(f"{path.name}.incomplete")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    lock = os.open(unfinished, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise UsageError(f"{unfinished} is being written by another process: wait, or choose another --name") from error
+    try:
+        for leftover in unfinished.iterdir():
+            leftover.unlink()
+        yield unfinished
+        if path.exists():
+            shutil.rmtree(path)
+        unfinished.rename(path)
+    except (OSError, RuntimeError) as error:  # ArrayRecord's are RuntimeErrors with the system's words in them
+        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+            raise UsageError(f"{path}: the disk is full; nothing was kept") from error
+        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(lock)
