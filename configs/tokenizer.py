@@ -1,0 +1,169 @@
+"""Presets of the image tokenizer: the paper's ImageNet models, its pretrained models, and two for a laptop.
+
+    python -m ibq_jax train --config=configs/tokenizer.py:imagenet256_16384 --workdir=runs/tok
+
+Every default of stage one stands in this file; the code reads `config.x` and knows no second default.
+Any field can be overridden on the command line, e.g. `--config.codebook.size=8192`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def _imagenet256(codebook_size: int, epochs: int = 330, drop_epochs: tuple[int, ...] = (250, 300)) -> ConfigDict:
+    """The paper's recipe (arXiv 2412.02692, section 4.1) with the released code's settings."""
+    config = ConfigDict()
+    config.stage = "tokenizer"
+    config.seed = 0
+    config.dtype = "bfloat16"  # of convolutions; the quantizer and the losses are float32 always
+
+    config.data = ConfigDict()
+    config.data.name = "imagenet2012"  # a TFDS data set under data.dir, made by `prepare` or by TFDS
+    config.data.dir = "data"
+    config.data.train_split = "train"
+    config.data.validation_split = "validation"
+    config.data.image_size = 256  # pixels; the side of the square crop
+    config.data.resize = 256  # pixels; the shorter side before cropping
+    config.data.batch_size = 256  # images a step, over all devices
+    config.data.workers = 8  # reader processes per host; 0 reads in threads of this process
+    config.data.threads = 8  # reader threads per process
+
+    config.model = ConfigDict()
+    config.model.resolution = 256  # pixels; attention levels are counted from it
+    config.model.channels = 128
+    config.model.channel_multipliers = (1, 1, 2, 2, 4)
+    config.model.num_res_blocks = 4
+    config.model.attention_resolutions = (16,)
+    config.model.z_channels = 256
+
+    config.codebook = ConfigDict()
+    config.codebook.size = codebook_size
+    config.codebook.dim = 256
+    config.codebook.block_size = 0  # codes a block of the streamed quantizer; 0 chooses by a memory budget
+    config.codebook.implementation = "streamed"  # or "dense", the plain form
+
+    config.quantizer = ConfigDict()
+    config.quantizer.beta = 0.25
+    config.quantizer.beta_on = "codebook"  # as released; "commitment" is the paper's text
+    config.quantizer.entropy_temperature = 0.01
+    config.quantizer.entropy_group_tokens = 1024  # tokens an average entropy is taken over; 0: the whole batch
+    config.quantizer.sample_entropy_weight = 1.0
+    config.quantizer.batch_entropy_weight = 1.0
+
+    config.discriminator = ConfigDict()
+    config.discriminator.channels = 64
+    config.discriminator.layers = 3
+    config.discriminator.norm_group = 4  # images a batch norm sees at once; 0: the whole batch
+    config.discriminator.start_step = 0  # before it neither network sees an adversarial loss
+
+    config.loss = ConfigDict()
+    config.loss.quantizer_weight = 1.0
+    config.loss.entropy_weight = 0.05
+    config.loss.perceptual_weight = 1.0
+    config.loss.perceptual_file = ""  # torchvision's VGG16; empty: $IBQ_VGG16, then ~/.cache/ibq_jax
+    config.loss.adversarial_weight = 0.1
+    config.loss.lecam_weight = 0.05
+    config.loss.lecam_decay = 0.999
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.beta1 = 0.5
+    config.optimizer.beta2 = 0.9
+    config.optimizer.warmup_steps = 0
+    config.optimizer.drop_epochs = drop_epochs  # the rate is multiplied by drop_factor after each
+    config.optimizer.drop_factor = 0.1
+    config.optimizer.gradient_clip = 0.0  # global norm; 0: none
+    config.optimizer.ema_decay = 0.999
+
+    config.train = ConfigDict()
+    config.train.epochs = epochs
+    config.train.steps = 0  # 0: epochs times the steps of an epoch
+    config.train.accumulate = 1  # micro-batches a step
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # -1: every device the other axes leave
+    config.mesh.fsdp = 1
+    config.mesh.codebook = 1
+
+    config.watch = ConfigDict()
+    config.watch.window_tokens = 2**22  # a code is in use if a token of this window chose it
+    config.watch.usage_floor = 0.02  # a run whose usage falls under it after warmup_steps is stopped
+    config.watch.warmup_steps = 2_000
+
+    config.log = ConfigDict()
+    config.log.every = 50  # steps between scalars
+    config.log.images_every = 2_500
+    config.log.images = 8
+
+    config.evaluate = ConfigDict()
+    config.evaluate.every = 5_000  # steps between evaluations on the validation split
+    config.evaluate.examples = 5_000  # images of it; 0: all
+    config.evaluate.batch_size = 256
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 2_500
+    config.checkpoint.keep_last = 3
+    config.checkpoint.keep_best = 1
+    config.checkpoint.best_metric = "validation/psnr"
+    return config
+
+
+def _pretrain256(codebook_size: int) -> ConfigDict:
+    config = _imagenet256(codebook_size, epochs=0, drop_epochs=())
+    config.data.name = "pretrain"  # `prepare tar --name=pretrain` makes it from webdataset shards
+    config.train.steps = 1_500_000
+    return config
+
+
+def _openmoji(size: int) -> ConfigDict:
+    config = _imagenet256(1024, epochs=0, drop_epochs=())
+    config.dtype = "float32"
+    config.data.name = "openmoji"
+    config.data.image_size = size
+    config.data.resize = size
+    config.data.batch_size = 32
+    config.data.workers = 0
+    config.data.threads = 2
+    config.model.resolution = size
+    config.model.channels = 32
+    config.model.channel_multipliers = (1, 2, 2)
+    config.model.num_res_blocks = 1
+    config.model.attention_resolutions = ()
+    config.model.z_channels = 64
+    config.codebook.dim = 32
+    config.discriminator.channels = 16
+    config.discriminator.layers = 2
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.ema_decay = 0.99
+    config.train.steps = 1_000
+    config.watch.window_tokens = 2**17
+    config.watch.warmup_steps = 200
+    config.log.every = 10
+    config.log.images_every = 200
+    config.evaluate.every = 200
+    config.evaluate.examples = 0
+    config.evaluate.batch_size = 32
+    config.checkpoint.every = 200
+    return config
+
+
+PRESETS = (
+    "openmoji32",
+    "openmoji64",
+    "imagenet256_1024",
+    "imagenet256_8192",
+    "imagenet256_16384",
+    "imagenet256_262144",
+    "pretrain256_16384",
+    "pretrain256_262144",
+)
+
+
+def get_config(preset: str) -> ConfigDict:
+    family, _, size = preset.partition("_")
+    if family == "imagenet256":
+        if size == "8192":
+            return _imagenet256(8192, epochs=280, drop_epochs=(250,))
+        return _imagenet256(int(size))
+    if family == "pretrain256":
+        return _pretrain256(int(size))
+    return _openmoji(int(family.removeprefix("openmoji")))

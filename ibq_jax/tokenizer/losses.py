@@ -1,0 +1,71 @@
+"""Losses of the tokenizer's training, as pure functions (arXiv 2412.02692, section 3; adversarial part as released).
+
+Shapes: images and reconstructions [B, H, W, 3] in [-1, 1]; patch logits [B, h', w', 1]; every loss is a float32 scalar.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+def reconstruction_nll(
+    images: jax.Array, reconstructions: jax.Array, perceptual: jax.Array, perceptual_weight: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean absolute error plus the weighted mean of `perceptual`, LPIPS per image [B] (zeros where it is off)."""
+    l1 = jnp.mean(jnp.abs(images - reconstructions))
+    lpips = jnp.mean(perceptual)
+    nll = l1 + perceptual_weight * lpips
+    return nll, {"nll": nll, "l1": l1, "lpips": lpips}
+
+
+def non_saturating(logits_fake: jax.Array) -> jax.Array:
+    """The generator's loss: softplus of minus each image's mean logit, averaged over images."""
+    return jnp.mean(jax.nn.softplus(-jnp.mean(logits_fake, axis=(1, 2, 3))))
+
+
+def hinge(logits_real: jax.Array, logits_fake: jax.Array) -> jax.Array:
+    """The discriminator's loss, patch by patch."""
+    return 0.5 * (jnp.mean(jax.nn.relu(1.0 - logits_real)) + jnp.mean(jax.nn.relu(1.0 + logits_fake)))
+
+
+@flax.struct.dataclass
+class LecamAverages:
+    """Moving averages of D's mean logits on real images and on reconstructions; part of the train state."""
+
+    real: jax.Array
+    fake: jax.Array
+
+    @classmethod
+    def zeros(cls) -> "LecamAverages":
+        return cls(real=jnp.zeros((), jnp.float32), fake=jnp.zeros((), jnp.float32))
+
+    def moved(self, real_mean: jax.Array, fake_mean: jax.Array, decay: float) -> "LecamAverages":
+        """One step towards the batch's means, through which no gradient flows."""
+        real_mean, fake_mean = jax.lax.stop_gradient((real_mean, fake_mean))
+        return LecamAverages(
+            real=decay * self.real + (1.0 - decay) * real_mean,
+            fake=decay * self.fake + (1.0 - decay) * fake_mean,
+        )
+
+
+def lecam(logits_real: jax.Array, logits_fake: jax.Array, averages: LecamAverages) -> jax.Array:
+    """LeCAM regularisation (arXiv 2104.03310) against the averages, which the caller has moved with this batch."""
+    too_real = jnp.mean(jax.nn.relu(logits_real - averages.fake) ** 2)
+    too_fake = jnp.mean(jax.nn.relu(averages.real - logits_fake) ** 2)
+    return too_real + too_fake
+
+
+def discriminator_loss(
+    logits_real: jax.Array, logits_fake: jax.Array, averages: LecamAverages, lecam_weight: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Hinge plus weighted LeCAM, with its parts."""
+    hinge_loss = hinge(logits_real, logits_fake)
+    lecam_loss = lecam(logits_real, logits_fake, averages)
+    total = hinge_loss + lecam_weight * lecam_loss
+    return total, {
+        "discriminator": total,
+        "hinge": hinge_loss,
+        "lecam": lecam_loss,
+        "logits_real": jnp.mean(logits_real),
+        "logits_fake": jnp.mean(logits_fake),
+    }

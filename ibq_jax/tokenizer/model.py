@@ -1,0 +1,117 @@
+"""The tokenizer's generator: encoder, quantizer and decoder in one module (arXiv 2412.02692, figure 2).
+
+Shapes: images float [B, H, W, 3] in [-1, 1], latents [B, h, w, D], codes int32 [B, h, w]; H = h * downsampling.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.tokenizer.autoencoder import Decoder, Encoder, conv
+from ibq_jax.tokenizer.quantizer import IndexBackpropQuantizer, Quantized
+
+
+class TokenizerModel(nn.Module):
+    """Fields are those of `Encoder` and `Decoder`, then those of `IndexBackpropQuantizer` with its defaults."""
+
+    channels: int
+    channel_multipliers: Sequence[int]
+    num_res_blocks: int
+    attention_resolutions: Sequence[int]
+    z_channels: int
+    resolution: int
+    num_codes: int
+    code_dim: int
+    beta: float = IndexBackpropQuantizer.beta
+    beta_on: str = IndexBackpropQuantizer.beta_on
+    entropy_temperature: float = IndexBackpropQuantizer.entropy_temperature
+    entropy_group_tokens: int = IndexBackpropQuantizer.entropy_group_tokens
+    sample_entropy_weight: float = IndexBackpropQuantizer.sample_entropy_weight
+    batch_entropy_weight: float = IndexBackpropQuantizer.batch_entropy_weight
+    block_size: int = IndexBackpropQuantizer.block_size
+    implementation: str = IndexBackpropQuantizer.implementation
+    dtype: jnp.dtype = jnp.float32
+    mesh: Mesh | None = None
+
+    def setup(self):
+        layout = dict(
+            channels=self.channels,
+            channel_multipliers=self.channel_multipliers,
+            num_res_blocks=self.num_res_blocks,
+            attention_resolutions=self.attention_resolutions,
+            z_channels=self.z_channels,
+            resolution=self.resolution,
+            dtype=self.dtype,
+        )
+        self.encoder = Encoder(**layout)
+        self.decoder = Decoder(**layout)
+        # Latents are float32 on both sides of the quantizer, whatever the rest computes in.
+        self.quant_conv = conv(self.z_channels, self.code_dim, 1)
+        self.post_quant_conv = conv(self.code_dim, self.z_channels, 1)
+        self.quantize = IndexBackpropQuantizer(
+            num_codes=self.num_codes,
+            dim=self.code_dim,
+            beta=self.beta,
+            beta_on=self.beta_on,
+            entropy_temperature=self.entropy_temperature,
+            entropy_group_tokens=self.entropy_group_tokens,
+            sample_entropy_weight=self.sample_entropy_weight,
+            batch_entropy_weight=self.batch_entropy_weight,
+            block_size=self.block_size,
+            implementation=self.implementation,
+            mesh=self.mesh,
+        )
+
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, Quantized]:
+        """Images -> (reconstructions float32 [B, H, W, 3], what the quantizer made)."""
+        quantized = self.quantize(self.latent(images))
+        return self._decode_latent(quantized.z_q), quantized
+
+    def initialize(self, images: jax.Array) -> jax.Array:
+        """Touches every parameter but quantizes nothing: with `init(..., method="initialize")` one image will do."""
+        return self.decode(jnp.zeros(self.latent(images).shape[:-1], jnp.int32))
+
+    def latent(self, images: jax.Array) -> jax.Array:
+        """Images -> latents float32 [B, h, w, D]. Raises UsageError for sides that do not divide."""
+        height, width = images.shape[1:3]
+        factor = 2 ** (len(self.channel_multipliers) - 1)
+        if height % factor or width % factor:
+            raise UsageError(
+                f"images are {height}x{width} pixels; this tokenizer takes sides that are multiples of {factor}"
+            )
+        return self.quant_conv(self.encoder(images))
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Images -> codes int32 [B, h, w]."""
+        return self.quantize.nearest(self.latent(images))
+
+    def decode(self, indices: jax.Array) -> jax.Array:
+        """Codes [B, h, w] -> images float32 [B, H, W, 3], not clipped."""
+        return self._decode_latent(self.quantize.lookup(indices))
+
+    def _decode_latent(self, z_q: jax.Array) -> jax.Array:
+        return self.decoder(self.post_quant_conv(z_q))
+
+
+def downsampling(config: ConfigDict) -> int:
+    """Pixels per code along a side."""
+    return 2 ** (len(config.model.channel_multipliers) - 1)
+
+
+def build_model(config: ConfigDict, mesh: Mesh | None = None) -> TokenizerModel:
+    """The model of a config from configs/tokenizer.py; on a `mesh`, codebook rows lie on its axis `codebook`."""
+    return TokenizerModel(
+        **config.model,
+        **config.quantizer,
+        num_codes=config.codebook.size,
+        code_dim=config.codebook.dim,
+        block_size=config.codebook.block_size,
+        implementation=config.codebook.implementation,
+        dtype=jnp.dtype(config.dtype),
+        mesh=mesh,
+    )

@@ -1,0 +1,76 @@
+"""The codebook watched while it trains: which codes are used, how evenly, and whether the run has collapsed.
+
+Shapes: K codes; indices of any shape. All of it is part of the train state, so a resumed run reports the same numbers.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from ibq_jax.base.loop import TrainingStopped
+
+NEVER = -(2**30)
+
+
+@flax.struct.dataclass
+class CodebookWindow:
+    """A sliding window over the tokens of training.
+
+    last_used [K] int32: the step a code was last chosen at.
+    histogram [K] float32: its counts, decayed by 1 - 1/window a step.
+    """
+
+    last_used: jax.Array
+    histogram: jax.Array
+
+    @classmethod
+    def empty(cls, num_codes: int) -> "CodebookWindow":
+        return cls(jnp.full((num_codes,), NEVER, jnp.int32), jnp.zeros((num_codes,), jnp.float32))
+
+    def moved(self, indices: jax.Array, step: jax.Array, window: int) -> "CodebookWindow":
+        """With the codes of `step` in, seen over the last `window` steps."""
+        counts = count_codes(indices, self.histogram.shape[0])
+        return CodebookWindow(
+            last_used=jnp.where(counts > 0, step, self.last_used),
+            histogram=self.histogram * (1.0 - 1.0 / window) + counts,
+        )
+
+    def metrics(self, step: jax.Array, window: int) -> dict[str, jax.Array]:
+        """usage in [0, 1], dead codes (never chosen inside the window), perplexity in [1, K]."""
+        used = step - self.last_used < window
+        return {
+            "codebook/usage": jnp.mean(used.astype(jnp.float32)),
+            "codebook/dead_codes": jnp.sum(~used).astype(jnp.float32),
+            "codebook/perplexity": perplexity(self.histogram),
+        }
+
+
+def count_codes(indices: jax.Array, num_codes: int) -> jax.Array:
+    """How often each code occurs: [K] float32."""
+    return jnp.zeros((num_codes,), jnp.float32).at[indices.reshape(-1)].add(1.0)
+
+
+def perplexity(histogram: jax.Array) -> jax.Array:
+    """exp of the entropy (nats) of counts [K]: the number of codes an even use of which would be as varied."""
+    share = histogram / jnp.maximum(jnp.sum(histogram), 1.0)
+    return jnp.exp(-jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1.0)), 0.0)))
+
+
+def check_collapse(step: int, metrics: dict[str, float], *, usage_floor: float, warmup_steps: int) -> None:
+    """Raises TrainingStopped when, after the warm-up, fewer codes are in use than the floor."""
+    usage = metrics["codebook/usage"]
+    if step < warmup_steps or usage >= usage_floor:
+        return
+    probability = metrics["codebook/max_probability"]
+    saturated = probability > 0.99
+    advice = (
+        "the softmax is saturated, so the encoder gets no gradient: try a lower optimizer.learning_rate or a smaller "
+        "codebook.dim"
+        if saturated
+        else "try a larger loss.entropy_weight, or a longer warm-up (optimizer.warmup_steps)"
+    )
+    raise TrainingStopped(
+        f"step {step}: the codebook has collapsed: {usage:.2%} of the codes are in use, under watch.usage_floor="
+        f"{usage_floor:.2%}; mean highest probability {probability:.3f}, largest |logit| "
+        f"{metrics['codebook/max_logit']:.3g}, largest code norm {metrics['codebook/max_norm']:.3g}; {advice}"
+    )

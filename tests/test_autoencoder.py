@@ -1,0 +1,94 @@
+"""The autoencoder's structure; its numbers against the released code are in test_model.py."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.tokenizer.autoencoder import Decoder, Encoder, conv, norm
+
+LAYOUT = dict(
+    channels=32,
+    channel_multipliers=(1, 2),
+    num_res_blocks=2,
+    attention_resolutions=(16,),
+    z_channels=8,
+    resolution=32,
+)
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    """Random weights, small enough to keep activations near 1; cheaper than compiling an initialisation."""
+    random = np.random.default_rng(0)
+
+    def weights(module: nn.Module, x: jax.Array) -> dict:
+        shapes = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), x))["params"]
+        return jax.tree.map(lambda leaf: random.normal(scale=0.05, size=leaf.shape).astype(np.float32), shapes)
+
+    return {
+        "encoder": weights(Encoder(**LAYOUT), jnp.zeros((1, 32, 32, 3))),
+        "decoder": weights(Decoder(**LAYOUT), jnp.zeros((1, 16, 16, 8))),
+    }
+
+
+def test_attention_follows_every_block_of_its_level_and_the_decoder_has_one_block_more(params):
+    blocks = ["attention_0", "attention_1", "block_0", "block_1"]
+    assert sorted(params["encoder"]["down_1"]) == blocks
+    assert sorted(params["encoder"]["down_0"]) == ["block_0", "block_1"]
+    assert sorted(params["decoder"]["up_1"]) == sorted([*blocks, "attention_2", "block_2"])
+    assert sorted(params["decoder"]["up_0"]) == ["block_0", "block_1", "block_2"]
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (48, 16)])
+def test_weights_work_at_other_image_sizes(params, height, width):
+    images = jax.random.uniform(jax.random.key(2), (2, height, width, 3), minval=-1.0)
+    latents = jax.jit(Encoder(**LAYOUT).apply)({"params": params["encoder"]}, images)
+    assert latents.shape == (2, height // 2, width // 2, 8)
+    reconstruction = jax.jit(Decoder(**LAYOUT).apply)({"params": params["decoder"]}, latents)
+    assert reconstruction.shape == images.shape
+    assert jnp.all(jnp.isfinite(reconstruction))
+
+
+def test_every_parameter_is_float32_and_names_its_axes():
+    encoder = Encoder(**LAYOUT, dtype=jnp.bfloat16)
+    boxed = jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    for path, leaf in flatten_dict(boxed).items():
+        assert leaf.value.dtype == jnp.float32, path
+        assert leaf.names == ((None, None, "conv_in", "conv_out") if path[-1] == "kernel" else ("conv_out",)), path
+
+
+def test_convolutions_start_uniform_within_the_root_of_their_inputs():
+    """PyTorch's default, which the released code trains from."""
+    params = nn.meta.unbox(conv(50, 200).init(jax.random.key(0), jnp.zeros((1, 3, 3, 50))))["params"]
+    bound = (3 * 3 * 50) ** -0.5
+    for weights in params.values():
+        assert 0.9 * bound < float(jnp.abs(weights).max()) <= bound
+        assert float(weights.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+def test_bfloat16_stays_close_to_float32(params):
+    images = jax.random.uniform(jax.random.key(3), (2, 32, 32, 3), minval=-1.0)
+    exact = jax.jit(Encoder(**LAYOUT).apply)({"params": params["encoder"]}, images)
+    rounded = jax.jit(Encoder(**LAYOUT, dtype=jnp.bfloat16).apply)({"params": params["encoder"]}, images)
+    assert rounded.dtype == jnp.bfloat16
+    error = jnp.linalg.norm(rounded.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+    assert 0 < error < 0.03
+
+
+def test_norm_statistics_are_float32():
+    """A mean of 100 leaves bfloat16 no digit for the variance."""
+    x = (100.0 + jax.random.normal(jax.random.key(4), (1, 16, 16, 32))).astype(jnp.bfloat16)
+    y, _ = norm(32, dtype=jnp.bfloat16, name="norm").init_with_output(jax.random.key(0), x)
+    wide = np.asarray(x, np.float64)
+    expected = (wide - wide.mean((1, 2))) / wide.std((1, 2))
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=0.02)
+
+
+def test_channels_that_do_not_divide_into_norm_groups_are_refused():
+    encoder = Encoder(**LAYOUT | {"channels": 24})
+    with pytest.raises(UsageError, match=r"24 channels.*multiple of 32"):
+        jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))

@@ -1,0 +1,43 @@
+"""Every preset builds the state it describes, abstractly."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from ibq_jax.base.config import load_config
+from ibq_jax.base.sharding import abstract_state, make_mesh
+from ibq_jax.tokenizer.run import check_config
+from ibq_jax.tokenizer.train import Trainer
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+GENERATOR_PARAMETERS = {
+    "imagenet256_1024": 107_049_859,
+    "imagenet256_8192": 108_884_867,
+    "imagenet256_16384": 110_982_019,
+    "imagenet256_262144": 173_896_579,
+    "pretrain256_16384": 110_982_019,
+    "pretrain256_262144": 173_896_579,
+}
+
+
+@pytest.mark.parametrize("preset", ["openmoji32", "openmoji64", *GENERATOR_PARAMETERS])
+def test_preset_builds_its_state(preset):
+    config = load_config(f"{CONFIGS}/tokenizer.py:{preset}")
+    mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
+    check_config(config, mesh)
+    state, shardings = abstract_state(Trainer(config, mesh, steps_per_epoch=5004).create_state, mesh, 0)
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert count == GENERATOR_PARAMETERS.get(preset, count)
+    assert state.params["quantize"]["codebook"].shape == (config.codebook.size, config.codebook.dim)
+    for place in (shardings.params, shardings.ema, shardings.optimizer[0].mu, shardings.optimizer[0].nu):
+        assert place["quantize"]["codebook"].spec[0] == "codebook"
+    assert shardings.window.last_used.spec[0] == "codebook"
+
+
+def test_the_larger_presets_differ_from_the_base_by_the_codebook_alone():
+    base = load_config(f"{CONFIGS}/tokenizer.py:imagenet256_16384").to_dict()
+    large = load_config(f"{CONFIGS}/tokenizer.py:imagenet256_262144").to_dict()
+    assert large["codebook"].pop("size") == 262144
+    assert base["codebook"].pop("size") == 16384
+    assert base == large
