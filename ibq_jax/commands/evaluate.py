@@ -1,0 +1,71 @@
+"""python -m ibq_jax evaluate: measures a trained tokenizer's reconstructions on its validation split."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ibq_jax.commands.arguments import Parser, count, output_file, positive, underscored
+from ibq_jax.commands.train import validation_evaluator
+from ibq_jax.evaluate.reconstruction import PROTOCOL
+from ibq_jax.tokenizer.run import restore_run
+
+REPORT = """{split}: {images:.0f} images, step {step}, {weights} weights
+({protocol})
+  PSNR        {psnr:.2f} dB
+  SSIM        {ssim:.4f}
+  L1          {l1:.4f}
+  usage       {usage:.1%} of {codes} codes
+  perplexity  {perplexity:.0f}"""
+
+SMALLEST_SHOWN = 96  # pixels of an image's side in a picture; smaller ones are enlarged a whole number of times
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command; `argv` is what follows the word "evaluate".
+
+    Raises:
+        UsageError: wrong flags, no run or nothing saved in it, or its data set is not on this machine.
+    """
+    flags = _parser().parse_args(underscored(argv))
+    trainer, restored = restore_run(flags.run)
+    params = restored.state.ema if flags.weights == "ema" else restored.state.params
+    evaluator = validation_evaluator(trainer, flags.examples)
+    numbers = {
+        "run": str(flags.run),
+        "step": restored.step,
+        "weights": flags.weights,
+        "split": f"{trainer.config.data.name}/{trainer.config.data.validation_split}",
+        "protocol": PROTOCOL,
+        "codes": trainer.config.codebook.size,
+        **dict(evaluator(params)),
+    }
+    print(REPORT.format_map(numbers))
+    if flags.json:
+        flags.json.write_text(json.dumps(numbers, indent=2) + "\n")
+        print(f"wrote {flags.json}")
+    if flags.pictures:
+        _write_picture(
+            evaluator.picture(params, flags.columns, flags.rows), trainer.config.data.image_size, flags.pictures
+        )
+        print(f"wrote {flags.pictures} (originals above, reconstructions below)")
+
+
+def _write_picture(picture: np.ndarray, image_size: int, path: Path) -> None:
+    image, factor = Image.fromarray(picture), -(-SMALLEST_SHOWN // image_size)
+    image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST).save(path, "PNG")
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m ibq_jax evaluate", description=__doc__.partition(": ")[2])
+    parser.add_argument(
+        "--run", required=True, type=Path, help="folder of a tokenizer's run, or one of its checkpoints"
+    )
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last ones")
+    parser.add_argument("--examples", type=count, default=0, help="images of the split (default: 0, all)")
+    parser.add_argument("--pictures", type=output_file, metavar="PNG", help="write originals beside reconstructions")
+    parser.add_argument("--columns", type=positive, default=8, help="images in a row of that PNG (default: 8)")
+    parser.add_argument("--rows", type=positive, default=2, help="rows of originals in that PNG (default: 2)")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the numbers with their protocol")
+    return parser

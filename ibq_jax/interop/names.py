@@ -1,0 +1,251 @@
+"""The one table between our parameter trees and the tensor names of the published PyTorch checkpoints.
+
+A published tokenizer file (arXiv 2412.02692, TencentARC/SEED-Voken) has up to five groups of tensors:
+
+    encoder.* decoder.* quantize.* quant_conv.* post_quant_conv.*    the generator
+    loss.discriminator.main.N.*                                      the discriminator with its BatchNorm buffers
+    loss.perceptual_loss.*                                           LPIPS, frozen
+    model_ema.*                                                      averages of both networks, names without their dots
+    model_ema.decay, model_ema.num_updates                           the averages' settings
+
+Each group but the wanted one may be absent as a whole. Loading is strict in all of them: every missing, unknown or
+misshapen tensor is named, and then nothing is loaded. Convolutions are [out, in, h, w] there and [h, w, in, out] here.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.tokenizer.discriminator import PatchDiscriminator
+from ibq_jax.tokenizer.model import TokenizerModel
+from ibq_jax.tokenizer.perceptual import STAGES
+
+Path = tuple[str, ...]
+Shapes = dict[str, tuple[int, ...]]
+
+# Our module and parameter names, where the published ones differ; {} is the number after the underscore.
+NAMES = {
+    "middle": "mid",
+    "first_block": "block_1",
+    "second_block": "block_2",
+    "attention": "attn_1",
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "out": "proj_out",
+    "shortcut": "nin_shortcut",
+    "kernel": "weight",
+    "scale": "weight",
+    "codebook": "embedding.weight",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+NUMBERED_NAMES = {
+    "down": "down.{}",
+    "up": "up.{}",
+    "block": "block.{}",
+    "attention": "attn.{}",
+    "downsample": "down.{}.downsample.conv",
+    "upsample": "up.{}.upsample.conv",
+}
+GENERATOR_CONFIG = {
+    "channels": "ch",
+    "channel_multipliers": "ch_mult",
+    "num_res_blocks": "num_res_blocks",
+    "attention_resolutions": "attn_resolutions",
+    "z_channels": "z_channels",
+    "resolution": "resolution",
+}
+SUPPORTED = {"double_z": False, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
+RELEASED_DISCRIMINATOR = {"disc_ndf": 64, "disc_num_layers": 3}  # where a configuration is silent
+LISTED = 8  # tensors named in one error message
+
+
+# ---- configurations --------------------------------------------------------------------------------------------------
+
+
+def model_fields(published: Mapping) -> dict:
+    """The architecture fields of `TokenizerModel` for a published configuration ("ddconfig", "n_embed", "embed_dim").
+
+    Raises UsageError for a key that is missing or a value that this architecture does not have.
+    """
+    layout = _value(published, "ddconfig")
+    for key, supported in SUPPORTED.items():
+        if key in layout and layout[key] != supported:
+            raise UsageError(
+                f"configuration of the tokenizer: ddconfig.{key} is {layout[key]!r}, only {supported!r} exists"
+            )
+    fields = {ours: _value(layout, theirs, "ddconfig.") for ours, theirs in GENERATOR_CONFIG.items()}
+    fields |= {"num_codes": _value(published, "n_embed"), "code_dim": _value(published, "embed_dim")}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def discriminator_fields(published: Mapping) -> dict:
+    """The fields `channels` and `layers` of `PatchDiscriminator` for a published configuration."""
+    sizes = RELEASED_DISCRIMINATOR | dict(published.get("loss", {}))
+    return {"channels": sizes["disc_ndf"], "layers": sizes["disc_num_layers"]}
+
+
+def _value(mapping: Mapping, key: str, where: str = ""):
+    if key not in mapping:
+        raise UsageError(f"configuration of the tokenizer: {where}{key} is missing")
+    return mapping[key]
+
+
+# ---- to the published names ------------------------------------------------------------------------------------------
+
+
+def tokenizer_to_torch(params: Mapping) -> dict[str, np.ndarray]:
+    """The generator's parameters under their published names, in PyTorch's layouts."""
+    return _to_torch(params, _generator_name)
+
+
+def ema_to_torch(params: Mapping) -> dict[str, np.ndarray]:
+    """The generator's averaged parameters as the published checkpoints keep them, beside the others."""
+    return {_ema_name(name): tensor for name, tensor in tokenizer_to_torch(params).items()}
+
+
+def discriminator_to_torch(variables: Mapping) -> dict[str, np.ndarray]:
+    """The discriminator's {"params", "batch_stats"} under their published names, in PyTorch's layouts."""
+    return _to_torch(variables, _discriminator_name)
+
+
+def _to_torch(tree: Mapping, name_of: Callable[[Path], str]) -> dict[str, np.ndarray]:
+    return {name_of(path): _torch_layout(np.asarray(leaf)) for path, leaf in flatten_dict(tree).items()}
+
+
+def _torch_layout(array: np.ndarray) -> np.ndarray:
+    array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
+    return np.array(array, dtype=np.int64 if array.dtype == np.int32 else array.dtype, order="C")
+
+
+# ---- from the published names ----------------------------------------------------------------------------------------
+
+
+def tokenizer_from_torch(state_dict: Mapping[str, np.ndarray], published: Mapping, use_ema: bool) -> dict:
+    """The generator's parameters, as stored or (`use_ema`) their averages, for the configuration `published`.
+
+    Raises UsageError as described above, and for `use_ema` where there are no averages.
+    """
+    if use_ema and not any(name.startswith("model_ema.") for name in state_dict):
+        raise UsageError("the checkpoint has no averaged weights (model_ema.*); load it with use_ema=False")
+    _check(state_dict, published, wanted="averages" if use_ema else "generator")
+    rename = _ema_name if use_ema else str
+    return _from_torch(state_dict, _abstract_generator(published), lambda path: rename(_generator_name(path)))
+
+
+def discriminator_from_torch(state_dict: Mapping[str, np.ndarray], published: Mapping) -> dict:
+    """The discriminator's {"params", "batch_stats"} for the configuration `published`; raises UsageError likewise."""
+    _check(state_dict, published, wanted="discriminator")
+    return _from_torch(state_dict, _abstract_discriminator(published), _discriminator_name)
+
+
+def _from_torch(state_dict: Mapping[str, np.ndarray], like: Mapping, name_of: Callable[[Path], str]) -> dict:
+    leaves = {}
+    for path, leaf in flatten_dict(like).items():
+        array = np.asarray(state_dict[name_of(path)])
+        array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+        leaves[path] = np.array(array, dtype=leaf.dtype, order="C")
+    return unflatten_dict(leaves)
+
+
+def _check(state_dict: Mapping[str, np.ndarray], published: Mapping, wanted: str) -> None:
+    """Raises UsageError unless every tensor is known and well-shaped and every group present is complete."""
+    groups = _published_shapes(published)
+    known = {name: shape for group in groups.values() for name, shape in group.items()}
+    wrong = []
+    for title, group in groups.items():
+        if title == wanted or any(name in state_dict for name in group):
+            wrong += [f"{name} is missing" for name in group if name not in state_dict]
+    for name, tensor in state_dict.items():
+        if name not in known:
+            wrong.append(f"{name} is unknown")
+        elif tuple(tensor.shape) != known[name]:
+            wrong.append(f"{name} has shape {tuple(tensor.shape)} instead of {known[name]}")
+    if wrong:
+        more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
+        raise UsageError(
+            f"the checkpoint does not fit its configuration, nothing was loaded: {'; '.join(wrong[:LISTED])}{more}"
+        )
+
+
+def _published_shapes(published: Mapping) -> dict[str, Shapes]:
+    """Name and PyTorch shape of every tensor that a published file may hold, by group."""
+
+    def shapes(tree: Mapping, name_of: Callable[[Path], str]) -> Shapes:
+        return {name_of(path): _torch_shape(leaf.shape) for path, leaf in flatten_dict(tree).items()}
+
+    generator = shapes(_abstract_generator(published), _generator_name)
+    discriminator = _abstract_discriminator(published)
+    weights = shapes({"params": discriminator["params"]}, _discriminator_name)
+    return {
+        "generator": generator,
+        "discriminator": shapes(discriminator, _discriminator_name),
+        "perceptual": _perceptual_shapes(),
+        "averages": {_ema_name(name): shape for name, shape in generator.items()},
+        "discriminator's averages": {_ema_name(name): shape for name, shape in weights.items()},
+        "averages' settings": {"model_ema.decay": (), "model_ema.num_updates": ()},
+    }
+
+
+def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else tuple(shape)
+
+
+def _perceptual_shapes() -> Shapes:
+    prefix, in_channels = "loss.perceptual_loss.", 3
+    shapes = {f"{prefix}scaling_layer.{name}": (1, 3, 1, 1) for name in ("shift", "scale")}
+    for i, stage in enumerate(STAGES):
+        for index, channels in stage:
+            shapes[f"{prefix}net.slice{i + 1}.{index}.weight"] = (channels, in_channels, 3, 3)
+            shapes[f"{prefix}net.slice{i + 1}.{index}.bias"] = (channels,)
+            in_channels = channels
+        shapes[f"{prefix}lin{i}.model.1.weight"] = (1, in_channels, 1, 1)
+    return shapes
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def _generator_name(path: Path) -> str:
+    return ".".join(_published_part(part) for part in path)
+
+
+def _published_part(part: str) -> str:
+    numbered = re.fullmatch(r"([a-z]+)_(\d+)", part)
+    if numbered:
+        return NUMBERED_NAMES[numbered[1]].format(numbered[2])
+    return NAMES.get(part, part)
+
+
+def _discriminator_name(path: Path) -> str:
+    """The published network is one sequence: convolution, activation, then (convolution, norm, activation) repeated."""
+    _, module, leaf = path
+    kind, number = module.split("_")
+    position = 3 * int(number) if kind == "norm" else max(0, 3 * int(number) - 1)
+    return f"loss.discriminator.main.{position}.{NAMES.get(leaf, leaf)}"
+
+
+def _ema_name(name: str) -> str:
+    return "model_ema." + name.replace(".", "")
+
+
+def _abstract_generator(published: Mapping) -> dict:
+    model = TokenizerModel(**model_fields(published))
+    side = 2 ** (len(model.channel_multipliers) - 1)
+    image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    variables = jax.eval_shape(lambda key, x: model.init(key, x, method="initialize"), jax.random.key(0), image)
+    return nn.meta.unbox(variables)["params"]
+
+
+def _abstract_discriminator(published: Mapping) -> dict:
+    model = PatchDiscriminator(**discriminator_fields(published), norm_group=0)
+    side = 2 ** (model.layers + 2)
+    image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), image))
