@@ -1,7 +1,7 @@
 """`python -m ibq_jax COMMAND ...`: hands over to `ibq_jax.commands`, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 2 wrong use (one line says what), 1 failed, 143 stopped by SIGTERM or Ctrl-C with everything saved
-(not 0: a scheduler must see that the work is not done).
+Exit codes: 0 done, 2 wrong use (one line says what), 1 failed, 143 (SIGTERM) or 130 (Ctrl-C) stopped with everything
+saved: not 0, since a scheduler must see that the work is not done.
 """
 
 import errno
@@ -17,6 +17,8 @@ COMMANDS = {
     "train": "trains a config in a work folder, or continues what is there",
     "evaluate": "measures a trained tokenizer's reconstructions on its validation split",
 }
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 def main(argv: list[str]) -> int:
@@ -38,16 +40,22 @@ def main(argv: list[str]) -> int:
         print(f"ibq_jax {name}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
+            print(f"ibq_jax {name}: the disk is full ({error.filename or error}); free room and rerun", file=sys.stderr)
+        elif error.errno in NOT_ALLOWED:
+            print(f"ibq_jax {name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        else:
             raise
-        print(f"ibq_jax {name}: the disk is full ({error.filename or error}); free room, then rerun", file=sys.stderr)
         return 2
     except TrainingStopped as stopped:
         print(f"ibq_jax {name}: {stopped}", file=sys.stderr)
         return 1
     except Interrupted as interrupted:
         print(f"ibq_jax {name}: {interrupted}", file=sys.stderr)
-        return 143
+        return 128 + interrupted.signal
+    except KeyboardInterrupt:
+        print(f"ibq_jax {name}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

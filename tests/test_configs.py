@@ -1,5 +1,6 @@
 """Every preset builds the state it describes, abstractly."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -41,3 +42,15 @@ def test_the_larger_presets_differ_from_the_base_by_the_codebook_alone():
     assert large["codebook"].pop("size") == 262144
     assert base["codebook"].pop("size") == 16384
     assert base == large
+
+
+def test_every_parameter_lies_where_the_golden_file_says_and_its_moments_beside_it():
+    config = load_config(f"{CONFIGS}/tokenizer.py:imagenet256_16384")
+    mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
+    _, shardings = abstract_state(Trainer(config, mesh, steps_per_epoch=5004).create_state, mesh, 0)
+    leaves, _ = jax.tree_util.tree_flatten_with_path((shardings.params, shardings.adversary.params))
+    specs = {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.spec) for path, leaf in leaves}
+    assert specs == json.loads((Path(__file__).parent / "golden" / "partition_specs.json").read_text())
+    for moments in (shardings.ema, shardings.optimizer[0].mu, shardings.optimizer[0].nu):
+        assert moments == shardings.params
+    assert shardings.adversary.optimizer[0].nu == shardings.adversary.params

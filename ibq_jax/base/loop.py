@@ -28,7 +28,11 @@ class TrainingStopped(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """A SIGTERM or Ctrl-C was honoured: everything is saved, and the same command continues."""
+    """A SIGTERM or Ctrl-C (`signal`) was honoured: everything is saved, and the same command continues."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.signal = number
 
 
 class Stage(Protocol):
@@ -109,7 +113,8 @@ class Loop:
                     self.checkpoints.wait()
         if stopping and not last:
             name = signal.Signals(self._signal).name
-            raise Interrupted(f"{name}: saved step {step} of {pace.total_steps}; the same command continues from it")
+            message = f"{name}: saved step {step} of {pace.total_steps}; the same command continues from it"
+            raise Interrupted(self._signal, message)
 
     def _examine_pending(self) -> None:
         """Waits for the last queued step (not for the one being queued), and looks at its numbers."""

@@ -142,6 +142,8 @@ def train(
         evaluate_every=config.evaluate.every,
         checkpoint_every=config.checkpoint.every,
     )
+    if start_step >= pace.total_steps:
+        print(f"complete: step {start_step} of {pace.total_steps}; a larger train.steps goes on from there")
     telemetry = Telemetry(workdir, start_step, pace.total_steps, enabled=jax.process_index() == 0)
     stage = TokenizerStage(trainer, perceptual, evaluate, picture)
     metadata = {"config": config.to_dict(), "steps_per_epoch": steps_per_epoch}
