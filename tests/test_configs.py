@@ -8,7 +8,7 @@ import pytest
 
 from ibq_jax.base.config import load_config
 from ibq_jax.base.sharding import abstract_state, make_mesh
-from ibq_jax.tokenizer.run import check_config
+from ibq_jax.tokenizer.check import check_config
 from ibq_jax.tokenizer.train import Trainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"

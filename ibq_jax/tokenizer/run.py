@@ -17,10 +17,10 @@ from ibq_jax.base.checkpoint import Checkpoints, Restored
 from ibq_jax.base.config import differences, read_config, save_config
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.loop import Loop, Pace
-from ibq_jax.base.sharding import abstract_state, batch_sharding, check_batch, create_sharded, make_mesh, replicated
+from ibq_jax.base.sharding import abstract_state, batch_sharding, create_sharded, make_mesh, replicated
 from ibq_jax.base.telemetry import Telemetry
 from ibq_jax.data.pipeline import open_split, training_batches
-from ibq_jax.tokenizer.model import downsampling
+from ibq_jax.tokenizer.check import check_config
 from ibq_jax.tokenizer.perceptual import find_weights, load_weights
 from ibq_jax.tokenizer.train import TokenizerState, Trainer
 from ibq_jax.tokenizer.watch import check_collapse
@@ -45,32 +45,6 @@ FREE_FIELDS = (
 # An evaluation of EMA weights, made for one trainer: parameters -> {"validation/psnr": ...}; and a picture of them.
 Evaluate = Callable[[dict], dict[str, float]]
 Picture = Callable[[dict], np.ndarray]
-
-
-def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Raises UsageError for fields that contradict each other or the mesh."""
-    data, factor = config.data, downsampling(config)
-    if data.image_size % factor:
-        near = max(1, round(data.image_size / factor)) * factor
-        raise UsageError(
-            f"data.image_size={data.image_size} is not a multiple of the downsampling {factor}; try {near}"
-        )
-    check_batch(data.batch_size, mesh, config.train.accumulate, "data.batch_size")
-    micro = data.batch_size // config.train.accumulate
-    tokens, group = micro * (data.image_size // factor) ** 2, config.quantizer.entropy_group_tokens
-    if group and tokens % group:
-        raise UsageError(f"quantizer.entropy_group_tokens={group} does not divide the {tokens} tokens of a micro-batch")
-    norm_group = config.discriminator.norm_group
-    if config.loss.adversarial_weight and norm_group and micro % norm_group:
-        raise UsageError(f"discriminator.norm_group={norm_group} does not divide the micro-batch of {micro} images")
-    rows, block = config.codebook.size // mesh.shape["codebook"], config.codebook.block_size
-    if config.codebook.size % mesh.shape["codebook"] or (block and rows % block):
-        raise UsageError(
-            f"codebook.size={config.codebook.size} does not divide over mesh.codebook={mesh.shape['codebook']} "
-            f"in blocks of codebook.block_size={block}"
-        )
-    if config.train.steps <= 0 and config.train.epochs <= 0:
-        raise UsageError("train.steps and train.epochs are both 0; set one")
 
 
 class TokenizerStage:

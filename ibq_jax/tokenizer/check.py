@@ -1,0 +1,89 @@
+"""What can be wrong with a tokenizer's config, said before anything is written or computed."""
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ibq_jax.base.config import flatten
+from ibq_jax.base.errors import UsageError
+from ibq_jax.base.sharding import check_batch
+from ibq_jax.tokenizer.autoencoder import NORM_GROUPS
+from ibq_jax.tokenizer.model import downsampling
+
+CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "codebook.implementation": ("streamed", "dense"),
+    "quantizer.beta_on": ("codebook", "commitment"),
+}
+POSITIVE = (
+    "data.image_size",
+    "data.batch_size",
+    "model.channels",
+    "model.num_res_blocks",
+    "model.z_channels",
+    "codebook.size",
+    "codebook.dim",
+    "quantizer.entropy_temperature",
+    "optimizer.learning_rate",
+    "train.accumulate",
+    "log.every",
+    "log.images_every",
+    "log.images",
+    "evaluate.every",
+    "evaluate.batch_size",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+)
+
+
+def check_config(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UsageError for values out of range, and for fields that contradict each other or the mesh."""
+    fields = flatten(config)
+    for name, choices in CHOICES.items():
+        if fields[name] not in choices:
+            raise UsageError(f"{name}={fields[name]} is not one of {', '.join(choices)}")
+    for name in POSITIVE:
+        if fields[name] <= 0:
+            raise UsageError(f"{name}={fields[name]} is not positive")
+    if not 0 <= config.seed < 2**32:
+        raise UsageError(f"seed={config.seed} is not in 0..2**32 - 1")
+    if config.train.steps <= 0 and config.train.epochs <= 0:
+        raise UsageError("train.steps and train.epochs are both 0; set one")
+    _check_images(config)
+    _check_batch(config, mesh)
+    _check_codebook(config, mesh)
+
+
+def _check_images(config: ConfigDict) -> None:
+    data, factor, channels = config.data, downsampling(config), config.model.channels
+    if data.image_size % factor:
+        near = max(1, round(data.image_size / factor)) * factor
+        raise UsageError(
+            f"data.image_size={data.image_size} is not a multiple of the downsampling {factor}; try {near}"
+        )
+    if data.resize < data.image_size:
+        raise UsageError(f"data.resize={data.resize} is smaller than data.image_size={data.image_size}; no crop fits")
+    if channels % NORM_GROUPS:
+        raise UsageError(f"model.channels={channels} is not a multiple of {NORM_GROUPS}, the groups of its norms")
+
+
+def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
+    check_batch(config.data.batch_size, mesh, config.train.accumulate, "data.batch_size")
+    micro = config.data.batch_size // config.train.accumulate
+    tokens = micro * (config.data.image_size // downsampling(config)) ** 2
+    entropy_group, norm_group = config.quantizer.entropy_group_tokens, config.discriminator.norm_group
+    if entropy_group and tokens % entropy_group:
+        raise UsageError(
+            f"quantizer.entropy_group_tokens={entropy_group} does not divide the {tokens} tokens of a micro-batch"
+        )
+    if config.loss.adversarial_weight and norm_group and micro % norm_group:
+        raise UsageError(f"discriminator.norm_group={norm_group} does not divide the micro-batch of {micro} images")
+
+
+def _check_codebook(config: ConfigDict, mesh: Mesh) -> None:
+    codebook, parts = config.codebook, mesh.shape["codebook"]
+    block = codebook.block_size or 1
+    if codebook.size % parts or codebook.size // parts % block:
+        raise UsageError(
+            f"codebook.size={codebook.size} does not divide over mesh.codebook={parts} "
+            f"in blocks of codebook.block_size={codebook.block_size}"
+        )
