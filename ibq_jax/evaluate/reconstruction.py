@@ -67,8 +67,9 @@ class ReconstructionEvaluator:
         for batch in self._batches(count):
             arrays = global_batch({"image": batch["image"]}, self._mesh)
             shards = _first_copies(self._reconstruct(params, arrays["image"]))
-            pairs.append(np.stack([batch["image"], np.concatenate([np.asarray(shard.data) for shard in shards])]))
-        images = np.concatenate(pairs, axis=1)[:, :count]  # [2, count, H, W, 3]
+            pair = np.stack([batch["image"], np.concatenate([np.asarray(shard.data) for shard in shards])])
+            pairs.append(pair[:, batch["mask"]])
+        images = np.concatenate(pairs, axis=1)  # [2, up to count, H, W, 3]
         missing = count - images.shape[1]
         images = np.pad(images, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
         two, _, height, width, channels = images.shape
