@@ -4,6 +4,7 @@ A step's folder appears under its number only when it is whole, so a kill leaves
 that is damaged afterwards is moved to `broken/` beside the others, said, and the newest whole one is used.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,14 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def save(self, step: int, state, metadata: dict, metrics: dict[str, float] | None = None) -> None:
-        """Starts writing; returns once the state is copied off the devices. `metrics`: this step's evaluation."""
+        """Starts writing; returns once the state is copied off the devices. `metrics`: this step's evaluation.
+
+        Raises UsageError when there is no room for it, or the one before could not be written.
+        """
         if step in self._manager.all_steps():
             return
+        self.wait()
+        self._check_room(state)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
         try:
             self._manager.save(step, args=args, metrics=metrics)
@@ -64,6 +70,12 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except (ValueError, OSError) as error:
             raise self._unwritable(error) from error
+
+    def _check_room(self, state) -> None:
+        """Before Orbax starts: its writing threads tell a full disk in hundreds of lines, some after the process's end."""
+        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.directory).free
+        if needed > free:
+            raise self._unwritable(OSError(f"it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"))
 
     def _unwritable(self, error: Exception) -> UsageError:
         whole = self._manager.latest_step()
