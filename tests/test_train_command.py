@@ -1,0 +1,281 @@
+"""Training from the command line, end to end: a preset shrunk, killed, resumed, moved, and used wrongly."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from ibq_jax import Tokenizer
+from ibq_jax.__main__ import main
+from ibq_jax.data.pipeline import evaluation_batches, open_split
+
+ROOT = Path(__file__).parents[1]
+STEPS = 12
+SMALL = (
+    "data.image_size=16",
+    "data.resize=16",
+    "data.batch_size=8",
+    "model.resolution=16",
+    "model.z_channels=16",
+    "codebook.size=64",
+    "codebook.dim=8",
+    "quantizer.entropy_group_tokens=128",
+    "discriminator.channels=8",
+    "discriminator.layers=1",
+    "discriminator.norm_group=2",
+    f"train.steps={STEPS}",
+    "log.every=1",
+    "log.images_every=6",
+    "evaluate.every=6",
+    "evaluate.examples=24",
+    "evaluate.batch_size=8",
+    "checkpoint.every=4",
+    "checkpoint.keep_last=2",
+)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    assert main(["prepare", "openmoji", "--size=16", f"--data_dir={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Compiled once for all the processes that these tests start."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+def arguments(workdir: Path, data_dir: Path, *overrides: str, preset: str = "openmoji32") -> list[str]:
+    fields = [f"--config.{field}" for field in (*SMALL, f"data.dir={data_dir}", *overrides)]
+    return ["train", f"--config={ROOT}/configs/tokenizer.py:{preset}", f"--workdir={workdir}", *fields]
+
+
+def start(workdir: Path, data_dir: Path, cache: Path, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "ibq_jax", *arguments(workdir, data_dir, *overrides)]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, out
+    return out
+
+
+def logged(workdir: Path) -> list[dict]:
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
+    while process.poll() is None:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and path.read_text().count("loss/total") >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"ended before step {step}: {process.communicate()[0]}")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, data_dir, cache):
+    """A run that nothing disturbed, and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    return workdir, finish(start(workdir, data_dir, cache))
+
+
+@pytest.mark.slow
+def test_a_run_says_and_leaves_what_it_should(whole, data_dir, tmp_path, capsys):
+    workdir, out = whole
+    assert "perceptual loss: OFF, because torchvision's vgg16-397923af.pth is not here" in out
+    assert f"step {STEPS}/{STEPS}" in out and "codebook used" in out
+    assert out.splitlines()[-1].startswith("next: python -m ibq_jax evaluate")
+    assert [row["step"] for row in logged(workdir) if "loss/total" in row] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in logged(workdir) if "validation/psnr" in row] == [6, 12]
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"8", "12"}  # the last 2; 12 is the best too
+    assert json.loads((workdir / "config.json").read_text())["codebook"]["size"] == 64
+
+    picture, numbers = tmp_path / "picture.png", tmp_path / "numbers.json"
+    assert main(["evaluate", f"--run={workdir}", f"--pictures={picture}", f"--json={numbers}", "--columns=3"]) == 0
+    assert "PSNR" in capsys.readouterr().out
+    measured = json.loads(numbers.read_text())
+    assert measured["step"] == STEPS and measured["images"] == 189 and measured["weights"] == "ema"
+    with Image.open(picture) as image:
+        assert image.size == (3 * 96, 4 * 96)
+
+    tokenizer = Tokenizer.load(workdir)
+    images = next(
+        evaluation_batches(open_split("openmoji", data_dir, "validation"), image_size=16, resize=16, batch_size=4)
+    )
+    codes = tokenizer.encode(images["image"])
+    assert codes.shape == (4, 8, 8) and tokenizer.decode(codes).shape == (4, 16, 16, 3)
+    np.testing.assert_array_equal(Tokenizer.load(workdir / "checkpoints" / str(STEPS)).encode(images["image"]), codes)
+    raw = Tokenizer.load(workdir, use_ema=False)
+    difference = jax.tree.map(lambda a, b: float(abs(a - b).max()), raw.params, tokenizer.params)
+    assert max(jax.tree.leaves(difference)) > 0
+
+
+@pytest.mark.slow
+def test_killed_at_a_random_step_and_started_again_it_ends_the_same_to_the_bit(whole, data_dir, cache, tmp_path):
+    workdir, kills = tmp_path / "killed", sorted(random.sample(range(1, STEPS), 2))
+    for step in kills:
+        process = start(workdir, data_dir, cache)
+        wait_for_step(process, workdir, step)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    saved = [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    out = finish(start(workdir, data_dir, cache))
+    assert not saved or f"continuing from step {max(map(int, saved))}" in out  # a kill can come before a save is whole
+    assert logged(workdir) == logged(whole[0]), f"killed at steps {kills}"
+
+
+@pytest.mark.slow
+def test_sigterm_saves_first(whole, data_dir, cache, tmp_path):
+    workdir = tmp_path / "stopped"
+    process = start(workdir, data_dir, cache)
+    wait_for_step(process, workdir, 5)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert out.splitlines()[-1].startswith("ibq_jax train: SIGTERM: saved step ")
+    saved = int(out.splitlines()[-1].split("saved step ")[1].split()[0])
+    assert 5 < saved < STEPS and (workdir / "checkpoints" / str(saved)).is_dir()
+    assert f"continuing from step {saved}" in finish(start(workdir, data_dir, cache))
+    assert logged(workdir) == logged(whole[0])
+
+
+@pytest.mark.slow
+def test_a_truncated_checkpoint_costs_only_itself(whole, data_dir, cache, tmp_path):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(whole[0], workdir)
+    files = [path for path in (workdir / "checkpoints" / "12").rglob("*") if path.is_file()]
+    os.truncate(max(files, key=lambda path: path.stat().st_size), 100)
+    out = finish(start(workdir, data_dir, cache))
+    assert f"checkpoint {workdir}/checkpoints/12 is not whole" in out and "continuing from step 8" in out
+    assert (workdir / "checkpoints" / "broken" / "12").is_dir()
+    assert logged(workdir) == logged(whole[0])
+
+
+@pytest.mark.slow
+def test_a_complete_run_is_left_alone_and_can_be_made_longer(whole, data_dir, cache, tmp_path):
+    workdir = tmp_path / "longer"
+    shutil.copytree(whole[0], workdir)
+    assert "complete: step 12 of 12" in finish(start(workdir, data_dir, cache))
+    assert logged(workdir) == logged(whole[0])
+    finish(start(workdir, data_dir, cache, "train.steps=13"))
+    assert logged(workdir)[-2]["step"] == 13
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(whole, data_dir, cache, tmp_path):
+    workdir = tmp_path / "small_disk"
+    workdir.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", workdir], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        process = start(workdir, data_dir, cache)
+        out, _ = process.communicate(timeout=600)
+        assert process.returncode == 2 and "Traceback" not in out, out
+        assert out.splitlines()[-1].startswith("ibq_jax train: cannot write a checkpoint under ")
+        subprocess.run(["mount", "-o", "remount,size=200m", workdir], check=True)
+        finish(start(workdir, data_dir, cache))
+        assert logged(workdir) == logged(whole[0])
+    finally:
+        subprocess.run(["umount", workdir], check=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "preset", "words"),
+    [
+        ((), "openmoji23", "no preset 'openmoji23'; did you mean openmoji32?"),
+        (("codebok.size=8",), "openmoji32", "no field 'codebok.size'; did you mean codebook.size?"),
+        (("codebook.size=many",), "openmoji32", "codebook.size is of type int (such as 64), which 'many' is not"),
+        (("codebook.block_size=48",), "openmoji32", "in blocks of codebook.block_size=48"),
+        (
+            ("data.batch_size=12",),
+            "openmoji32",
+            "data.batch_size=12 does not divide over 8 devices; use a multiple of 8",
+        ),
+        (("mesh.codebook=3",), "openmoji32", "does not fit 8 devices"),
+        (("data.image_size=17",), "openmoji32", "data.image_size=17 is not a multiple of the downsampling 2; try 16"),
+        (("data.resize=8",), "openmoji32", "data.resize=8 is smaller than data.image_size=16"),
+        (("data.name=photos",), "openmoji32", "no data set 'photos' in"),
+        (("data.validation_split=test",), "openmoji32", "no split 'test'; it has "),
+        (
+            ("quantizer.entropy_group_tokens=100",),
+            "openmoji32",
+            "entropy_group_tokens=100 does not divide the 512 tokens",
+        ),
+        (("discriminator.norm_group=3",), "openmoji32", "norm_group=3 does not divide the micro-batch of 8 images"),
+        (("log.every=0",), "openmoji32", "log.every=0 is not positive"),
+        (("train.steps=0",), "openmoji32", "train.steps and train.epochs are both 0"),
+        (("loss.perceptual_file=/none.pth",), "openmoji32", "loss.perceptual_file is /none.pth, which does not exist"),
+        (("dtype=float8",), "openmoji32", "dtype=float8 is not one of float32, bfloat16"),
+        (("evaluate.batch_size=12",), "openmoji32", "evaluate.batch_size=12 does not divide over 8 devices"),
+        (("seed=-1",), "openmoji32", "seed=-1"),
+        (
+            ("codebook.implementation=sparse",),
+            "openmoji32",
+            "codebook.implementation=sparse is not one of streamed, dense",
+        ),
+        (("model.channels=20",), "openmoji32", "model.channels=20 is not a multiple of 32"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(overrides, preset, words, data_dir, tmp_path, capsys):
+    assert main(arguments(tmp_path / "run", data_dir, *overrides, preset=preset)) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and error.startswith("ibq_jax train: ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "the following arguments are required: --config, --workdir"),
+        (["--config=configs/none.py:a", "--workdir=w"], "there is no file configs/none.py"),
+        (["--config=c", "--workdir=w", "--steps=3"], "unknown argument --steps=3"),
+    ],
+)
+def test_wrong_flags_are_one_line(argv, words, capsys):
+    assert main(["train", *argv]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_workdir_of_another_config_names_the_fields_that_differ(whole, data_dir, capsys):
+    workdir = whole[0]
+    before = logged(workdir)
+    assert main(arguments(workdir, data_dir, "codebook.size=128", "optimizer.learning_rate=0.5", "log.every=3")) == 2
+    error = capsys.readouterr().err
+    assert "holds a run of another config (codebook.size: 64 -> 128; optimizer.learning_rate: 0.001 -> 0.5)" in error
+    assert error.count("\n") == 1 and logged(workdir) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--run=nowhere"], "nowhere/config.json does not exist"),
+        (["--run=nowhere", "--pictures=no/such/folder.png"], "there is no folder no/such"),
+        (["--run=nowhere", "--examples=-3"], "'-3' is no whole number of at least 0"),
+        (["--run=nowhere", "--weights=best"], "invalid choice: 'best'"),
+    ],
+)
+def test_evaluate_used_wrongly_is_one_line(argv, words, capsys):
+    assert main(["evaluate", *argv]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
