@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with the pinned packages, once; a later call returns at once unless a requirements file has changed.
+# Makes .venv with the pinned packages and this one, once; a later call returns at once unless a requirements file has changed.
 #   bash launch/setup.sh [EXTRA ...]      EXTRA: torch, tests (requirements-EXTRA.txt)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,5 +15,5 @@ command -v "$python" >/dev/null || python=python3
 echo "installing ${files[*]} into .venv ..."
 arguments=()
 for file in "${files[@]}"; do arguments+=(-r "$file"); done
-.venv/bin/python -m pip install --quiet --disable-pip-version-check "${arguments[@]}" 2> >(grep -v '^WARNING: Location' >&2)
+.venv/bin/python -m pip install --quiet --disable-pip-version-check "${arguments[@]}" --editable . 2> >(grep -v '^WARNING: Location' >&2)
 touch "$marker"

@@ -59,7 +59,8 @@ def test_a_saved_config_comes_back_equal(tmp_path):
 
 
 def test_differences_name_fields_and_both_values():
-    old, new = load_config(f"{TOKENIZER}:openmoji32"), load_config(f"{TOKENIZER}:openmoji64", ["--config.mesh.fsdp=2"])
+    overrides = ["--config.model.resolution=64", "--config.data.batch_size=8", "--config.mesh.fsdp=2"]
+    old, new = load_config(f"{TOKENIZER}:openmoji32"), load_config(f"{TOKENIZER}:openmoji32", overrides)
     assert differences(old, new, ignore=("data.", "mesh.")) == ["model.resolution: 32 -> 64"]
 
 

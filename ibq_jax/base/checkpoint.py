@@ -72,7 +72,7 @@ class Checkpoints:
             raise self._unwritable(error) from error
 
     def _check_room(self, state) -> None:
-        """Before Orbax starts: its writing threads tell a full disk in hundreds of lines, some after the process's end."""
+        """Before Orbax starts: its writing threads tell a full disk in hundreds of lines, some after the end."""
         needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.directory).free
         if needed > free:
             raise self._unwritable(OSError(f"it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"))
