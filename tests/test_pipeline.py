@@ -227,3 +227,11 @@ def test_a_damaged_file_is_named(tmp_path):
     next(written.path.glob("*array_record*")).write_bytes(b"")
     with pytest.raises(UsageError, match=r"data set cut in .*, split 'train', record .* is damaged"):
         take(open_split("cut", tmp_path, "train"), 1)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_damaged_metadata_are_named(tmp_path, name):
+    written = store.write_dataset(collection("cut"), tmp_path, {})
+    (written.path / name).write_text("{")
+    with pytest.raises(UsageError, match=rf"^data set {written.path} has damaged metadata [^\n]*--overwrite$"):
+        open_split("cut", tmp_path, "train")

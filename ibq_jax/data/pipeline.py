@@ -19,7 +19,7 @@ from absl import flags
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.data.preprocess import UnreadableImage, centre_crop, decode, random_crop, resize_shorter_side
-from ibq_jax.data.store import find_dataset
+from ibq_jax.data.store import find_dataset, open_builder
 
 NO_LABEL = -1
 
@@ -72,7 +72,7 @@ def open_split(name: str, data_dir: str | os.PathLike, split: str) -> ImageSourc
     """Opens a split, e.g. "train", or one of TFDS's slices such as "train[:90%]".
 
     Raises:
-        UsageError: the data set is not in `data_dir`, is not in ArrayRecord form, or lacks the split.
+        UsageError: the data set is not in `data_dir`, is damaged, is not in ArrayRecord form, or lacks the split.
     """
     path = find_dataset(name, data_dir)
     if path is None:
@@ -82,7 +82,7 @@ def open_split(name: str, data_dir: str | os.PathLike, split: str) -> ImageSourc
             f"no data set {name!r} in {os.path.abspath(data_dir)}: "
             f"make it with python -m ibq_jax prepare {source} --data_dir={data_dir}"
         )
-    builder = tfds.builder_from_directory(path)
+    builder = open_builder(path)
     if "image" not in builder.info.features:
         raise UsageError(f"data set {path} has no images; it has {', '.join(builder.info.features)}")
     if split.partition("[")[0] not in builder.info.splits:

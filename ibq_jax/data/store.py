@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tensorflow_datasets as tfds
+from google.protobuf.json_format import ParseError
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tqdm import tqdm
 
@@ -49,9 +50,18 @@ def find_dataset(name: str, data_dir: str | os.PathLike) -> Path | None:
     return max(versions, key=lambda path: tfds.core.Version(path.name), default=None)
 
 
+def open_builder(path: Path) -> tfds.core.DatasetBuilder:
+    """The data set at `path`, as TFDS reads it. Raises UsageError when its metadata are damaged."""
+    try:
+        return tfds.builder_from_directory(path)
+    except (ValueError, ParseError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"data set {path} has damaged metadata ({reason}): prepare it with --overwrite") from error
+
+
 def made_with(path: Path) -> Mapping[str, str | int | float] | None:
     """The settings that the data set at `path` was written with; None where something else wrote it."""
-    return tfds.builder_from_directory(path).info.metadata.get("settings")
+    return open_builder(path).info.metadata.get("settings")
 
 
 def write_dataset(
