@@ -10,12 +10,13 @@ import os
 import sys
 from pathlib import Path
 
-from ibq_jax.base.errors import UsageError
+from ibq_jax.base.errors import Failed, UsageError
 
 COMMANDS = {
     "prepare": "makes a data set: openmoji, a folder of images, tar shards, ImageNet",
     "train": "trains a config in a work folder, or continues what is there",
     "evaluate": "measures a trained tokenizer's reconstructions on its validation split",
+    "plan": "compiles a config's training step for TPUs that are not here: memory, time at best, collectives",
 }
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
         return 2
     cache = Path("~/.cache/ibq_jax/compiled").expanduser()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))  # the second start skips most of the compilation
-    from ibq_jax.base.loop import Interrupted, TrainingStopped  # not before --help: JAX takes a second to import
+    from ibq_jax.base.loop import Interrupted  # not before --help: JAX takes a second to import
 
     try:
         importlib.import_module(f"ibq_jax.commands.{name}").main(rest)
@@ -47,8 +48,8 @@ def main(argv: list[str]) -> int:
         else:
             raise
         return 2
-    except TrainingStopped as stopped:
-        print(f"ibq_jax {name}: {stopped}", file=sys.stderr)
+    except Failed as failed:
+        print(f"ibq_jax {name}: {failed}", file=sys.stderr)
         return 1
     except Interrupted as interrupted:
         print(f"ibq_jax {name}: {interrupted}", file=sys.stderr)

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
 # Makes .venv with the pinned packages and this one, once; a later call returns at once unless a requirements file has changed.
-#   bash launch/setup.sh [EXTRA ...]      EXTRA: torch, tests (requirements-EXTRA.txt)
+#   bash launch/setup.sh [EXTRA ...]      EXTRA: tests, torch, tpu, cuda (requirements-EXTRA.txt); VENV=DIR makes another
 set -euo pipefail
 cd "$(dirname "$0")/.."
+venv=${VENV:-.venv}
 files=(requirements.txt)
 for extra in "$@"; do files+=("requirements-$extra.txt"); done
 stamp=$(cat "${files[@]}" | sha256sum | cut -c1-16)
-marker=.venv/installed-$(IFS=-; echo "$*")-$stamp
+marker=$venv/installed-$(IFS=-; echo "$*")-$stamp
 [ -e "$marker" ] && exit 0
 python=${PYTHON:-python3.11}
 command -v "$python" >/dev/null || python=python3
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; set PYTHON=/path/to/it" >&2; exit 2; }
-[ -d .venv ] || "$python" -m venv .venv
-echo "installing ${files[*]} into .venv ..."
+[ -d "$venv" ] || "$python" -m venv "$venv"
+echo "installing ${files[*]} into $venv ..."
 arguments=()
 for file in "${files[@]}"; do arguments+=(-r "$file"); done
-.venv/bin/python -m pip install --quiet --disable-pip-version-check "${arguments[@]}" --editable . 2> >(grep -v '^WARNING: Location' >&2)
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${arguments[@]}" --editable . 2> >(grep -v '^WARNING: Location' >&2)
 touch "$marker"

@@ -19,11 +19,12 @@ import jax
 import numpy as np
 
 from ibq_jax.base.checkpoint import Checkpoints
+from ibq_jax.base.errors import Failed
 from ibq_jax.base.sharding import global_batch
 from ibq_jax.base.telemetry import Telemetry
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(Failed):
     """Training went wrong by itself (a collapse, a non-finite loss); the message says what was seen and what to try."""
 
 

@@ -66,6 +66,19 @@ def load_weights(path: str | Path) -> dict:
         return {"stages": stages, "heads": [heads[f"lin{i}"] for i in range(len(STAGES))]}
 
 
+def weight_shapes() -> dict:
+    """Shapes and types of what `load_weights` returns, without the user's file."""
+    stages, in_channels = [], 3
+    for stage in STAGES:
+        convolutions = []
+        for _, channels in stage:
+            kernel = jax.ShapeDtypeStruct((3, 3, in_channels, channels), jnp.float32)
+            convolutions.append({"kernel": kernel, "bias": jax.ShapeDtypeStruct((channels,), jnp.float32)})
+            in_channels = channels
+        stages.append(convolutions)
+    return {"stages": stages, "heads": [jax.ShapeDtypeStruct((stage[-1][1],), jnp.float32) for stage in STAGES]}
+
+
 def _tensor(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], path: str | Path) -> np.ndarray:
     if name not in tensors:
         raise UsageError(f"{path}: not torchvision's VGG16, for it has no tensor {name}")

@@ -17,10 +17,11 @@ from ibq_jax.base.checkpoint import Checkpoints, Restored
 from ibq_jax.base.config import differences, read_config, save_config
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.loop import Loop, Pace
-from ibq_jax.base.sharding import abstract_state, batch_sharding, create_sharded, make_mesh, replicated
+from ibq_jax.base.sharding import abstract_state, create_sharded, make_mesh
 from ibq_jax.base.telemetry import Telemetry
 from ibq_jax.data.pipeline import open_split, training_batches
 from ibq_jax.tokenizer.check import check_config
+from ibq_jax.tokenizer.compile import jit_train_step
 from ibq_jax.tokenizer.perceptual import find_weights, load_weights
 from ibq_jax.tokenizer.train import TokenizerState, Trainer
 from ibq_jax.tokenizer.watch import check_collapse
@@ -56,14 +57,7 @@ class TokenizerStage:
 
     @cached_property
     def _compiled_step(self):
-        _, shardings = abstract_state(self._trainer.create_state, self._trainer.mesh, 0)
-        mesh = self._trainer.mesh
-        return jax.jit(
-            self._trainer.train_step,
-            in_shardings=(shardings, replicated(mesh), batch_sharding(mesh)),
-            out_shardings=(shardings, replicated(mesh)),
-            donate_argnums=0,
-        )
+        return jit_train_step(self._trainer)
 
     def step(self, state: TokenizerState, batch: Mapping[str, jax.Array]):
         return self._compiled_step(state, self._perceptual, batch["image"])

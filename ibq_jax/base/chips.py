@@ -1,0 +1,83 @@
+"""What a TPU chip can do, and topologies of chips that are not here, for compiling ahead of time."""
+
+import difflib
+import importlib.util
+import math
+import os
+import re
+from dataclasses import dataclass
+
+import jax
+from jax.experimental import topologies
+
+from ibq_jax.base.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Peaks of one chip. Where each comes from: `source`."""
+
+    name: str
+    flops: float  # bfloat16 operations a second
+    hbm_bytes: float
+    hbm_bytes_per_second: float
+    ici_bytes_per_second: float  # to all neighbours together, one direction
+    source: str
+    dimensions: int  # of the torus
+    options: tuple[tuple[str, str], ...] = ()  # that make libtpu show a chip as one device
+
+
+DOCUMENTATION = "https://docs.cloud.google.com/tpu/docs/"
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 275e12, 32 * 2**30, 1228e9, 300e9, DOCUMENTATION + "v4", 3, (("chip_config_name", "megacore"),)),
+        Chip("v5e", 197e12, 16 * 2**30, 819e9, 200e9, DOCUMENTATION + "v5e", 2),
+        Chip("v5p", 459e12, 95 * 2**30, 2765e9, 600e9, DOCUMENTATION + "v5p", 3),
+        Chip("v6e", 918e12, 32 * 2**30, 1640e9, 448e9, DOCUMENTATION + "v6e", 2),
+    )
+}
+SHAPES = {
+    2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    3: ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
+}
+# Read by libtpu when it loads: no lock against other processes, no question to a cloud's metadata server.
+ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+}
+INSTALL = "VENV=.venv-tpu bash launch/setup.sh tpu"
+
+
+def topology_devices(name: str) -> tuple[Chip, list[jax.Device]]:
+    """The chip and the devices of a topology such as "v5e:16x16", which need not exist anywhere near.
+
+    Raises UsageError for a name that libtpu does not know (with near ones), or when libtpu is not installed.
+    """
+    family, _, shape = name.partition(":")
+    if family not in CHIPS:
+        raise UsageError(f"topology {name!r}: no chip {family!r}; the chips are {', '.join(CHIPS)}, as in v5e:4x4")
+    chip = CHIPS[family]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{chip.dimensions - 1}}}", shape):
+        raise UsageError(f"topology {name!r} is not a shape of {chip.dimensions} dimensions; {_near(chip, shape)}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UsageError(f"the TPU compiler (libtpu) is not installed here; {INSTALL} makes an environment with it")
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    options = dict(chip.options)
+    if math.prod(map(int, shape.split("x"))) == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    try:
+        topology = topologies.get_topology_desc(name, "tpu", **options)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"libtpu does not know the topology {name!r} ({reason}); {_near(chip, shape)}") from error
+    return chip, list(topology.devices)
+
+
+def _near(chip: Chip, shape: str) -> str:
+    shapes = SHAPES[chip.dimensions]
+    near = difflib.get_close_matches(shape, shapes, n=3, cutoff=0.1) or shapes
+    return "near ones: " + ", ".join(f"{chip.name}:{name}" for name in near)

@@ -1,0 +1,305 @@
+"""What a compiled XLA module does, read off its text: memory traffic, matrix products and collectives of one device.
+
+XLA's own cost analysis counts the body of a loop once, however often it runs, and bytes that never leave a TPU's vector
+memory like those that do. Here a body counts as often as its loop runs, and only main memory (HBM) counts.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BOOKKEEPING = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id", "replica-id")
+ORDERING = ("after-all", "opt-barrier", "domain", "add-dependency", "while", "call", "conditional")
+NO_TRAFFIC = {*BOOKKEEPING, *ORDERING}  # what they call is counted by itself
+
+ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([^{}]*)\})?")
+INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
+COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of an instruction's result."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    in_hbm: bool
+    bytes: int  # as laid out, with the padding of its tiles
+
+
+@dataclass
+class Instruction:
+    name: str
+    opcode: str
+    arrays: list[Array]
+    operands: list[str]
+    attributes: str
+
+    @property
+    def hbm_bytes(self) -> int:
+        return sum(array.bytes for array in self.arrays if array.in_hbm)
+
+    @property
+    def called(self) -> list[str]:
+        branches = BRANCHES.search(self.attributes)
+        names = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
+        return names + CALLED.findall(self.attributes)
+
+    @property
+    def op_name(self) -> str:
+        """Where in the traced program it comes from."""
+        found = OP_NAME.search(self.attributes)
+        return found[1] if found else ""
+
+
+@dataclass
+class Computation:
+    name: str
+    instructions: dict[str, Instruction] = field(default_factory=dict)
+    root: str = ""
+
+    @cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        users = defaultdict(list)
+        for instruction in self.instructions.values():
+            for operand in dict.fromkeys(instruction.operands):
+                users[operand].append(instruction)
+        return users
+
+    @cached_property
+    def parameters(self) -> list[Instruction]:
+        """In the order of their numbers."""
+        found = [i for i in self.instructions.values() if i.opcode == "parameter"]
+        return sorted(found, key=lambda i: int(i.operands[0]))
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective operation: `times` it runs, and on each the bytes that one device holds of its result."""
+
+    kind: str
+    groups: tuple[tuple[int, ...], ...]
+    bytes: int
+    times: int
+    op_name: str
+
+
+class Module:
+    """A compiled module's text (`jax.stages.Compiled.as_text()`), after partitioning: one device's program."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, Computation] = {}
+        self.entry = ""
+        self._parse(text)
+
+    def _parse(self, text: str) -> None:
+        current = None
+        for line in text.splitlines():
+            if current is None:
+                header = COMPUTATION.match(line)
+                if header and " -> " in line:
+                    current = self.computations[header[2]] = Computation(header[2])
+                    self.entry = header[2] if header[1] else self.entry
+            elif line.startswith("}"):
+                current = None
+            elif found := INSTRUCTION.match(line):
+                instruction = _instruction(found[2], line[found.end() :])
+                current.instructions[instruction.name] = instruction
+                current.root = instruction.name if found[1] else current.root
+
+    def executed(self) -> Iterator[tuple[Computation, Instruction, int]]:
+        """Every instruction that runs by itself (those inside fusions do not), and how often."""
+        stack = [(self.entry, 1)]
+        while stack:
+            name, times = stack.pop()
+            computation = self.computations[name]
+            for instruction in computation.instructions.values():
+                yield computation, instruction, times
+                if instruction.opcode == "while":
+                    body = re.search(r"body=%?([\w.\-]+)", instruction.attributes)[1]
+                    stack.append((body, times * self.trip_count(instruction)))
+                elif instruction.opcode in ("call", "conditional"):
+                    stack += [(called, times) for called in instruction.called]
+
+    def trip_count(self, loop: Instruction) -> int:
+        """How often the body of a `while` runs: as XLA says, or the bound in its condition (loops count from 0)."""
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if known:
+            return int(known[1])
+        condition = self.computations[re.search(r"condition=%?([\w.\-]+)", loop.attributes)[1]]
+        bounds = [i.operands[0] for i in condition.instructions.values() if i.opcode == "constant"]
+        return max((int(bound) for bound in bounds if bound.isdigit()), default=1)
+
+    def hbm_traffic(self) -> dict[str, float]:
+        """Bytes that one device reads and writes in HBM, by the name of the operation in the traced program."""
+        traffic = defaultdict(float)
+        for computation, instruction, times in self.executed():
+            traffic[instruction.op_name or instruction.opcode] += times * self._traffic(computation, instruction)
+        return dict(traffic)
+
+    def _traffic(self, computation: Computation, instruction: Instruction) -> float:
+        if instruction.opcode in NO_TRAFFIC or instruction.opcode.endswith("-done"):
+            return 0.0
+        operands = [computation.instructions[name] for name in dict.fromkeys(instruction.operands)]
+        if instruction.opcode in ("copy-start", "slice-start"):  # the result names source and destination
+            moved = min(array.bytes for array in instruction.arrays[:2])
+            return moved * sum(array.in_hbm for array in instruction.arrays[:2])
+        if instruction.opcode == "fusion":
+            fused = self.computations[instruction.called[0]]
+            read = sum(
+                min(operand.hbm_bytes, self._read(fused, parameter))
+                for operand, parameter in zip(
+                    (computation.instructions[name] for name in instruction.operands), fused.parameters, strict=True
+                )
+            )
+            return read + min(instruction.hbm_bytes, self._written(fused, fused.root))
+        if instruction.opcode in ("dynamic-slice", "gather"):
+            return 2 * instruction.hbm_bytes
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * operands[1].hbm_bytes
+        return sum(operand.hbm_bytes for operand in operands) + instruction.hbm_bytes
+
+    def _read(self, computation: Computation, source: Instruction) -> float:
+        """Bytes of a fusion's parameter that are read: the slices only, where slices are all that is used."""
+        total = 0.0
+        for user in computation.users[source.name]:
+            if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == source.name:
+                total += _size(user)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
+                continue  # updated in place
+            elif user.opcode == "bitcast":
+                total += self._read(computation, user)
+            elif user.opcode == "fusion":
+                nested = self.computations[user.called[0]]
+                total += self._read(nested, nested.parameters[user.operands.index(source.name)])
+            else:
+                return math.inf
+        return total
+
+    def _written(self, computation: Computation, name: str) -> float:
+        """Bytes of a fusion's result that are written: the update only, where a slice is updated in place."""
+        result = computation.instructions[name]
+        if result.opcode == "dynamic-update-slice":
+            return _size(computation.instructions[result.operands[1]])
+        if result.opcode == "bitcast":
+            return self._written(computation, result.operands[0])
+        if result.opcode == "tuple":
+            return sum(self._written(computation, operand) for operand in result.operands)
+        if result.opcode == "fusion":
+            nested = self.computations[result.called[0]]
+            return self._written(nested, nested.root)
+        return _size(result)
+
+    def loop_flops(self) -> float:
+        """Operations of matrix products in loops beyond those of one run of each body, which XLA's own count has."""
+        return sum((times - 1) * self._product_flops(c, i) for c, i, times in self.executed() if times > 1)
+
+    def _product_flops(self, computation: Computation, instruction: Instruction) -> float:
+        if instruction.opcode == "fusion":
+            fused = self.computations[instruction.called[0]]
+            return sum(self._product_flops(fused, inner) for inner in fused.instructions.values())
+        if instruction.opcode not in ("dot", "convolution"):
+            return 0.0
+        left, right = (computation.instructions[name].arrays[0].shape for name in instruction.operands[:2])
+        outputs = math.prod(instruction.arrays[0].shape)
+        if instruction.opcode == "dot":
+            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
+            return 2.0 * outputs * math.prod(left[int(i)] for i in contracted.split(",") if i)
+        kernel = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)[1]
+        return 2.0 * outputs * math.prod(right) / right[kernel.index("o")]
+
+    def collectives(self) -> list[Collective]:
+        found = []
+        for computation, instruction, times in self.executed():
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES and not instruction.opcode.endswith("-done"):
+                operands = sum(
+                    array.bytes for o in instruction.operands for array in computation.instructions[o].arrays
+                )
+                whole = max(operands, max((a.bytes for a in instruction.arrays), default=0))
+                found.append(Collective(kind, _groups(instruction), whole, times, instruction.op_name))
+        return found
+
+
+def _size(instruction: Instruction) -> int:
+    return sum(array.bytes for array in instruction.arrays)
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    opcode = OPCODE.match(text, end)
+    closing = _closing(text, opcode.end() - 1)
+    inside = text[opcode.end() : closing]
+    operands = [inside] if opcode[1] in ("parameter", "constant") else re.findall(r"%([\w.\-]+)", inside)
+    return Instruction(name, opcode[1], _arrays(text[:end]), operands, text[closing + 1 :])
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for position in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[position], 0)
+        if depth == 0:
+            return position
+    raise ValueError(f"unbalanced: {text[:200]}")
+
+
+def _arrays(text: str) -> list[Array]:
+    found = []
+    for dtype, dims, layout in ARRAY.findall(text):
+        shape = tuple(int(size) for size in dims.split(",") if size)
+        space = re.search(r"S\((\d+)\)", layout)
+        size = math.prod(_padded(shape, layout)) * BYTES.get(dtype, _width(dtype))
+        found.append(Array(dtype, shape, space is None or space[1] == "0", math.ceil(size)))
+    return found
+
+
+def _width(dtype: str) -> float:
+    bits = re.search(r"\d+", dtype)
+    return int(bits[0]) / 8 if bits else 0
+
+
+def _padded(shape: tuple[int, ...], layout: str) -> list[int]:
+    """Sizes with the minor-most dimensions rounded up to the layout's first tile, such as T(8,128)."""
+    order, _, tiling = layout.partition(":")
+    tile = re.match(r"T\(([\d,]+)\)", tiling)
+    sizes = list(shape)
+    if not tile or not sizes or not order:
+        return sizes
+    minor_first = [int(i) for i in order.split(",")]
+    for dimension, multiple in zip(minor_first, reversed([int(size) for size in tile[1].split(",")]), strict=False):
+        sizes[dimension] = -(-sizes[dimension] // multiple) * multiple
+    return sizes
+
+
+def _groups(instruction: Instruction) -> tuple[tuple[int, ...], ...]:
+    """The devices that take part together, as positions in the program's device order."""
+    pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", instruction.attributes)
+    if pairs:
+        return tuple(tuple(map(int, pair.split(","))) for pair in re.findall(r"\{([\d,]+)\}", pairs[1]))
+    listed = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", instruction.attributes)
+    if listed:
+        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.attributes)
+    if not iota:
+        return ()
+    count, size = int(iota[1]), int(iota[2])
+    ids = _transposed([int(n) for n in iota[3].split(",")], [int(n) for n in iota[4].split(",")] if iota[4] else None)
+    return tuple(tuple(ids[i * size : (i + 1) * size]) for i in range(count))
+
+
+def _transposed(shape: list[int], order: list[int] | None) -> list[int]:
+    """0, 1, 2, ... laid out as `shape`, transposed to `order`, read row by row."""
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    ids = [0]
+    for axis in order or range(len(shape)):
+        ids = [i + strides[axis] * j for i in ids for j in range(shape[axis])]
+    return ids
