@@ -47,6 +47,7 @@ def _imagenet256(codebook_size: int, epochs: int = 330, drop_epochs: tuple[int, 
     config.model.num_res_blocks = 4
     config.model.attention_resolutions = (16,)
     config.model.z_channels = 256
+    config.model.remat = "none"  # or "blocks": insides of residual blocks are computed again, not kept
 
     config.codebook = ConfigDict()
     config.codebook.size = codebook_size

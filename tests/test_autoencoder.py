@@ -92,3 +92,19 @@ def test_channels_that_do_not_divide_into_norm_groups_are_refused():
     encoder = Encoder(**LAYOUT | {"channels": 24})
     with pytest.raises(UsageError, match=r"24 channels.*multiple of 32"):
         jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+def test_computing_blocks_again_changes_no_gradient(params):
+    images = jax.random.uniform(jax.random.key(2), (2, 32, 32, 3), minval=-1.0)
+
+    def compiled(remat):
+        def loss(weights):
+            return jnp.sum(Encoder(**LAYOUT, remat=remat).apply({"params": weights}, images) ** 2)
+
+        return jax.jit(jax.grad(loss)).lower(params["encoder"]).compile()
+
+    kept, again = compiled("none"), compiled("blocks")
+    for gradient, expected in zip(*(jax.tree.leaves(run(params["encoder"])) for run in (again, kept)), strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    flops = [run.cost_analysis()["flops"] for run in (kept, again)]
+    assert 1.03 * flops[0] < flops[1]  # of a block's six products of convolutions one more: the first's, for the second

@@ -4,6 +4,7 @@
 """
 
 import functools
+import itertools
 import math
 import re
 from pathlib import Path
@@ -18,11 +19,12 @@ from jax.sharding import PartitionSpec as P
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import AXES, CODEBOOK, make_mesh
 from ibq_jax.ops import index_backprop, nearest_codes
+from ibq_jax.ops.streamed import chunk_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-4  # relative to the largest magnitude of the released code's array
 EXACT = 1e-5  # likewise, between two forms of the same float32 formula
-MESHES = [(8, 1, 1), (2, 1, 4), (1, 1, 8), (4, 2, 1), (2, 2, 2)]
+MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(sizes) == 8]
 
 
 def assert_close(actual, expected, tolerance=EXACT):
@@ -118,6 +120,24 @@ def test_groups_are_consecutive_tokens(implementation):
     grouped = functools.partial(index_backprop, entropy_group_tokens=12, implementation=implementation)
     groups = [quantize(part, codebook).avg_entropy for part in jnp.split(z, 4)]
     assert_close(jax.jit(grouped)(z, codebook).avg_entropy, np.mean(groups))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 4)])
+@pytest.mark.parametrize("group", [1024, 512, 2048])
+def test_groups_taken_in_chunks(sizes, group):
+    """8,192 tokens: a device holds 8 or 4 chunks of 1,024, in one group or two, or half as many of 2,048."""
+    assert chunk_tokens(8192, group) == max(1024, group)
+    z, codebook, cotangent = random_inputs(8192, 8, 48, scale=0.3)
+    arguments = {"entropy_temperature": 0.2, "entropy_group_tokens": group}
+    dense = value_and_gradients(cotangent, implementation="dense", **arguments)
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)])
+    assert_same(value_and_gradients(cotangent, mesh=mesh, **arguments)(z, codebook), dense(z, codebook))
+
+
+def test_chunks_are_whole_groups_or_everything():
+    assert chunk_tokens(6144, 96) == 1536  # 64 groups of 96: 16 are the first divisor that makes 1,024
+    assert chunk_tokens(96, 24) == 96
+    assert chunk_tokens(96, 64) == 96
 
 
 @pytest.mark.parametrize("implementation", ["dense", "streamed"])

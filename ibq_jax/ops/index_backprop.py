@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import CODEBOOK
-from ibq_jax.ops.streamed import LOG_EPSILON, Stream, streamed_nearest_codes, streamed_quantize
+from ibq_jax.ops.streamed import LOG_EPSILON, Stream, chunk_tokens, streamed_nearest_codes, streamed_quantize
 
 BLOCK_BYTES = 8 * 2**20
 
@@ -62,8 +62,8 @@ def index_backprop(
         0 = all N. A property of the loss: the number of devices does not enter. The streamed form keeps K numbers
         for each group.
       block_size: codes that the streamed form handles at once; it must divide the codes of one device. 0 = as many as
-        keep one float32 [tokens, block_size] array within 8 MiB, or 4 times the size of z where that is more; at most
-        three such arrays live at a time.
+        keep one float32 [chunk, block_size] array within 8 MiB, or 4 times the size of the chunk of z where that is
+        more; a chunk is a device's tokens, or the whole entropy groups among them that make about a thousand.
       implementation: "streamed", or "dense", which ignores block_size and leaves a mesh to the partitioner.
       mesh: None runs on one device (or as the partitioner likes). A mesh with the axes of `ibq_jax.base.sharding`
         splits tokens over all its axes and the codebook's rows over `codebook`.
@@ -86,14 +86,14 @@ def index_backprop(
         return _dense(z, codebook, entropy_temperature, group_tokens)
     if implementation != "streamed":
         raise UsageError(f"implementation={implementation!r} does not exist; it is 'streamed' or 'dense'")
-    stream = _stream(z, codebook, block_size, mesh)
+    stream = _stream(z, codebook, block_size, mesh, group_tokens)
     return IndexBackprop(*streamed_quantize(z, codebook, entropy_temperature, group_tokens, stream))
 
 
 def nearest_codes(z: jax.Array, codebook: jax.Array, *, block_size: int = 0, mesh: Mesh | None = None) -> jax.Array:
     """The `indices` of `index_backprop` alone, [N] int32: one streamed product. Arguments and errors are the same."""
     _check_arrays(z, codebook)
-    return streamed_nearest_codes(z, codebook, _stream(z, codebook, block_size, mesh))
+    return streamed_nearest_codes(z, codebook, _stream(z, codebook, block_size, mesh, group_tokens=z.shape[0]))
 
 
 def _dense(z: jax.Array, codebook: jax.Array, temperature: float, group_tokens: int) -> IndexBackprop:
@@ -122,7 +122,7 @@ def _check_arrays(z: jax.Array, codebook: jax.Array) -> None:
         raise ValueError(f"expected float32 or bfloat16, got z {z.dtype} and codebook {codebook.dtype}")
 
 
-def _stream(z: jax.Array, codebook: jax.Array, block_size: int, mesh: Mesh | None) -> Stream:
+def _stream(z: jax.Array, codebook: jax.Array, block_size: int, mesh: Mesh | None, group_tokens: int) -> Stream:
     (tokens, width), codes = z.shape, codebook.shape[0]
     if mesh is not None:
         shards = mesh.shape[CODEBOOK]
@@ -132,7 +132,7 @@ def _stream(z: jax.Array, codebook: jax.Array, block_size: int, mesh: Mesh | Non
             raise UsageError(f"a codebook of {codes} codes does not divide over mesh axis {CODEBOOK}={shards}")
         tokens, codes = tokens * shards // mesh.size, codes // shards
     if block_size == 0:
-        most = max(BLOCK_BYTES // (4 * tokens), 4 * width)
+        most = max(BLOCK_BYTES // (4 * chunk_tokens(tokens, group_tokens)), 4 * width)
         block_size = max(size for size in _divisors(codes) if size <= most)
     if block_size < 0 or codes % block_size:
         raise UsageError(

@@ -20,14 +20,16 @@ The codebook is walked over in blocks, three times, and a block's logits l = E z
 
 dl holds the derivatives of two softmaxes, x -> p (x - sum p x); r, u and H are their inner sums. Because v is free of
 cotangents, u is had in the forward pass. All in all seven products of N K D multiplications (l three times, mu, g E^T,
-dz, dE) and five exponentials of N K elements. Kept in between: mu [D, N], v [K, R] and six numbers a token.
+dz, dE) and five exponentials of N K elements. Kept in between: mu [N, D], v [K, R] and six numbers a token.
 
 Every column of dl sums to zero, but for rounding: g_n . e_k and r_n come from different products. For a confident token
 nearly all of the excess lies in its winner's entry, p = 1 times a difference that should vanish, and may outweigh the
 gradient itself. So pass 3 sums the columns too, and takes the winner's share, p_in times the excess, off that entry.
 
 Entropy groups of G tokens need not match devices. A run is gcd(G, a device's tokens) tokens, so that both consist of
-whole runs; a and v have a column for every run, which for runs of the same group are equal.
+whole runs; a and v have a column for every run, which for runs of the same group are equal. Where a device holds whole
+groups, which need nothing of each other, every pass takes them in chunks of about a thousand tokens, one after another:
+blocks can then have more codes, and a block's columns need no dividing into groups, which a TPU does by copying.
 
 On a mesh, tokens lie on all axes and codes on axis `codebook`. Each device gathers the tokens of its neighbours along
 `codebook`, walks over its own codes, and combines maxima and sums along that axis; z_q, mu and dz are scattered back to
@@ -50,10 +52,10 @@ from jax.sharding import PartitionSpec as P
 from ibq_jax.base.sharding import AXES, CODEBOOK, DATA, FSDP
 
 LOG_EPSILON = 1e-5  # eps: within the logarithm of avg_entropy, as in the released code
+LEAST_CHUNK = 1024  # tokens; products of fewer do not keep a TPU's matrix units busy
 NO_CODE = jnp.iinfo(jnp.int32).max
 
 OWNED = P(AXES)  # per token, split over every device
-OWNED_LAST = P(None, AXES)
 GATHERED = P((DATA, FSDP))  # per token, equal along `codebook`
 CODES = P(CODEBOOK)
 CODES_BY_RUNS = P(CODEBOOK, (DATA, FSDP))
@@ -132,11 +134,11 @@ class _Saved(NamedTuple):
     log_s_tau: jax.Array  # [N]  log S
     h: jax.Array  # [N]
     u: jax.Array  # [N]
-    mu: jax.Array  # [D, N]
+    mu: jax.Array  # [N, D]
     v: jax.Array  # [K, R]
 
 
-SAVED = _Saved(*[GATHERED] * 6, mu=OWNED_LAST, v=CODES_BY_RUNS)
+SAVED = _Saved(*[GATHERED] * 6, mu=OWNED, v=CODES_BY_RUNS)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -180,17 +182,20 @@ def _maxima(plan: _Plan, z: jax.Array, codebook: jax.Array) -> tuple[jax.Array, 
     """Pass 1: m, i, S [N], and the largest |l| []."""
     stream, tau = plan.stream, plan.temperature
 
-    def step(carry, block):
-        best, s_tau, lowest = carry
-        rows, codes = block
-        logits = _product("kd,nd->kn", rows, z)
-        improved = _improve(best, logits, codes)
-        m_before, m = best[0], improved[0]
-        s_tau = s_tau * jnp.exp((m_before - m) / tau) + jnp.exp((logits - m[None]) / tau).sum(axis=0)
-        return (improved, s_tau, jnp.minimum(lowest, logits.min(axis=0))), None
+    def chunk(z):
+        def step(carry, block):
+            best, s_tau, lowest = carry
+            rows, codes = block
+            logits = _product("kd,nd->kn", rows, z)
+            improved = _improve(best, logits, codes)
+            m_before, m = best[0], improved[0]
+            s_tau = s_tau * jnp.exp((m_before - m) / tau) + jnp.exp((logits - m[None]) / tau).sum(axis=0)
+            return (improved, s_tau, jnp.minimum(lowest, logits.min(axis=0))), None
 
-    start = (_no_best(z), _per_token(z, 0.0), _per_token(z, jnp.inf))
-    (best, s_tau, lowest), _ = stream.scan(step, start, (codebook, _own_codes(codebook, stream)))
+        start = (_no_best(z), _per_token(z, 0.0), _per_token(z, jnp.inf))
+        return stream.scan(step, start, (codebook, _own_codes(codebook, stream)))[0]
+
+    best, s_tau, lowest = _joined(lax.map(chunk, _chunks(plan, z)))
     m, indices = _best_of_devices(best, stream)
     s_tau = lax.psum(s_tau * jnp.exp((best[0] - m) / tau), stream.code_axes)
     largest = lax.pmax(jnp.maximum(m, -lowest).max(), stream.token_axes + stream.code_axes)
@@ -200,67 +205,118 @@ def _maxima(plan: _Plan, z: jax.Array, codebook: jax.Array) -> tuple[jax.Array, 
 def _expectations(
     plan: _Plan, z: jax.Array, codebook: jax.Array, m: jax.Array, log_s_tau: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Pass 2: s [N], mu [D, N] of the device's own tokens, H and u [N], avg_entropy [] and v [K, R]."""
+    """Pass 2: s [N], mu [N, D] of the device's own tokens, H and u [N], avg_entropy [] and v [K, R]."""
     stream, tau, run_tokens = plan.stream, plan.temperature, _run_tokens(plan, z)
 
-    def step(carry, rows):
-        s, mu, q_below, u, a_log_a = carry
-        below = _product("kd,nd->kn", rows, z) - m[None]
-        weight = jnp.exp(below)
-        q = jnp.exp(below / tau - log_s_tau[None])
-        a = _group_means(plan, q, run_tokens)
-        log_a = jnp.log(a + LOG_EPSILON)
-        v = -log_a - a / (a + LOG_EPSILON)
-        sums = (
-            s + weight.sum(axis=0),
-            mu + _product("kd,kn->dn", rows, weight.astype(rows.dtype)),
-            q_below + (q * below).sum(axis=0),
-            u + (q * _to_tokens(v, run_tokens)).sum(axis=0),
-            a_log_a + (a * log_a).sum(),
-        )
-        return sums, v
+    def chunk(arrays):
+        z, m, log_s_tau = arrays
 
-    zeros = _per_token(z, 0.0)
-    start = (zeros, jnp.zeros_like(z.T, jnp.float32), zeros, zeros, zeros[0])
-    (s, mu, q_below, u, a_log_a), v = stream.scan(step, start, codebook)
+        def step(carry, rows):
+            s, mu, q_below, u, a_log_a = carry
+            below = _product("kd,nd->kn", rows, z) - m[None]
+            weight = jnp.exp(below)
+            q = jnp.exp(below / tau - log_s_tau[None])
+            a = _group_means(plan, q, run_tokens)
+            log_a = jnp.log(a + LOG_EPSILON)
+            v = -log_a - a / (a + LOG_EPSILON)
+            sums = (
+                s + weight.sum(axis=0),
+                mu + _product("kd,kn->dn", rows, weight.astype(rows.dtype)),
+                q_below + (q * below).sum(axis=0),
+                u + (q * _to_tokens(v, run_tokens)).sum(axis=0),
+                a_log_a + (a * log_a).sum(),
+            )
+            return sums, v
+
+        zeros = _per_token(z, 0.0)
+        start = (zeros, jnp.zeros_like(z.T, jnp.float32), zeros, zeros, zeros[0])
+        (s, mu, q_below, u, a_log_a), v = stream.scan(step, start, codebook)
+        return (s, mu.T, q_below, u), a_log_a, v
+
+    sums, a_log_a, v = lax.map(chunk, _chunks(plan, (z, m, log_s_tau)))
+    s, mu, q_below, u = _joined(sums)
+    v = v.swapaxes(0, 1).reshape(codebook.shape[0], -1)
     s, q_below, u = lax.psum((s, q_below, u), stream.code_axes)
-    mu = lax.psum_scatter(mu, stream.code_axes, scatter_dimension=1, tiled=True)
-    avg_entropy = -lax.psum(a_log_a, stream.token_axes + stream.code_axes) * run_tokens / plan.tokens
-    return s, mu, log_s_tau - q_below / tau, u, avg_entropy, v
+    mu = lax.psum_scatter(mu, stream.code_axes, tiled=True)
+    a_log_a = lax.psum(a_log_a.sum(), stream.token_axes + stream.code_axes)
+    return s, mu, log_s_tau - q_below / tau, u, -a_log_a * run_tokens / plan.tokens, v
 
 
 def _local_backward(plan: _Plan, z, codebook, saved: _Saved, g, g_sample, g_avg) -> tuple[jax.Array, jax.Array]:
     """Pass 3: dz of the device's own tokens, dE of its own codes."""
     stream, tau = plan.stream, plan.temperature
-    r = lax.all_gather(jnp.einsum("nd,dn->n", g, saved.mu), stream.code_axes, tiled=True) / saved.s
+    r = lax.all_gather(jnp.einsum("nd,nd->n", g, saved.mu), stream.code_axes, tiled=True) / saved.s
     z = lax.all_gather(z, stream.code_axes, tiled=True)
     g = lax.all_gather(g, stream.code_axes, tiled=True)
-    g_operand = g.astype(z.dtype)
     g_sample, g_avg = g_sample / (plan.tokens * tau), g_avg / (plan.tokens * tau)
     inner = g_avg * saved.u + g_sample * saved.h
     run_tokens = _run_tokens(plan, z)
 
-    def step(carry, block):
-        dz, excess = carry
-        rows, v = block
-        below = _product("kd,nd->kn", rows, z) - saved.m[None]
-        p = jnp.exp(below) / saved.s[None]
-        through_p = p * (_product("kd,nd->kn", rows, g_operand) - r[None])
-        log_q = below / tau - saved.log_s_tau[None]
-        through_q = jnp.exp(log_q) * (_to_tokens(g_avg * v, run_tokens) - g_sample * log_q - inner[None])
-        dl = (through_p + through_q).astype(z.dtype)
-        carry = dz + _product("kd,kn->dn", rows, dl), excess + dl.sum(axis=0, dtype=jnp.float32)
-        return carry, _product("kn,nd->kd", dl, z)
+    def chunk(dcodebook, arrays):
+        (z, g, m, s, log_s_tau, r, inner), v = arrays
 
-    start = (jnp.zeros_like(z.T, jnp.float32), _per_token(z, 0.0))
-    (dz, excess), dcodebook = stream.scan(step, start, (codebook, saved.v))
+        def step(carry, block):
+            dz, excess, dcodebook = carry
+            number, rows, v = block
+            below = _product("kd,nd->kn", rows, z) - m[None]
+            p = jnp.exp(below) / s[None]
+            through_p = p * (_product("kd,nd->kn", rows, g) - r[None])
+            log_q = below / tau - log_s_tau[None]
+            through_q = jnp.exp(log_q) * (_to_tokens(g_avg * v, run_tokens) - g_sample * log_q - inner[None])
+            dl = (through_p + through_q).astype(z.dtype)
+            first = number[0] * stream.block_size
+            dcodebook = _add_rows(dcodebook, _product("kn,nd->kd", dl, z), first, only_once=chunks == 1)
+            dz += _product("kd,kn->dn", rows, dl)
+            return (dz, excess + dl.sum(axis=0, dtype=jnp.float32), dcodebook), None
+
+        start = (jnp.zeros_like(z.T, jnp.float32), _per_token(z, 0.0), dcodebook)
+        (dz, excess, dcodebook), _ = stream.scan(step, start, (numbers, codebook, v))
+        return dcodebook, (dz.T, excess)
+
+    tokens = _chunks(plan, (z, g.astype(z.dtype), saved.m, saved.s, saved.log_s_tau, r, inner))
+    chunks = tokens[0].shape[0]
+    v = saved.v.reshape(codebook.shape[0], chunks, -1).swapaxes(0, 1)
+    numbers = jnp.arange(codebook.shape[0], dtype=jnp.int32) // stream.block_size
+    zeros = lax.pcast(jnp.zeros_like(codebook, jnp.float32), stream.token_axes, to="varying")
+    dcodebook, per_token = lax.scan(chunk, zeros, (tokens, v))
+    dz, excess = _joined(per_token)
     p_winner = 1 / saved.s
     excess = (p_winner * lax.psum(excess, stream.code_axes))[:, None]
     own, winners = _own_rows(codebook, saved.indices, stream)
-    dz = lax.psum_scatter(dz.T - excess * winners, stream.code_axes, tiled=True)
+    dz = lax.psum_scatter(dz - excess * winners, stream.code_axes, tiled=True)
     dcodebook = dcodebook.at[own].add(g - excess * z, mode="drop", wrap_negative_indices=False)
     dcodebook = lax.psum(dcodebook, stream.token_axes)
     return dz.astype(z.dtype), dcodebook.astype(codebook.dtype)
+
+
+def chunk_tokens(tokens: int, group_tokens: int) -> int:
+    """Tokens, of the `tokens` on a device, that the passes take at once: whole groups, or all."""
+    if tokens % group_tokens:
+        return tokens
+    groups = tokens // group_tokens
+    fitting = (count for count in range(1, groups + 1) if groups % count == 0 and count * group_tokens >= LEAST_CHUNK)
+    return next(fitting, groups) * group_tokens
+
+
+def _chunks(plan: _Plan, arrays: Any) -> Any:
+    """[N, ...] -> [chunks, N / chunks, ...]."""
+
+    def split(array):
+        return array.reshape(-1, chunk_tokens(array.shape[0], plan.group_tokens), *array.shape[1:])
+
+    return jax.tree.map(split, arrays)
+
+
+def _joined(arrays: Any) -> Any:
+    """[chunks, T, ...] -> [N, ...]."""
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), arrays)
+
+
+def _add_rows(total: jax.Array, rows: jax.Array, first: jax.Array, only_once: bool) -> jax.Array:
+    """Adds to the rows from `first` on, in place within a loop; `only_once`: they are zero still."""
+    if not only_once:
+        rows += lax.dynamic_slice_in_dim(total, first, rows.shape[0])
+    return lax.dynamic_update_slice_in_dim(total, rows, first, 0)
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -126,11 +126,13 @@ class Level(nn.Module):
     num_blocks: int
     attend: bool
     dtype: jnp.dtype
+    remat: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        block = nn.remat(ResidualBlock) if self.remat == "blocks" else ResidualBlock
         for i in range(self.num_blocks):
-            x = ResidualBlock(self.features, self.dtype, name=f"block_{i}")(x)
+            x = block(self.features, self.dtype, name=f"block_{i}")(x)
             if self.attend:
                 x = Attention(self.dtype, name=f"attention_{i}")(x)
         return x
@@ -140,7 +142,8 @@ class Encoder(nn.Module):
     """Images float [B, H, W, 3] in [-1, 1] -> [B, h, w, Z].
 
     A level attends where its resolution, counted down from `resolution` (and not from the images at hand, so that
-    weights work at other sizes), is one of `attention_resolutions`.
+    weights work at other sizes), is one of `attention_resolutions`. With `remat` "blocks" the backward pass finds only
+    what went into each residual block, and computes its inside again.
     """
 
     channels: int
@@ -150,6 +153,7 @@ class Encoder(nn.Module):
     z_channels: int
     resolution: int
     dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -157,7 +161,7 @@ class Encoder(nn.Module):
         for i, multiplier in enumerate(self.channel_multipliers):
             c = self.channels * multiplier
             attend = self.resolution // 2**i in self.attention_resolutions
-            x = Level(c, self.num_res_blocks, attend, self.dtype, name=f"down_{i}")(x)
+            x = Level(c, self.num_res_blocks, attend, self.dtype, self.remat, name=f"down_{i}")(x)
             if i < len(self.channel_multipliers) - 1:
                 right_and_bottom = ((0, 1), (0, 1))
                 x = conv(c, c, stride=2, padding=right_and_bottom, dtype=self.dtype, name=f"downsample_{i}")(x)
@@ -176,6 +180,7 @@ class Decoder(nn.Module):
     z_channels: int
     resolution: int
     dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
@@ -185,7 +190,7 @@ class Decoder(nn.Module):
         for i in reversed(range(len(self.channel_multipliers))):
             c = self.channels * self.channel_multipliers[i]
             attend = self.resolution // 2**i in self.attention_resolutions
-            x = Level(c, self.num_res_blocks + 1, attend, self.dtype, name=f"up_{i}")(x)
+            x = Level(c, self.num_res_blocks + 1, attend, self.dtype, self.remat, name=f"up_{i}")(x)
             if i > 0:
                 doubled = x.repeat(2, axis=1).repeat(2, axis=2)
                 x = conv(c, c, dtype=self.dtype, name=f"upsample_{i}")(doubled)

@@ -12,6 +12,7 @@ from ibq_jax.tokenizer.model import downsampling
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "codebook.implementation": ("streamed", "dense"),
+    "model.remat": ("none", "blocks"),
     "quantizer.beta_on": ("codebook", "commitment"),
 }
 POSITIVE = (

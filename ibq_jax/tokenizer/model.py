@@ -36,6 +36,7 @@ class TokenizerModel(nn.Module):
     block_size: int = IndexBackpropQuantizer.block_size
     implementation: str = IndexBackpropQuantizer.implementation
     dtype: jnp.dtype = jnp.float32
+    remat: str = Encoder.remat
     mesh: Mesh | None = None
 
     def setup(self):
@@ -47,6 +48,7 @@ class TokenizerModel(nn.Module):
             z_channels=self.z_channels,
             resolution=self.resolution,
             dtype=self.dtype,
+            remat=self.remat,
         )
         self.encoder = Encoder(**layout)
         self.decoder = Decoder(**layout)

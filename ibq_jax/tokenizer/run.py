@@ -38,6 +38,7 @@ FREE_FIELDS = (
     "watch.usage_floor",
     "watch.warmup_steps",
     "codebook.block_size",
+    "model.remat",
     "train.steps",
     "train.epochs",
     "loss.perceptual_file",

@@ -8,7 +8,7 @@ the reconstructions; then the generator against the discriminator just updated, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import flax.linen as nn
 import flax.struct
@@ -197,7 +197,8 @@ class Trainer:
         config = self.config.loss
         distance = jnp.zeros((images.shape[0],))
         if perceptual is not None:
-            distance = _joined(self._in_micro_batches(lambda x, y: lpips(perceptual, x, y), images, reconstructions))
+            measure = partial(lpips, perceptual, dtype=jnp.dtype(self.config.dtype))
+            distance = _joined(self._in_micro_batches(measure, images, reconstructions))
         loss, scalars = losses.reconstruction_nll(images, reconstructions, distance, config.perceptual_weight)
         metrics = {f"loss/{name}": value for name, value in scalars.items()}
         if adversary is not None:

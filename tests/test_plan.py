@@ -1,0 +1,112 @@
+"""Plans of a training step for devices that are not here; those for TPUs need libtpu and are skipped without it."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ibq_jax.__main__ import main
+from ibq_jax.base.chips import CHIPS
+from ibq_jax.base.plan import compile_plan
+from ibq_jax.base.sharding import make_mesh
+
+CONFIG = f"{Path(__file__).parents[1]}/configs/tokenizer.py:openmoji32"
+SMALL = [
+    f"--config.{field}"
+    for field in (
+        "data.image_size=16",
+        "data.resize=16",
+        "data.batch_size=8",
+        "model.z_channels=16",
+        "codebook.size=64",
+        "codebook.dim=8",
+        "discriminator.channels=8",
+        "discriminator.layers=1",
+        "discriminator.norm_group=0",
+        "loss.perceptual_weight=0.0",
+        "quantizer.entropy_group_tokens=0",
+    )
+]
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs requirements-tpu.txt")
+
+
+def test_bounds_and_collectives_of_a_known_step():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
+    rows, columns = NamedSharding(mesh, P("data")), NamedSharding(mesh, P(None, "codebook"))
+
+    def step(x, w):
+        return lax.with_sharding_constraint(x @ w, rows)
+
+    arguments = (
+        jax.ShapeDtypeStruct((256, 512), jnp.float32, sharding=rows),
+        jax.ShapeDtypeStruct((512, 1024), jnp.float32, sharding=columns),
+    )
+    plan = compile_plan(jax.jit(step), arguments, mesh, CHIPS["v5e"])
+    assert plan.memory.arguments == 4 * (128 * 512 + 512 * 512)
+    assert plan.flops == pytest.approx(2 * 128 * 512 * 512, rel=0.01) or plan.flops == pytest.approx(
+        2 * 128 * 512 * 1024, rel=0.01
+    )
+    assert {traffic.axes for traffic in plan.collectives} == {"codebook"}
+    assert plan.bounds["matrix units"] == plan.flops / 197e12
+    assert plan.bounds["HBM"] == plan.hbm_bytes / 819e9
+    assert plan.memory.spare(2 * plan.memory.peak) == 0.5
+
+
+@pytest.mark.slow
+def test_a_plan_on_simulated_devices(capsys):
+    assert main(["plan", f"--config={CONFIG}", "--cpu-devices=8", "--mesh=data:2,codebook:4", "--json", *SMALL]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["devices"] == 8 and report["mesh"] == {"data": 2, "fsdp": 1, "codebook": 4}
+    assert 0 < report["argument_bytes"] < report["peak_bytes"] and report["flops"] > 0
+    axes = {row["axes"] for row in report["collectives"]}
+    assert "codebook" in axes and "data, codebook" in axes
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--topology=v9:2x2"], "topology 'v9:2x2': no chip 'v9'; the chips are v4, v5e, v5p, v6e"),
+        (["--topology=v5e:4x4x4"], "topology 'v5e:4x4x4' is not a shape of 2 dimensions; near ones: v5e:4x4"),
+        (["--topology=v5e"], "topology 'v5e' is not a shape of 2 dimensions"),
+        (["--cpu-devices=8", "--mesh=data:3"], "mesh data=3, fsdp=1, codebook=1 does not fit 8 devices"),
+        (["--cpu-devices=8", "--mesh=data:8,rows:1"], "mesh axis 'rows' does not exist"),
+        (["--cpu-devices=8", "--mesh=data=8"], "'data=8' is no AXIS:SIZE; write it like data:16,codebook:16"),
+        (["--cpu-devices=8", "--mesh=codebook:8", "--config.codebook.size=1020"], "codebook.size=1020 does not divide"),
+        (["--cpu-devices=8", "--config.codebook.block_size=48"], "in blocks of codebook.block_size=48"),
+        (["--cpu-devices=0"], "'0' is no whole number of at least 1"),
+        (["--cpu-devices=8", "--topology=v5e:2x2"], "not allowed with argument"),
+        ([], "one of the arguments --topology --cpu_devices is required"),
+        (["--cpu-devices=8", "--steps=3"], "unknown argument --steps=3"),
+    ],
+)
+def test_wrong_use_is_one_line(flags, words, capsys):
+    assert main(["plan", f"--config={CONFIG}", *flags]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
+def test_without_libtpu_the_command_that_installs_it_is_named(capsys):
+    assert main(["plan", f"--config={CONFIG}", "--topology=v5e:2x2"]) == 2
+    assert "VENV=.venv-tpu bash launch/setup.sh tpu" in capsys.readouterr().err
+
+
+@needs_libtpu
+def test_a_shape_that_no_pod_has_is_one_line(capsys):
+    assert main(["plan", f"--config={CONFIG}", "--topology=v5e:3x3"]) == 2
+    error = capsys.readouterr().err
+    assert "libtpu does not know the topology 'v5e:3x3'" in error and "near ones: v5e:" in error
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_plan_for_a_tpu(capsys):
+    assert main(["plan", f"--config={CONFIG}", "--topology=v5e:2x4", "--mesh=data:4,codebook:2", *SMALL]) == 0
+    table = capsys.readouterr().out
+    assert "8 v5e chips (data 4, codebook 2)" in table and "bound by HBM" in table and "to spare" in table
