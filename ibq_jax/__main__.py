@@ -16,6 +16,7 @@ COMMANDS = {
     "prepare": "makes a data set: openmoji, a folder of images, tar shards, ImageNet",
     "train": "trains a config in a work folder, or continues what is there",
     "evaluate": "measures a trained tokenizer's reconstructions on its validation split",
+    "convert": "makes a run of another codebook size from a trained one",
     "plan": "compiles a config's training step for TPUs that are not here: memory, time at best, collectives",
 }
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -180,6 +180,44 @@ def test_a_complete_run_is_left_alone_and_can_be_made_longer(whole, data_dir, ca
 
 
 @pytest.mark.slow
+def test_a_run_continues_with_more_codes_and_with_fewer(whole, data_dir, cache, tmp_path, capsys):
+    grown, pruned = tmp_path / "grown", tmp_path / "pruned"
+    assert main(["convert", f"--in={whole[0]}", f"--out={grown}", "--codebook-size=128"]) == 0
+    assert f"step {STEPS} with 128 codes instead of 64" in capsys.readouterr().out
+    longer = finish(start(grown, data_dir, cache, "codebook.size=128", f"train.steps={STEPS + 2}"))
+    assert f"continuing from step {STEPS}" in longer and logged(grown)[-1]["step"] == STEPS + 2
+    assert main(["convert", f"--in={grown}", f"--out={pruned}", "--prune", "--multiple-of=1"]) == 0
+    size, kept = json.loads((pruned / "config.json").read_text())["codebook"]["size"], np.load(pruned / "index_map.npy")
+    assert len(kept) == size < 128
+    numbers = tmp_path / "numbers.json"
+    results = []
+    for run in (grown, pruned):
+        assert main(["evaluate", f"--run={run}", f"--json={numbers}"]) == 0
+        results.append(json.loads(numbers.read_text()))
+    assert results[1]["usage"] == 1.0  # of what is left every code is used
+    assert results[1]["psnr"] == pytest.approx(results[0]["psnr"], rel=1e-5)
+    assert results[1]["perplexity"] == pytest.approx(results[0]["perplexity"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_convert_used_wrongly_is_one_line_and_writes_nothing(whole, tmp_path, capsys):
+    run, out = f"--in={whole[0]}", tmp_path / "out"
+    for flags, words in (
+        ([run, "--codebook-size=64"], "the codebook has 64 codes already"),
+        ([run], "one of the arguments --codebook_size --prune is required"),
+        ([run, "--prune", "--multiple-of=64"], "rounded up to a multiple of 64 none is to go"),
+        ([run, "--codebook-size=128", "--spread=2"], "'2' is no fraction"),
+        (["--in=nowhere", "--codebook-size=128"], "nowhere/config.json does not exist"),
+    ):
+        assert main(["convert", *flags, f"--out={out}"]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+        assert not out.exists() and not list(tmp_path.iterdir())
+    assert main(["convert", run, f"--out={whole[0]}", "--codebook-size=128"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(whole, data_dir, cache, tmp_path):
     workdir = tmp_path / "small_disk"
     workdir.mkdir()

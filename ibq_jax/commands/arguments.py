@@ -42,6 +42,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """argparse type: a number of at least 0, and below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no fraction: at least 0, and below 1")
+    return value
+
+
 def output_file(text: str) -> Path:
     """argparse type: a file to write, in a folder that exists; known before hours of work, not after."""
     path = Path(text)

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.commands.arguments import Parser, underscored
+from ibq_jax.commands.arguments import Parser, share, underscored
 from ibq_jax.data.folders import image_folder
 from ibq_jax.data.imagenet import EXPECTED_IMAGES, imagenet2012
 from ibq_jax.data.openmoji import openmoji
@@ -73,7 +73,7 @@ def _parser() -> Parser:
 
     for source in (folder, tar):
         source.add_argument(
-            "--validation", type=_fraction, default=0.05, metavar="FRACTION", help="held out (default: 0.05)"
+            "--validation", type=share, default=0.05, metavar="FRACTION", help="held out (default: 0.05)"
         )
     for source in (emoji, folder, tar, imagenet):
         source.add_argument("--data_dir", default="data", help="where the data sets are (default: data)")
@@ -85,16 +85,6 @@ def _dataset_name(text: str) -> str:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", text):
         raise ArgumentTypeError(f"{text!r} is no name for a data set: small letters, digits and _, a letter first")
     return text
-
-
-def _fraction(text: str) -> float:
-    try:
-        fraction = float(text)
-    except ValueError:
-        fraction = -1.0
-    if not 0 <= fraction < 1:
-        raise ArgumentTypeError(f"{text!r} is no fraction: at least 0, and below 1")
-    return fraction
 
 
 def _name_from_folder(folder: str) -> str:

@@ -45,6 +45,18 @@ class ReconstructionEvaluator:
 
     def __call__(self, params: dict) -> Iterator[tuple[str, float]]:
         """Yields (name, value): psnr (dB), ssim, l1 (of [-1, 1] values), usage, perplexity, images."""
+        totals, histogram = self._totals(params)
+        images = totals.pop("images")
+        yield from ((name, total / images) for name, total in totals.items())
+        yield "usage", float(np.mean(histogram > 0))
+        yield "perplexity", float(perplexity(jnp.asarray(histogram, jnp.float32)))
+        yield "images", images
+
+    def histogram(self, params: dict) -> np.ndarray:
+        """How often the images choose each code: float [K]."""
+        return self._totals(params)[1]
+
+    def _totals(self, params: dict) -> tuple[dict[str, float], np.ndarray]:
         totals = {"psnr": 0.0, "ssim": 0.0, "l1": 0.0, "images": 0.0}
         histogram = np.zeros(self._num_codes)
         for batch in self._batches(self._examples):
@@ -52,11 +64,7 @@ class ReconstructionEvaluator:
             sums, counts = jax.device_get(self._sums(params, arrays["image"], arrays["mask"]))
             totals = {name: total + float(sums[name]) for name, total in totals.items()}
             histogram += counts
-        images = totals.pop("images")
-        yield from ((name, total / images) for name, total in totals.items())
-        yield "usage", float(np.mean(histogram > 0))
-        yield "perplexity", float(perplexity(jnp.asarray(histogram, jnp.float32)))
-        yield "images", images
+        return totals, histogram
 
     def picture(self, params: dict, columns: int, rows: int = 1) -> np.ndarray:
         """A row of originals above a row of their reconstructions, `rows` times: uint8 [2 rows H, columns W, 3].
