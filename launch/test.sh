@@ -3,4 +3,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh tests torch
-exec .venv/bin/python -m pytest "$@"
+.venv/bin/python -m pytest "$@"
+# Plans for TPUs need the TPU's compiler, in a venv of its own, since JAX would look for a TPU wherever it is installed.
+if [ $# -eq 0 ] && [ "$(uname -sm)" = "Linux x86_64" ]; then
+  VENV=.venv-tpu bash launch/setup.sh tests tpu
+  JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest tests/test_plan.py
+fi

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -13,8 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 from ibq_jax.__main__ import main
 from ibq_jax.base.chips import CHIPS
+from ibq_jax.base.config import load_config
+from ibq_jax.base.hlo import Module
 from ibq_jax.base.plan import compile_plan
 from ibq_jax.base.sharding import make_mesh
+from ibq_jax.tokenizer.compile import abstract_arguments, jit_train_step
+from ibq_jax.tokenizer.train import Trainer
 
 CONFIG = f"{Path(__file__).parents[1]}/configs/tokenizer.py:openmoji32"
 SMALL = [
@@ -37,25 +42,44 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 
 
 def test_bounds_and_collectives_of_a_known_step():
-    mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
-    rows, columns = NamedSharding(mesh, P("data")), NamedSharding(mesh, P(None, "codebook"))
+    mesh = make_mesh({"data": 2, "codebook": 4})
+    rows, columns = P("data"), P(None, "codebook")
 
     def step(x, w):
-        return lax.with_sharding_constraint(x @ w, rows)
+        return lax.all_gather(x @ w, "codebook", axis=1, tiled=True)
 
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(rows, columns), out_specs=rows, check_vma=False)
     arguments = (
-        jax.ShapeDtypeStruct((256, 512), jnp.float32, sharding=rows),
-        jax.ShapeDtypeStruct((512, 1024), jnp.float32, sharding=columns),
+        jax.ShapeDtypeStruct((256, 512), jnp.float32, sharding=NamedSharding(mesh, rows)),
+        jax.ShapeDtypeStruct((512, 1024), jnp.float32, sharding=NamedSharding(mesh, columns)),
     )
-    plan = compile_plan(jax.jit(step), arguments, mesh, CHIPS["v5e"])
-    assert plan.memory.arguments == 4 * (128 * 512 + 512 * 512)
-    assert plan.flops == pytest.approx(2 * 128 * 512 * 512, rel=0.01) or plan.flops == pytest.approx(
-        2 * 128 * 512 * 1024, rel=0.01
-    )
-    assert {traffic.axes for traffic in plan.collectives} == {"codebook"}
+    plan = compile_plan(jax.jit(mapped), arguments, mesh, CHIPS["v5e"])
+    assert plan.memory.arguments == 4 * (128 * 512 + 512 * 256)
+    assert plan.flops == pytest.approx(2 * 128 * 512 * 256, rel=0.01)
+    (gather,) = plan.collectives
+    assert (gather.kind, gather.axes, gather.count, gather.bytes) == ("all-gather", "codebook", 1, 4 * 128 * 1024)
+    assert gather.ici_bytes == gather.bytes * 3 / 4  # each device passes on what it got from its neighbour, three times
+    assert plan.bounds["interconnect"] == gather.ici_bytes / CHIPS["v5e"].ici_bytes_per_second
     assert plan.bounds["matrix units"] == plan.flops / 197e12
     assert plan.bounds["HBM"] == plan.hbm_bytes / 819e9
     assert plan.memory.spare(2 * plan.memory.peak) == 0.5
+
+
+@pytest.mark.slow
+def test_the_whole_step_holds_no_array_of_all_codes_on_one_device():
+    """Neither [tokens, codes] nor [codes, dimensions], of parameters, gradients, moments or averages."""
+    codes, width = 65_536, 32
+    sizes = [f"--config.codebook.size={codes}", f"--config.codebook.dim={width}", "--config.codebook.block_size=256"]
+    config = load_config(CONFIG, SMALL + sizes)
+
+    def largest(mesh):
+        trainer = Trainer(config, mesh, steps_per_epoch=1)
+        program = jit_train_step(trainer).lower(*abstract_arguments(trainer)).compile().as_text()
+        arrays = [array for _, i, _ in Module(program).executed() for array in i.arrays]
+        return max(math.prod(array.shape) for array in arrays)
+
+    assert largest(make_mesh({"data": 2, "codebook": 4})) == codes * width // 4
+    assert largest(make_mesh({"data": 8})) == codes * width  # what the search finds where the codebook is not split
 
 
 @pytest.mark.slow

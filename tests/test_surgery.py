@@ -1,4 +1,4 @@
-"""A trained codebook grown or pruned: which codes come from which; the moments, averages and window that go with them."""
+"""A trained codebook grown or pruned: which codes come from which, and the moments, averages and window with them."""
 
 import jax
 import jax.numpy as jnp
