@@ -1,11 +1,13 @@
 """Times the quantizer's forward and backward pass in several forms, and prints a table in markdown.
 
     python tests/benchmarks/index_backprop.py --codebook-size 16384 262144
+    python tests/benchmarks/index_backprop.py --devices 8
 
 Forms: the formulas written down in PyTorch, as the released code has them (where torch is installed), the same in JAX
-("dense"), streamed, and streamed over 8 simulated devices, 2 for tokens and 4 for codes. They take turns, and a cell is
-the median of their repeats, so that a machine that slows down slows all of them. The yardstick is eight times one
-streamed product z E^T over the same blocks. Temporaries are a device's, by XLA's memory analysis.
+("dense"), and streamed. They take turns, and a cell is the median of their repeats, so that a machine that slows down
+slows all of them. The yardstick is eight times one streamed product z E^T over the same blocks. With --devices, the
+streamed form alone, on so many simulated devices, 2 for tokens and the others for codes. Temporaries are a device's, by
+XLA's memory analysis.
 """
 
 import argparse
@@ -26,11 +28,11 @@ from ibq_jax.base.sharding import AXES, CODEBOOK, make_mesh
 from ibq_jax.ops import index_backprop
 
 MIB = 2**20
-DEVICES = 8
 COLUMNS = (
-    *("codes", "torch", "dense", "streamed", "on 8 devices", "torch / streamed", "dense / streamed"),
-    *("streamed / 8 products", "dense temp.", "streamed temp.", "temp. of 1 in 8"),
+    *("codes", "torch", "dense", "streamed", "torch / streamed", "dense / streamed", "streamed / 8 products"),
+    *("dense temp.", "streamed temp."),
 )
+SPLIT_COLUMNS = ("codes", "streamed", "temp. of a device")
 
 
 def training_step(cotangent: jax.Array, **arguments) -> Callable:
@@ -76,23 +78,15 @@ def torch_step(z: np.ndarray, codebook: np.ndarray, cotangent: np.ndarray) -> Ca
     return run
 
 
-def measure(codes: int, tokens: int, width: int, block_size: int, repeats: int) -> tuple[str, ...]:
-    """One row of the table."""
+def inputs(codes: int, tokens: int, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """z, codebook, and a cotangent for z_q."""
     keys = jax.random.split(jax.random.key(0), 3)
-    z, cotangent = jax.random.normal(keys[0], (tokens, width)), jax.random.normal(keys[1], (tokens, width))
-    codebook, block_size = jax.random.normal(keys[2], (codes, width)), min(block_size, codes)
-    mesh = make_mesh({"data": 2, CODEBOOK: DEVICES // 2})
-    split = jax.device_put(z, NamedSharding(mesh, P(AXES))), jax.device_put(codebook, NamedSharding(mesh, P(CODEBOOK)))
-    forms = {
-        "product": (streamed_product(block_size), (z, codebook)),
-        "streamed": (training_step(cotangent, block_size=block_size), (z, codebook)),
-        "dense": (training_step(cotangent, implementation="dense"), (z, codebook)),
-        "split": (training_step(np.asarray(cotangent), mesh=mesh), split),
-    }
-    compiled = {name: jax.jit(form).lower(*arrays).compile() for name, (form, arrays) in forms.items()}
-    runs = {name: lambda name=name: jax.block_until_ready(compiled[name](*forms[name][1])) for name in forms}
-    if importlib.util.find_spec("torch"):
-        runs["torch"] = torch_step(*(np.array(array) for array in (z, codebook, cotangent)))
+    shapes = (tokens, width), (codes, width), (tokens, width)
+    return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+
+
+def medians(runs: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Seconds of each, in turns."""
     seconds = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -102,17 +96,45 @@ def measure(codes: int, tokens: int, width: int, block_size: int, repeats: int) 
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    temporaries = {name: run.memory_analysis().temp_size_in_bytes / MIB for name, run in compiled.items()}
-    torch_seconds = median.get("torch", float("nan"))
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def temporaries(compiled) -> str:
+    return f"{compiled.memory_analysis().temp_size_in_bytes / MIB:,.0f} MiB"
+
+
+def measure(codes: int, tokens: int, width: int, block_size: int, repeats: int) -> tuple[str, ...]:
+    """One row of the table."""
+    z, codebook, cotangent = inputs(codes, tokens, width)
+    block_size = min(block_size, codes)
+    forms = {
+        "product": streamed_product(block_size),
+        "streamed": training_step(cotangent, block_size=block_size),
+        "dense": training_step(cotangent, implementation="dense"),
+    }
+    compiled = {name: jax.jit(form).lower(z, codebook).compile() for name, form in forms.items()}
+    runs = {name: lambda run=run: jax.block_until_ready(run(z, codebook)) for name, run in compiled.items()}
+    if importlib.util.find_spec("torch"):
+        runs["torch"] = torch_step(*(np.array(array) for array in (z, codebook, cotangent)))
+    median = {"torch": float("nan")} | medians(runs, repeats)
     return (
         f"{codes:,}",
-        *(f"{median.get(name, float('nan')):.3g} s" for name in ("torch", "dense", "streamed", "split")),
-        f"{torch_seconds / median['streamed']:.1f}",
-        f"{median['dense'] / median['streamed']:.1f}",
+        *(f"{median[name]:.3g} s" for name in ("torch", "dense", "streamed")),
+        *(f"{median[name] / median['streamed']:.1f}" for name in ("torch", "dense")),
         f"{median['streamed'] / (8 * median['product']):.2f}",
-        *(f"{temporaries[name]:,.0f} MiB" for name in ("dense", "streamed", "split")),
+        *(temporaries(compiled[name]) for name in ("dense", "streamed")),
     )
+
+
+def measure_split(codes: int, tokens: int, width: int, devices: int, repeats: int) -> tuple[str, ...]:
+    """One row of the table for many devices."""
+    z, codebook, cotangent = inputs(codes, tokens, width)
+    mesh = make_mesh({"data": 2, CODEBOOK: devices // 2})
+    z = jax.device_put(z, NamedSharding(mesh, P(AXES)))
+    codebook = jax.device_put(codebook, NamedSharding(mesh, P(CODEBOOK)))
+    run = jax.jit(training_step(np.asarray(cotangent), mesh=mesh)).lower(z, codebook).compile()
+    seconds = medians({"streamed": lambda: jax.block_until_ready(run(z, codebook))}, repeats)["streamed"]
+    return f"{codes:,}", f"{seconds:.3g} s", temporaries(run)
 
 
 def main() -> None:
@@ -122,17 +144,20 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256, help="dimensions of a code")
     parser.add_argument("--block-size", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--devices", type=int, default=1)
     arguments = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", DEVICES)
-    device = jax.devices()[0]
-    print(
-        f"{arguments.tokens} tokens of {arguments.width} dimensions, float32, blocks of {arguments.block_size} codes,"
-    )
-    print(f"medians of {arguments.repeats}; {device.device_kind} device, {os.cpu_count()} cores\n")
-    print("| " + " | ".join(COLUMNS) + " |")
-    print("|" + "---|" * len(COLUMNS))
+    jax.config.update("jax_num_cpu_devices", arguments.devices)
+    tokens, width, repeats = arguments.tokens, arguments.width, arguments.repeats
+    print(f"{tokens} tokens of {width} dimensions, float32; medians of {repeats};")
+    print(f"{arguments.devices} {jax.devices()[0].device_kind} device(s), {os.cpu_count()} cores\n")
+    columns = COLUMNS if arguments.devices == 1 else SPLIT_COLUMNS
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
     for codes in arguments.codebook_size:
-        row = measure(codes, arguments.tokens, arguments.width, arguments.block_size, arguments.repeats)
+        if arguments.devices == 1:
+            row = measure(codes, tokens, width, arguments.block_size, repeats)
+        else:
+            row = measure_split(codes, tokens, width, arguments.devices, repeats)
         print("| " + " | ".join(row) + " |", flush=True)
 
 
