@@ -1,5 +1,6 @@
 """Plans of a training step for devices that are not here; those for TPUs need libtpu and are skipped without it."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -13,11 +14,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ibq_jax.__main__ import main
-from ibq_jax.base.chips import CHIPS
+from ibq_jax.base.chips import CHIPS, topology_devices
 from ibq_jax.base.config import load_config
 from ibq_jax.base.hlo import Module
-from ibq_jax.base.plan import compile_plan
+from ibq_jax.base.plan import DoesNotFit, compile_plan
 from ibq_jax.base.sharding import make_mesh
+from ibq_jax.commands import plan as plan_command
 from ibq_jax.tokenizer.compile import abstract_arguments, jit_train_step
 from ibq_jax.tokenizer.train import Trainer
 
@@ -126,6 +128,28 @@ def test_a_shape_that_no_pod_has_is_one_line(capsys):
     assert main(["plan", f"--config={CONFIG}", "--topology=v5e:3x3"]) == 2
     error = capsys.readouterr().err
     assert "libtpu does not know the topology 'v5e:3x3'" in error and "near ones: v5e:" in error
+
+
+@pytest.mark.slow
+def test_a_step_larger_than_the_chip_is_said_and_exits_with_1(capsys, monkeypatch):
+    chip = dataclasses.replace(CHIPS["v5e"], hbm_bytes=1e6)
+    monkeypatch.setattr(plan_command, "topology_devices", lambda name: (chip, jax.devices()))
+    assert main(["plan", f"--config={CONFIG}", "--topology=v5e:2x4", *SMALL]) == 1
+    out, error = capsys.readouterr()
+    assert "| memory: peak |" in out
+    assert (
+        "does not fit" in error and "GB over on every chip; try a larger codebook" in error and error.count("\n") == 1
+    )
+
+
+@needs_libtpu
+def test_a_program_that_the_compiler_cannot_fit_says_by_how_much():
+    chip, devices = topology_devices("v5e:1x1")
+    mesh = make_mesh({"data": 1}, devices)
+    x = jax.ShapeDtypeStruct((60_000, 60_000), jnp.float32, sharding=NamedSharding(mesh, P()))
+    with pytest.raises(DoesNotFit, match=r"needs .* GiB a chip, which has 15\.. GiB") as found:
+        compile_plan(jax.jit(lambda x: (x @ x) @ x + 1), (x,), mesh, chip)
+    assert found.value.needed > 2 * 4 * 60_000**2  # two of the three arrays at least
 
 
 @needs_libtpu

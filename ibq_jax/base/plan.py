@@ -11,7 +11,8 @@ import numpy as np
 from ibq_jax.base.chips import Chip
 from ibq_jax.base.hlo import Collective, Module
 
-MEMORY_EXCEEDED = re.compile(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm")
+SIZE = r"([\d.]+[KMGT]?)"
+MEMORY_EXCEEDED = re.compile(rf"Used {SIZE} of {SIZE} hbm|\({SIZE}\) exceeds available HBM \({SIZE}\)")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -88,7 +89,7 @@ def compile_plan(step, arguments: tuple, mesh: jax.sharding.Mesh, chip: Chip | N
         exceeded = MEMORY_EXCEEDED.search(str(error))
         if not exceeded:
             raise
-        raise DoesNotFit(*map(_parse_size, exceeded.groups())) from error
+        raise DoesNotFit(*(_parse_size(size) for size in exceeded.groups() if size)) from error
     seconds = time.monotonic() - start
     module, cost, memory = Module(compiled.as_text()), compiled.cost_analysis(), compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
