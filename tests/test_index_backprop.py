@@ -240,6 +240,20 @@ def test_mesh_equals_one_device(sizes, group):
 
 
 @pytest.mark.parametrize("sizes", MESHES)
+def test_bfloat16_on_a_mesh_equals_one_device(sizes):
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)))
+    z, codebook, cotangent = random_inputs(192, 16, 96, scale=0.1)
+    z, codebook = z.astype(jnp.bfloat16), codebook.astype(jnp.bfloat16)
+    arguments = {"block_size": 6, "entropy_group_tokens": 64}
+    single, gradients = value_and_gradients(cotangent, **arguments)(z, codebook)
+    split, split_gradients = value_and_gradients(cotangent, mesh=mesh, **arguments)(z, codebook)
+    assert_same((split, ()), (single, ()))
+    for gradient, expected in zip(split_gradients, gradients, strict=True):
+        assert gradient.dtype == jnp.bfloat16
+        assert_close(gradient, expected, 2**-7)  # as in test_bfloat16_inputs
+
+
+@pytest.mark.parametrize("sizes", MESHES)
 def test_nearest_codes_on_a_mesh(sizes):
     mesh = make_mesh(dict(zip(AXES, sizes, strict=True)))
     z, codebook, _ = random_inputs(192, 16, 96)
