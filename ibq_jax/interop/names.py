@@ -135,14 +135,14 @@ def tokenizer_from_torch(state_dict: Mapping[str, np.ndarray], published: Mappin
     """
     if use_ema and not any(name.startswith("model_ema.") for name in state_dict):
         raise UsageError("the checkpoint has no averaged weights (model_ema.*); load it with use_ema=False")
-    _check(state_dict, published, wanted="averages" if use_ema else "generator")
+    check_tensors(state_dict, _published_shapes(published), wanted="averages" if use_ema else "generator")
     rename = _ema_name if use_ema else str
     return _from_torch(state_dict, _abstract_generator(published), lambda path: rename(_generator_name(path)))
 
 
 def discriminator_from_torch(state_dict: Mapping[str, np.ndarray], published: Mapping) -> dict:
     """The discriminator's {"params", "batch_stats"} for the configuration `published`; raises UsageError likewise."""
-    _check(state_dict, published, wanted="discriminator")
+    check_tensors(state_dict, _published_shapes(published), wanted="discriminator")
     return _from_torch(state_dict, _abstract_discriminator(published), _discriminator_name)
 
 
@@ -155,9 +155,8 @@ def _from_torch(state_dict: Mapping[str, np.ndarray], like: Mapping, name_of: Ca
     return unflatten_dict(leaves)
 
 
-def _check(state_dict: Mapping[str, np.ndarray], published: Mapping, wanted: str) -> None:
-    """Raises UsageError unless every tensor is known and well-shaped and every group present is complete."""
-    groups = _published_shapes(published)
+def check_tensors(state_dict: Mapping[str, np.ndarray], groups: Mapping[str, Shapes], wanted: str) -> None:
+    """Raises UsageError unless every tensor is of a group and well-shaped, and `wanted` and every group present whole."""
     known = {name: shape for group in groups.values() for name, shape in group.items()}
     wrong = []
     for title, group in groups.items():

@@ -1,0 +1,162 @@
+"""Layers of the Llama-like generator (arXiv 2412.02692, section 3.3; sizes and initial values as released).
+
+Shapes: B sequences of S positions, C channels, H query heads and G key-value heads (G divides H) of D channels, F hidden
+channels. Parameters are float32; `dtype` is what matrix products compute in, while norms, rotations, the attention's
+softmax and the residual stream stay float32.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer, normal, ones, zeros
+
+NORM_EPSILON = 1e-5
+INITIAL_DEVIATION = 0.02
+ROTARY_BASE = 10_000.0
+HIDDEN_MULTIPLE = 256
+MODULATIONS = 6  # gamma1, gamma2, scale1, scale2, shift1, shift2
+
+
+def hidden_channels(width: int) -> int:
+    """F: two thirds of 4 C, rounded up to a multiple of 256."""
+    return -(-(8 * width // 3) // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
+
+
+def dense(
+    features: int,
+    axes: tuple[str, str],
+    *,
+    dtype: jnp.dtype,
+    name: str | None = None,
+    use_bias: bool = False,
+    kernel_init: Initializer | None = None,
+) -> nn.Dense:
+    """A matrix [in, features] with logical `axes`, normal(0.02) unless `kernel_init` says otherwise; biases are 0."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(kernel_init or normal(INITIAL_DEVIATION), axes),
+        bias_init=nn.with_logical_partitioning(zeros, (axes[1],)),
+        name=name,
+    )
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, axis: int = -1) -> jax.Array:
+    """x / root mean square of x along `axis`, times `scale`, which broadcasts against x; float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=axis, keepdims=True) + NORM_EPSILON) * scale
+
+
+def rotary_angles(grid: tuple[int, int], head_channels: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [1 + h w, D / 2] of the two-dimensional rotary embedding of an h x w grid behind one class token.
+
+    Of the D / 2 pairs of channels the first half turns with the row, the second with the column. The class token's
+    cos and sin are both zero, as released: its query and key vanish.
+    """
+    pairs = head_channels // 4
+    frequencies = ROTARY_BASE ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
+    rows, columns = (jnp.arange(side, dtype=jnp.float32)[:, None] * frequencies[None] for side in grid)
+    shape = (*grid, pairs)
+    halves = jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None], shape)
+    angles = jnp.concatenate(halves, axis=-1).reshape(-1, 2 * pairs)
+    cos, sin = (jnp.pad(function(angles), ((1, 0), (0, 0))) for function in (jnp.cos, jnp.sin))
+    return cos, sin
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns the pairs of neighbouring channels (2j, 2j + 1) of x [..., D] by angles that broadcast to [..., D / 2]."""
+    x = x.astype(jnp.float32)
+    even, odd = x[..., ::2], x[..., 1::2]
+    turned = jnp.stack((even * cos - odd * sin, odd * cos + even * sin), axis=-1)
+    return turned.reshape(x.shape)
+
+
+class RMSNorm(nn.Module):
+    """Over the last axis, with a learned scale [C] that starts at 1."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(ones, ("norm",))
+        return rms_norm(x, jnp.broadcast_to(self.param("scale", init, x.shape[-1:], jnp.float32), x.shape))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary embedding, [B, S, C] -> ([B, S, C], keys and values [B, S, G, D])."""
+
+    heads: int
+    kv_heads: int
+    dropout: float
+    kernel: str  # jax.nn.dot_product_attention's implementation
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], train: bool):
+        b, s, c = x.shape
+        d = c // self.heads
+        width = (self.heads + 2 * self.kv_heads) * d
+        qkv = dense(width, ("width", "heads"), dtype=self.dtype, name="wqkv")(x)
+        query, key, value = jnp.split(qkv.reshape(b, s, -1, d), (self.heads, self.heads + self.kv_heads), axis=2)
+        cos, sin = (table[None, :s, None] for table in angles)
+        query, key = (rotate(t, cos, sin).astype(self.dtype) for t in (query, key))
+        out = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=self.kernel)
+        out = dense(c, ("heads", "width"), dtype=self.dtype, name="wo")(out.reshape(b, s, c))
+        return nn.Dropout(self.dropout)(out, deterministic=not train), (key, value)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, [B, S, C] -> [B, S, C]."""
+
+    dropout: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        c = x.shape[-1]
+        gate, up = (
+            dense(hidden_channels(c), ("width", "hidden"), dtype=self.dtype, name=name)(x) for name in ("w1", "w3")
+        )
+        out = dense(c, ("hidden", "width"), dtype=self.dtype, name="w2")(nn.silu(gate) * up)
+        return nn.Dropout(self.dropout)(out, deterministic=not train)
+
+
+class Block(nn.Module):
+    """One layer, modulated by its class's vectors (adaLN), [B, S, C] float32 -> the same, and its keys and values."""
+
+    heads: int
+    kv_heads: int
+    dropout: float
+    kernel: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, modulation: jax.Array, angles: tuple[jax.Array, jax.Array], train: bool):
+        """`modulation`: [B, 6, C]."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = jnp.split(modulation, MODULATIONS, axis=1)
+        attention = Attention(self.heads, self.kv_heads, self.dropout, self.kernel, self.dtype, name="attention")
+        y, keys_values = attention(RMSNorm(name="attention_norm")(x) * (1 + scale1) + shift1, angles, train)
+        x = x + gamma1 * y
+        y = FeedForward(self.dropout, self.dtype, name="feed_forward")(
+            RMSNorm(name="ffn_norm")(x) * (1 + scale2) + shift2, train
+        )
+        return x + gamma2 * y, keys_values
+
+
+class Modulation(nn.Module):
+    """What a class does to one layer: SiLU(class embedding) [B, C] -> [B, 6, C] float32 (after itself, for a scan)."""
+
+    gamma_init: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, condition: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        c = condition.shape[-1]
+
+        def init(key, shape, dtype):
+            scale = jnp.where(jnp.arange(shape[-1]) < 2 * c, self.gamma_init, 0.5)
+            return normal(INITIAL_DEVIATION)(key, shape, dtype) * jnp.broadcast_to(scale, shape)
+
+        layer = dense(
+            MODULATIONS * c, ("width", "modulation"), dtype=self.dtype, name="ada_lin", use_bias=True, kernel_init=init
+        )
+        return condition, layer(condition).astype(jnp.float32).reshape(-1, MODULATIONS, c)
