@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "trains a config in a work folder, or continues what is there",
     "evaluate": "measures a trained tokenizer's reconstructions on its validation split",
     "convert": "makes a run of another codebook size from a trained one",
+    "tokenize": "stores the codes that a tokenizer gives a data set's images, to train a generator on",
     "plan": "compiles a config's training step for TPUs that are not here: memory, time at best, collectives",
 }
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

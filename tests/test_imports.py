@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ibq_jax"
 ROOMS = ("base", "ops", "data", "tokenizer", "autoregressive", "evaluate", "interop", "api", "commands")
-DOORS = {"orbax": {"base/checkpoint.py"}, "clu": {"tokenizer/run.py"}, "torch": {"base/tensor_files.py"}}
+DOORS = {"orbax": {"base/checkpoint.py"}, "clu": {"base/run.py"}, "torch": {"base/tensor_files.py"}}
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 

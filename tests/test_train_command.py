@@ -14,34 +14,11 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from small_runs import ROOT, STEPS, arguments
 
 from ibq_jax import Tokenizer
 from ibq_jax.__main__ import main
 from ibq_jax.data.pipeline import evaluation_batches, open_split
-
-ROOT = Path(__file__).parents[1]
-STEPS = 12
-SMALL = (
-    "data.image_size=16",
-    "data.resize=16",
-    "data.batch_size=8",
-    "model.resolution=16",
-    "model.z_channels=16",
-    "codebook.size=64",
-    "codebook.dim=8",
-    "quantizer.entropy_group_tokens=128",
-    "discriminator.channels=8",
-    "discriminator.layers=1",
-    "discriminator.norm_group=2",
-    f"train.steps={STEPS}",
-    "log.every=1",
-    "log.images_every=6",
-    "evaluate.every=6",
-    "evaluate.examples=24",
-    "evaluate.batch_size=8",
-    "checkpoint.every=4",
-    "checkpoint.keep_last=2",
-)
 
 
 @pytest.fixture(scope="session")
@@ -55,11 +32,6 @@ def data_dir(tmp_path_factory):
 def cache(tmp_path_factory):
     """Compiled once for all the processes that these tests start."""
     return tmp_path_factory.mktemp("compiled")
-
-
-def arguments(workdir: Path, data_dir: Path, *overrides: str, preset: str = "openmoji32") -> list[str]:
-    fields = [f"--config.{field}" for field in (*SMALL, f"data.dir={data_dir}", *overrides)]
-    return ["train", f"--config={ROOT}/configs/tokenizer.py:{preset}", f"--workdir={workdir}", *fields]
 
 
 def start(workdir: Path, data_dir: Path, cache: Path, *overrides: str) -> subprocess.Popen:

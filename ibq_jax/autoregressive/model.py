@@ -54,6 +54,7 @@ class GeneratorModel(nn.Module):
     """`heads` divides `width` into channels that are a multiple of 4; `kv_heads` divides `heads`.
 
     `use_pretrained_codebook`: token embeddings are made from the tokenizer's codebook, rows of `codebook_dim`.
+    `no_class`: whether the class table has a row, its last, for pictures without a class.
     `attention`: an implementation of jax.nn.dot_product_attention, "xla" or (on GPUs, in bfloat16) "cudnn".
     """
 
@@ -66,6 +67,7 @@ class GeneratorModel(nn.Module):
     width: int
     gamma_init: float
     dropout: float = 0.0
+    no_class: bool = True
     use_pretrained_codebook: bool = False
     codebook_dim: int = 256
     attention: str = "xla"
@@ -88,7 +90,7 @@ class GeneratorModel(nn.Module):
         codebook_dim = self.codebook_dim if self.use_pretrained_codebook else 0
         self.tok_emb = TokenEmbedding(self.vocabulary, self.width, codebook_dim, self.dtype, self.mesh)
         class_init = nn.with_logical_partitioning(normal(INITIAL_DEVIATION), ("classes", "width"))
-        self.class_emb = self.param("class_emb", class_init, (self.num_classes + 1, self.width), jnp.float32)
+        self.class_emb = self.param("class_emb", class_init, (self.num_classes + self.no_class, self.width), jnp.float32)
         per_layer = dict(length=self.layers, metadata_params={nn.PARTITION_NAME: "layers"}, variable_axes={"params": 0})
         modulation = nn.scan(Modulation, split_rngs={"params": True}, **per_layer)
         self.modulation = modulation(self.gamma_init, self.dtype)
@@ -165,4 +167,5 @@ def check_layout(width: int, heads: int, kv_heads: int) -> None:
 
 def build_model(config: ConfigDict, mesh: Mesh | None = None) -> GeneratorModel:
     """The model of a config from configs/autoregressive.py; on a `mesh`, vocabulary rows lie on its axis `codebook`."""
-    return GeneratorModel(**config.model, dtype=jnp.dtype(config.dtype), mesh=mesh)
+    no_class = config.loss.class_dropout > 0 or not config.model.num_classes
+    return GeneratorModel(**config.model, no_class=no_class, dtype=jnp.dtype(config.dtype), mesh=mesh)

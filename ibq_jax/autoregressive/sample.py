@@ -1,13 +1,12 @@
 """Sampling from the generator: a cached, compiled program with classifier-free guidance (arXiv 2412.02692, section 3.3).
 
-Shapes: B pictures in a program, R rows of it (B, or 2 B under guidance: first with, then without their class), P codes
+Shapes: B pictures in a program, R rows of it (B, or 2 B under guidance: each with and then without its class), P codes
 of a given prefix, S codes of a picture, V vocabulary; C, L, H, G, D as in the model. Within a step activations are
 [C, R], channels first: few rows times a whole matrix then reads the matrix once, at the memory's speed.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -160,18 +159,22 @@ def generate(
     """
     variables = {"params": params}
     given = prefix.shape[1]
-    rows = jnp.concatenate((labels, jnp.full_like(labels, model.num_classes))) if guided else labels
-    doubled = jnp.concatenate((prefix, prefix)) if guided else prefix
+    no_class = jnp.full_like(labels, model.num_classes)
+    rows = jnp.stack((labels, no_class), axis=1).reshape(-1) if guided else labels
+
+    def doubled(codes: jax.Array) -> jax.Array:
+        return jnp.repeat(codes, 2, axis=0) if guided else codes
+
     per_layer, head = model.apply(variables, rows, method="modulations")
     conditions = Conditions(per_layer.transpose(0, 2, 3, 1), head.transpose(1, 2, 0))
-    hidden, keys_values = model.apply(variables, doubled, rows, method="prefill")
+    hidden, keys_values = model.apply(variables, doubled(prefix), rows, method="prefill")
     caches = _grown(keys_values, model.positions)
     cos, sin = rotary_angles(model.grid, model.head_channels)
 
     def draw(hidden: jax.Array, position: jax.Array) -> jax.Array:
         logits = _product(weights.head, hidden).T
         if guided:
-            with_class, without = jnp.split(logits, 2)
+            with_class, without = logits[::2], logits[1::2]
             logits = without + (with_class - without) * scales[position]
         if keep.greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -182,8 +185,7 @@ def generate(
     def step(carry, position):
         """Feeds the code before `position`, which stands in the sequence at `position` itself, behind the class."""
         codes, caches = carry
-        fed = jnp.concatenate((codes, codes)) if guided else codes
-        x = model.apply(variables, fed[:, None], method="embed")[:, 0].T
+        x = model.apply(variables, doubled(codes)[:, None], method="embed")[:, 0].T
         turn = cos[position][None, None], sin[position][None, None]
         layers = zip(weights.layers, conditions.layers, caches, strict=True)
         moved = []
@@ -217,7 +219,9 @@ def _attend(model, qkv: jax.Array, cache, position, turn):
     query, key, value = jnp.split(qkv.T.reshape(r, -1, d), (model.heads, model.heads + g), axis=1)
     query, key = (rotate(t, *turn).astype(model.dtype) for t in (query, key))
     new = key, value.astype(model.dtype)
-    keys, values = (lax.dynamic_update_slice_in_dim(c, n[:, :, None], position, 2) for c, n in zip(cache, new, strict=True))
+    keys, values = (
+        lax.dynamic_update_slice_in_dim(c, n[:, :, None], position, 2) for c, n in zip(cache, new, strict=True)
+    )
     query = query.reshape(r, g, -1, d)
     scores = jnp.einsum("rgqd,rgsd->rgqs", query, keys, preferred_element_type=jnp.float32) * d**-0.5
     seen = jnp.arange(keys.shape[2]) <= position
@@ -227,8 +231,13 @@ def _attend(model, qkv: jax.Array, cache, position, turn):
 
 
 def _product(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    """[out, in] times [in, R], in the matrix's type -> float32."""
-    return jnp.einsum("oi,ir->or", matrix, x.astype(matrix.dtype), preferred_element_type=jnp.float32)
+    """[out, in] times [in, R], in the matrix's type -> float32.
+
+    Between barriers, since XLA would fold a neighbouring transpose into the product, whose other forms take 20 times as
+    long on a CPU.
+    """
+    x = lax.optimization_barrier(x.astype(matrix.dtype))
+    return lax.optimization_barrier(jnp.einsum("oi,ir->or", matrix, x, preferred_element_type=jnp.float32))
 
 
 def _grown(keys_values: Any, positions: int) -> tuple:

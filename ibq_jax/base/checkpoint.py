@@ -29,16 +29,18 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run, under `directory`.
 
-    Keeps the newest `keep_last` and the `keep_best` with the highest `best_metric`.
+    Keeps the newest `keep_last` and the `keep_best` with the highest `best_metric`; with "-" before its name, the lowest.
     """
 
     def __init__(self, directory: Path, *, keep_last: int = 1, keep_best: int = 0, best_metric: str = ""):
         self.directory = epath.Path(directory).resolve()
         policies = [LatestN(keep_last)]
         if keep_best:
+            best, lowest = best_metric.removeprefix("-"), best_metric.startswith("-")
             policies.append(
                 BestN(
-                    get_metric_fn=lambda metrics: metrics[best_metric],
+                    get_metric_fn=lambda metrics: metrics[best],
+                    reverse=lowest,
                     n=keep_best,
                     keep_checkpoints_without_metrics=False,
                 )

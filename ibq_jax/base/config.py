@@ -130,3 +130,27 @@ def differences(old: Mapping, new: Mapping, ignore: tuple[str, ...] = ()) -> lis
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name) and not name.startswith(ignore)
     ]
+
+
+def check_choices(config: Mapping, choices: Mapping[str, tuple]) -> None:
+    """Raises UsageError for a field, under its dotted name, that is none of its `choices`."""
+    fields = flatten(config)
+    for name, allowed in choices.items():
+        if fields[name] not in allowed:
+            raise UsageError(f"{name}={fields[name]} is not one of {', '.join(allowed)}")
+
+
+def check_positive(config: Mapping, names: Iterable[str]) -> None:
+    """Raises UsageError for a field of `names` that is not positive."""
+    fields = flatten(config)
+    for name in names:
+        if fields[name] <= 0:
+            raise UsageError(f"{name}={fields[name]} is not positive")
+
+
+def check_seed_and_length(config: ConfigDict) -> None:
+    """Raises UsageError for a seed that is none, and for a run without steps."""
+    if not 0 <= config.seed < 2**32:
+        raise UsageError(f"seed={config.seed} is not in 0..2**32 - 1")
+    if config.train.steps <= 0 and config.train.epochs <= 0:
+        raise UsageError("train.steps and train.epochs are both 0; set one")

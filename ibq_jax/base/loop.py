@@ -47,10 +47,11 @@ class Stage(Protocol):
     def describe(self, metrics: Mapping[str, float]) -> str:
         """The logged numbers as words of one console line."""
 
-    def evaluate(self, state) -> dict[str, float]: ...
+    def evaluate(self, state) -> dict[str, float | np.ndarray]:
+        """Numbers by name; those of a picture's places are arrays [h, w], at least 0."""
 
-    def picture(self, state) -> np.ndarray:
-        """uint8 [H, W, 3]: what the state produces, to look at."""
+    def pictures(self, state) -> dict[str, np.ndarray]:
+        """By name, uint8 [H, W, 3]: what the state produces, to look at."""
 
 
 @dataclass
@@ -100,12 +101,16 @@ class Loop:
         if last or step % pace.evaluate_every == 0:
             self._examine_pending()
             with self.telemetry.aside():
-                metrics = self.stage.evaluate(state)
+                measured = self.stage.evaluate(state)
+            metrics = {name: value for name, value in measured.items() if np.ndim(value) == 0}
             self.telemetry.scalars(step, metrics)
+            for name in measured.keys() - metrics.keys():
+                self.telemetry.grid(step, name, measured[name])
             self.telemetry.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
         if last or step % pace.images_every == 0:
             with self.telemetry.aside():
-                self.telemetry.images(step, "reconstructions", self.stage.picture(state))
+                for name, picture in self.stage.pictures(state).items():
+                    self.telemetry.images(step, name, picture)
         if last or stopping or step % pace.checkpoint_every == 0:
             self._examine_pending()
             with self.telemetry.aside():

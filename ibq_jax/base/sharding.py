@@ -1,7 +1,8 @@
 """The mesh, and where every array lies on it. Sharding is stated here and nowhere else.
 
 Three axes: `data` (examples only), `fsdp` (examples, and the large matrices with their optimizer state) and `codebook`
-(examples, and the rows of the codebook with its optimizer state and average). A batch lies on all three.
+(examples, and rows, of the tokenizer's codebook or the generator's vocabulary, with their optimizer state and average). A
+batch lies on all three.
 
 Parameters carry logical axis names (`flax.linen.with_logical_partitioning`); RULES maps those to mesh axes.
 """
@@ -23,6 +24,14 @@ RULES = {
     "code_dim": None,
     "conv_in": None,
     "conv_out": FSDP,
+    "vocabulary": CODEBOOK,
+    "width": FSDP,
+    "layers": None,
+    "heads": None,
+    "hidden": None,
+    "modulation": None,
+    "norm": None,
+    "classes": None,
 }
 
 
@@ -80,9 +89,8 @@ def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: 
         axis = None if name is None else RULES[name]
         if axis is not None and size % mesh.shape[axis]:
             if axis == CODEBOOK:
-                raise UsageError(
-                    f"codebook of {size} codes does not divide over {mesh.shape[axis]} devices of mesh axis '{axis}'"
-                )
+                what = f"codebook of {size} codes" if name == "codes" else f"{name} of {size}"
+                raise UsageError(f"{what} does not divide over {mesh.shape[axis]} devices of mesh axis '{axis}'")
             axis = None
         if axis is not None and axis in spec:
             raise UsageError(f"logical axes {names}: two dimensions fall on the mesh axis {axis!r}")
@@ -116,6 +124,19 @@ def create_sharded(create: Callable, mesh: Mesh, *args):
     """`create(*args)`, every array born where it belongs."""
     _, shardings = abstract_state(create, mesh, *args)
     return jax.jit(lambda *a: nn.meta.unbox(create(*a)), out_shardings=shardings)(*args)
+
+
+def jit_step(step: Callable, create_state: Callable, mesh: Mesh, argument_shardings: tuple[NamedSharding, ...]):
+    """`step(state, *arguments)` -> (state, metrics), compiled for `mesh`: the state as `create_state` lays it out, and
+    donated; metrics on every device."""
+    _, shardings = abstract_state(create_state, mesh, 0)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, *argument_shardings),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+        compiler_options=compiler_options(mesh),
+    )
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -1,6 +1,6 @@
 """What both stages keep between steps: optimizers, learning-rate schedules, moving averages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,50 @@ def drop_schedule(
 def adam(schedule: optax.Schedule, beta1: float, beta2: float, gradient_clip: float) -> optax.GradientTransformation:
     """Adam without weight decay; gradients clipped to a global norm first, unless `gradient_clip` is 0."""
     optimizer = optax.adam(schedule, b1=beta1, b2=beta2)
+    return optax.chain(optax.clip_by_global_norm(gradient_clip), optimizer) if gradient_clip else optimizer
+
+
+def warm_flat_linear_schedule(
+    peak: float, total_steps: int, *, warmup: float, start: float, flat: float, final: float
+) -> optax.Schedule:
+    """The generator's rate, as released: linear from `start` times the peak over the share `warmup` of all steps, flat
+    for the share `flat` of the others, then falling linearly; `final` + (1 - final) * rest / (1 - flat) of the peak,
+    with `rest` the share of steps after the warm-up that are still to come."""
+    warmup_steps = round(warmup * total_steps)
+
+    def rate(step):
+        rising = start + (1 - start) * step / max(1, warmup_steps)
+        passed = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+        falling = final + (1 - final) * (1 - passed) / (1 - flat)
+        return peak * jnp.where(step < warmup_steps, rising, jnp.where(passed < flat, 1.0, falling))
+
+    return rate
+
+
+def cosine_schedule(first: float, last: float, total_steps: int) -> optax.Schedule:
+    """From `first` at step 0 to `last` at the last step, along half a cosine."""
+    return lambda step: last + (first - last) * (0.5 + 0.5 * jnp.cos(jnp.pi * step / max(1, total_steps - 1)))
+
+
+def adamw(
+    rate: optax.Schedule,
+    weight_decay: optax.Schedule,
+    beta1: float,
+    beta2: float,
+    gradient_clip: float,
+    decays: Callable[[str], bool],
+) -> optax.GradientTransformation:
+    """AdamW; gradients clipped to a global norm first, unless `gradient_clip` is 0.
+
+    Parameters whose name `a/b/c` `decays` accepts shrink by rate * weight_decay a step.
+    """
+
+    def mask(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: decays(jax.tree_util.keystr(path, simple=True, separator="/")), params
+        )
+
+    optimizer = optax.adamw(rate, beta1, beta2, weight_decay=weight_decay, mask=mask)
     return optax.chain(optax.clip_by_global_norm(gradient_clip), optimizer) if gradient_clip else optimizer
 
 

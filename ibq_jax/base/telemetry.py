@@ -15,6 +15,8 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+GRID_PIXELS = 16  # of a value's square in a grid's picture
+
 
 class Telemetry:
     """Writes under `workdir`. On a resumed run what was logged after `start_step` is dropped: it is computed again."""
@@ -39,6 +41,15 @@ class Telemetry:
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+
+    def grid(self, step: int, name: str, values: np.ndarray) -> None:
+        """`values`: floats [h, w], at least 0; a row of metrics.jsonl, and a picture, brighter where they are larger."""
+        if not self._enabled:
+            return
+        self._file.write(json.dumps({"step": step, name: np.round(values.astype(float), 6).tolist()}) + "\n")
+        self._file.flush()
+        shades = np.uint8(255 * values / max(float(np.max(values)), 1e-9))
+        self.images(step, name, np.repeat(shades.repeat(GRID_PIXELS, 0).repeat(GRID_PIXELS, 1)[..., None], 3, axis=2))
 
     def images(self, step: int, name: str, picture: np.ndarray) -> None:
         """`picture`: uint8 [H, W, 3]."""

@@ -72,7 +72,8 @@ def open_split(name: str, data_dir: str | os.PathLike, split: str) -> ImageSourc
     """Opens a split, e.g. "train", or one of TFDS's slices such as "train[:90%]".
 
     Raises:
-        UsageError: the data set is not in `data_dir`, is damaged, is not in ArrayRecord form, or lacks the split.
+        UsageError: the data set is not in `data_dir`, is damaged, is not in ArrayRecord form, or lacks the split, or
+            has no images in it.
     """
     path = find_dataset(name, data_dir)
     if path is None:
@@ -87,6 +88,12 @@ def open_split(name: str, data_dir: str | os.PathLike, split: str) -> ImageSourc
         raise UsageError(f"data set {path} has no images; it has {', '.join(builder.info.features)}")
     if split.partition("[")[0] not in builder.info.splits:
         raise UsageError(f"data set {path} has no split {split!r}; it has {', '.join(builder.info.splits)}")
+    try:
+        images = builder.info.splits[split].num_examples
+    except ValueError as error:  # TFDS's, about the slice
+        raise UsageError(f"data set {path} has no split {split!r}: {str(error).splitlines()[-1]}") from error
+    if not images:
+        raise UsageError(f"data set {path} has no images in split {split!r}")
     try:
         return ImageSource(name, data_dir, split, builder)
     except NotImplementedError as error:
@@ -128,20 +135,20 @@ def training_batches(
     Raises:
         UsageError: sizes that do not fit each other; while iterating, a record that cannot be decoded.
     """
-    rows = _rows_per_process(batch_size, process_count)
-    _check(image_size, resize, threads, workers)
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"seed={seed}: it must be in 0..2**32 - 1")
+    rows = rows_per_process(batch_size, process_count)
+    check_sizes(image_size, resize)
+    check_readers(threads, workers)
+    check_seed(seed)
     crop = functools.partial(_training_example, image_size=image_size, resize=resize, origin=str(source))
     examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(crop)
     batches = examples.batch(rows)[start_step * process_count + process_index :: process_count]
-    return _iterate(batches, workers, threads)
+    return iterate(batches, workers, threads)
 
 
 def _training_example(
     record: Record, rng: np.random.Generator, *, image_size: int, resize: int, origin: str
 ) -> dict[str, np.ndarray]:
-    image = resize_shorter_side(_decode(record, origin), resize)
+    image = resize_shorter_side(decode_record(record, origin), resize)
     return _example(random_crop(image, image_size, rng), record)
 
 
@@ -181,15 +188,16 @@ def evaluation_batches(
     Raises:
         UsageError: as `training_batches`.
     """
-    rows = _rows_per_process(batch_size, process_count)
-    _check(image_size, resize, threads)
+    rows = rows_per_process(batch_size, process_count)
+    check_sizes(image_size, resize)
+    check_readers(threads)
     count = min(examples, len(source)) if examples else len(source)
     padded = -(-count // batch_size) * batch_size
     load = functools.partial(
         _evaluation_example, source=source, count=count, image_size=image_size, resize=resize, antialias=antialias
     )
     batches = grain.MapDataset.range(padded).map(load).batch(rows)[process_index::process_count]
-    return _iterate(batches, 0, threads)
+    return iterate(batches, 0, threads)
 
 
 def _evaluation_example(
@@ -199,18 +207,20 @@ def _evaluation_example(
         black = np.zeros((image_size, image_size, 3), np.uint8)
         return {**_example(black, Record(image=b"", label=NO_LABEL, index=-1)), "mask": np.False_}
     record = source[position * len(source) // count]
-    image = resize_shorter_side(_decode(record, str(source)), resize, antialias)
+    image = resize_shorter_side(decode_record(record, str(source)), resize, antialias)
     return {**_example(centre_crop(image, image_size), record), "mask": np.True_}
 
 
-def _decode(record: Record, origin: str) -> np.ndarray:
+def decode_record(record: Record, origin: str) -> np.ndarray:
+    """The record's image, uint8 [H, W, 3]. Raises UsageError naming the record of `origin` when it is none."""
     try:
         return decode(record["image"])
     except UnreadableImage as error:
         raise UsageError(f"{origin}, record {record['index']} is no image ({error}): prepare it anew") from error
 
 
-def _iterate(batches: grain.MapDataset, workers: int, threads: int) -> Generator[dict[str, np.ndarray]]:
+def iterate(batches: grain.MapDataset, workers: int, threads: int) -> Generator[dict[str, np.ndarray]]:
+    """The batches in order, read ahead by `threads` threads of this process, or of each of `workers` processes."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain asks absl for its options when it starts a worker
     # Every thread makes whole batches, so as many are in flight, finished or not, as there are threads.
@@ -224,16 +234,28 @@ def _iterate(batches: grain.MapDataset, workers: int, threads: int) -> Generator
             raise UsageError(str(error).partition("\n")[0]) from error  # Grain adds lines on its tracebacks
 
 
-def _rows_per_process(batch_size: int, process_count: int) -> int:
+def rows_per_process(batch_size: int, process_count: int) -> int:
+    """Raises UsageError for a batch that the processes cannot share evenly."""
     if batch_size <= 0 or batch_size % process_count:
         raise UsageError(f"a batch of {batch_size} images does not divide among {process_count} processes")
     return batch_size // process_count
 
 
-def _check(image_size: int, resize: int, threads: int, workers: int = 0) -> None:
+def check_sizes(image_size: int, resize: int) -> None:
+    """Raises UsageError unless a crop of `image_size` fits into an image whose shorter side is `resize`."""
     if image_size <= 0:
         raise UsageError(f"image_size={image_size}: it must be positive")
     if resize < image_size:
         raise UsageError(f"resize={resize} is smaller than image_size={image_size}: a crop would not fit")
+
+
+def check_readers(threads: int, workers: int = 0) -> None:
+    """Raises UsageError for a negative number."""
     if min(threads, workers) < 0:
         raise UsageError(f"threads={threads}, workers={workers}: neither can be negative")
+
+
+def check_seed(seed: int) -> None:
+    """Raises UsageError for a seed that Grain does not take."""
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed={seed}: it must be in 0..2**32 - 1")

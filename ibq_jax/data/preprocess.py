@@ -1,11 +1,13 @@
 """From encoded bytes to a square uint8 crop: decode, resize the shorter side, crop.
 
 Shapes: H, W of an image; S the side of the crop. Images are uint8 RGB [H, W, 3]; [S, S, 3] once cropped.
-Scaling to [-1, 1] happens on the device. There is no flip, in training or elsewhere, as in arXiv 2412.02692.
+Scaling to [-1, 1] happens on the device. A tokenizer is trained and evaluated without flips, as in arXiv 2412.02692;
+they are among the views (named crops) that its codes are stored of.
 """
 
 import io
 import struct
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -85,3 +87,28 @@ def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
     """A [size, size, 3] window of [H, W, 3], every position equally likely."""
     top, left = (int(rng.integers(side - size, endpoint=True)) for side in image.shape[:2])
     return image[top : top + size, left : left + size]
+
+
+def views(image: np.ndarray, names: Sequence[str], size: int) -> np.ndarray:
+    """The crops of [H, W, 3] that VIEWS has under `names`, one name after another: uint8 [V, size, size, 3]."""
+    return np.stack([crop for name in names for crop in VIEWS[name](image, size)])
+
+
+def _ten_crop(image: np.ndarray, size: int) -> list[np.ndarray]:
+    """The centre and the four corners, then their mirror images."""
+    bottom, right = (side - size for side in image.shape[:2])
+    corners = [image[top : top + size, left : left + size] for top in (0, bottom) for left in (0, right)]
+    five = [centre_crop(image, size), *corners]
+    return five + [_mirrored(crop) for crop in five]
+
+
+def _mirrored(image: np.ndarray) -> np.ndarray:
+    return image[:, ::-1]
+
+
+# Crops of an image by name: (image [H, W, 3], size) -> [size, size, 3] each.
+VIEWS: dict[str, Callable[[np.ndarray, int], list[np.ndarray]]] = {
+    "centre": lambda image, size: [centre_crop(image, size)],
+    "flip": lambda image, size: [_mirrored(centre_crop(image, size))],
+    "ten_crop": _ten_crop,
+}

@@ -1,9 +1,9 @@
 """The one table between the generator's parameter tree and the tensor names of the published PyTorch checkpoints.
 
 A published generator file (arXiv 2412.02692, TencentARC/SEED-Voken) holds the transformer's tensors, each under
-`transformer.`, and the tokenizer's under `first_stage_model.`, which are left alone here. A state dict of the transformer
-alone may do without the prefix. Layers are stacked here and numbered there; matrices are [in, out] here and [out, in]
-there.
+`transformer.`, and the tokenizer's under `first_stage_model.`, which are left alone here. A state dict of the
+transformer alone may do without the prefix. Layers are stacked here and numbered there; matrices are [in, out] here and
+[out, in] there.
 """
 
 import math
@@ -43,8 +43,20 @@ TABLE: dict[Path, str] = {
     ("head_modulation", "bias"): "head_nm.ada_lin.1.bias",
     ("head",): "head.weight",
 }
-DEFAULTS = {"class_num": 1000, "n_kv_head": None, "use_pretrained_codebook": False, "n_codebook_embd": 256, "alng": 1e-3}
-SUPPORTED = {"shared_aln": False, "cls_token_num": 1, "rope_base": 10000, "ffn_dim_multiplier": None, "multiple_of": 256}
+DEFAULTS = {
+    "class_num": 1000,
+    "n_kv_head": None,
+    "use_pretrained_codebook": False,
+    "n_codebook_embd": 256,
+    "alng": 1e-3,
+}
+SUPPORTED = {
+    "shared_aln": False,
+    "cls_token_num": 1,
+    "rope_base": 10000,
+    "ffn_dim_multiplier": None,
+    "multiple_of": 256,
+}
 
 
 def model_fields(published: Mapping) -> dict:
@@ -88,14 +100,14 @@ def generator_to_torch(params: Mapping, prefix: str = PREFIX) -> dict[str, np.nd
     return tensors
 
 
-def generator_from_torch(state_dict: Mapping[str, np.ndarray], published: Mapping) -> dict:
-    """The parameters for the configuration `published`, from tensors with or without the prefix `transformer.`.
+def generator_from_torch(state_dict: Mapping[str, np.ndarray], model: GeneratorModel) -> dict:
+    """The parameters of `model`, from tensors with or without the prefix `transformer.`.
 
     Raises UsageError naming every missing, unknown or misshapen tensor, and loads nothing then.
     """
     prefix = name_prefix(state_dict)
     own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if not _is_tokenizers(name)}
-    like = flatten_dict(_abstract_params(published))
+    like = flatten_dict(abstract_params(model))
     check_tensors(own, {"generator": _published_shapes(like)}, wanted="generator")
     leaves = {}
     for path, leaf in like.items():
@@ -125,8 +137,14 @@ def _published_shapes(like: Mapping[Path, jax.ShapeDtypeStruct]) -> Shapes:
     return shapes
 
 
-def _abstract_params(published: Mapping) -> dict:
-    model = GeneratorModel(**model_fields(published))
+def has_no_class(state_dict: Mapping[str, np.ndarray], num_classes: int) -> bool:
+    """Whether the class table has a row more than there are classes."""
+    table = state_dict.get(name_prefix(state_dict) + TABLE["class_emb",])
+    return table is None or len(table) != num_classes
+
+
+def abstract_params(model: GeneratorModel) -> dict:
+    """Shapes and types of the model's parameters."""
     codes = jax.ShapeDtypeStruct((1, *model.grid), jnp.int32)
     labels = jax.ShapeDtypeStruct((1,), jnp.int32)
     return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), codes, labels))["params"]

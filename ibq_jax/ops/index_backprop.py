@@ -19,8 +19,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.sharding import CODEBOOK
-from ibq_jax.ops.streamed import LOG_EPSILON, Stream, chunk_tokens, streamed_nearest_codes, streamed_quantize
+from ibq_jax.ops.stream import Stream, sizes_on_a_device
+from ibq_jax.ops.streamed import LOG_EPSILON, chunk_tokens, streamed_nearest_codes, streamed_quantize
 
 BLOCK_BYTES = 8 * 2**20
 
@@ -124,13 +124,7 @@ def _check_arrays(z: jax.Array, codebook: jax.Array) -> None:
 
 def _stream(z: jax.Array, codebook: jax.Array, block_size: int, mesh: Mesh | None, group_tokens: int) -> Stream:
     (tokens, width), codes = z.shape, codebook.shape[0]
-    if mesh is not None:
-        shards = mesh.shape[CODEBOOK]
-        if tokens % mesh.size:
-            raise UsageError(f"{tokens} tokens do not divide over the {mesh.size} devices of the mesh")
-        if codes % shards:
-            raise UsageError(f"a codebook of {codes} codes does not divide over mesh axis {CODEBOOK}={shards}")
-        tokens, codes = tokens * shards // mesh.size, codes // shards
+    tokens, codes = sizes_on_a_device(tokens, codes, mesh, f"a codebook of {codes} codes")
     if block_size == 0:
         most = max(BLOCK_BYTES // (4 * chunk_tokens(tokens, group_tokens)), 4 * width)
         block_size = max(size for size in _divisors(codes) if size <= most)

@@ -33,61 +33,27 @@ blocks can then have more codes, and a block's columns need no dividing into gro
 
 On a mesh, tokens lie on all axes and codes on axis `codebook`. Each device gathers the tokens of its neighbours along
 `codebook`, walks over its own codes, and combines maxima and sums along that axis; z_q, mu and dz are scattered back to
-the tokens' owners, and dE is summed over the other axes. Without a mesh these axes are the empty tuple, over which
-every collective is the identity, so that one program serves both.
+the tokens' owners, and dE is summed over the other axes.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ibq_jax.base.sharding import AXES, CODEBOOK, DATA, FSDP
+from ibq_jax.base.sharding import CODEBOOK, DATA, FSDP
+from ibq_jax.ops.stream import CODES, EQUAL, GATHERED, OWNED, Stream, add_rows, first_code, own_rows, per_token, product
 
 LOG_EPSILON = 1e-5  # eps: within the logarithm of avg_entropy, as in the released code
 LEAST_CHUNK = 1024  # tokens; products of fewer do not keep a TPU's matrix units busy
 NO_CODE = jnp.iinfo(jnp.int32).max
 
-OWNED = P(AXES)  # per token, split over every device
-GATHERED = P((DATA, FSDP))  # per token, equal along `codebook`
-CODES = P(CODEBOOK)
 CODES_BY_RUNS = P(CODEBOOK, (DATA, FSDP))
-EQUAL = P()
-
-
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """How the codebook is walked over: codes of a block, and the mesh they are split over (None: one device)."""
-
-    block_size: int
-    mesh: Mesh | None = None
-
-    @property
-    def code_axes(self) -> tuple[str, ...]:
-        return () if self.mesh is None else (CODEBOOK,)
-
-    @property
-    def token_axes(self) -> tuple[str, ...]:
-        """The axes over which tokens stay split once they are gathered along `code_axes`."""
-        return () if self.mesh is None else (DATA, FSDP)
-
-    def on_devices(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-        if self.mesh is None:
-            return function
-        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
-
-    def scan(self, step: Callable, carry: Any, arrays: Any) -> tuple[Any, Any]:
-        """`lax.scan` over blocks of the arrays' rows; the rows that steps return are joined again."""
-        blocks = jax.tree.map(lambda rows: rows.reshape(-1, self.block_size, *rows.shape[1:]), arrays)
-        carry, joined = lax.scan(step, carry, blocks)
-        return carry, jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), joined)
 
 
 def streamed_nearest_codes(z: jax.Array, codebook: jax.Array, stream: Stream) -> jax.Array:
@@ -98,7 +64,7 @@ def streamed_nearest_codes(z: jax.Array, codebook: jax.Array, stream: Stream) ->
 
         def step(best, block):
             rows, codes = block
-            return _improve(best, _product("kd,nd->kn", rows, z), codes), None
+            return _improve(best, product("kd,nd->kn", rows, z), codes), None
 
         best, _ = stream.scan(step, _no_best(z), (codebook, _own_codes(codebook, stream)))
         return _best_of_devices(best, stream)[1]
@@ -170,7 +136,7 @@ def _local_forward(plan: _Plan, z: jax.Array, codebook: jax.Array) -> tuple[tupl
     log_s_tau = jnp.log(s_tau)
     s, mu, h, u, avg_entropy, v = _expectations(plan, z, codebook, m, log_s_tau)
 
-    _, winners = _own_rows(codebook, indices, stream)
+    _, winners = own_rows(codebook, indices, stream)
     z_q = lax.psum_scatter(winners.astype(jnp.float32), stream.code_axes, tiled=True)
     sample_entropy = lax.psum(h.sum(), stream.token_axes) / plan.tokens
     max_probability = lax.psum((1 / s).sum(), stream.token_axes) / plan.tokens
@@ -186,13 +152,13 @@ def _maxima(plan: _Plan, z: jax.Array, codebook: jax.Array) -> tuple[jax.Array, 
         def step(carry, block):
             best, s_tau, lowest = carry
             rows, codes = block
-            logits = _product("kd,nd->kn", rows, z)
+            logits = product("kd,nd->kn", rows, z)
             improved = _improve(best, logits, codes)
             m_before, m = best[0], improved[0]
             s_tau = s_tau * jnp.exp((m_before - m) / tau) + jnp.exp((logits - m[None]) / tau).sum(axis=0)
             return (improved, s_tau, jnp.minimum(lowest, logits.min(axis=0))), None
 
-        start = (_no_best(z), _per_token(z, 0.0), _per_token(z, jnp.inf))
+        start = (_no_best(z), per_token(z, 0.0), per_token(z, jnp.inf))
         return stream.scan(step, start, (codebook, _own_codes(codebook, stream)))[0]
 
     best, s_tau, lowest = _joined(lax.map(chunk, _chunks(plan, z)))
@@ -213,7 +179,7 @@ def _expectations(
 
         def step(carry, rows):
             s, mu, q_below, u, a_log_a = carry
-            below = _product("kd,nd->kn", rows, z) - m[None]
+            below = product("kd,nd->kn", rows, z) - m[None]
             weight = jnp.exp(below)
             q = jnp.exp(below / tau - log_s_tau[None])
             a = _group_means(plan, q, run_tokens)
@@ -221,14 +187,14 @@ def _expectations(
             v = -log_a - a / (a + LOG_EPSILON)
             sums = (
                 s + weight.sum(axis=0),
-                mu + _product("kd,kn->dn", rows, weight.astype(rows.dtype)),
+                mu + product("kd,kn->dn", rows, weight.astype(rows.dtype)),
                 q_below + (q * below).sum(axis=0),
                 u + (q * _to_tokens(v, run_tokens)).sum(axis=0),
                 a_log_a + (a * log_a).sum(),
             )
             return sums, v
 
-        zeros = _per_token(z, 0.0)
+        zeros = per_token(z, 0.0)
         start = (zeros, jnp.zeros_like(z.T, jnp.float32), zeros, zeros, zeros[0])
         (s, mu, q_below, u, a_log_a), v = stream.scan(step, start, codebook)
         return (s, mu.T, q_below, u), a_log_a, v
@@ -258,18 +224,18 @@ def _local_backward(plan: _Plan, z, codebook, saved: _Saved, g, g_sample, g_avg)
         def step(carry, block):
             dz, excess, dcodebook = carry
             number, rows, v = block
-            below = _product("kd,nd->kn", rows, z) - m[None]
+            below = product("kd,nd->kn", rows, z) - m[None]
             p = jnp.exp(below) / s[None]
-            through_p = p * (_product("kd,nd->kn", rows, g) - r[None])
+            through_p = p * (product("kd,nd->kn", rows, g) - r[None])
             log_q = below / tau - log_s_tau[None]
             through_q = jnp.exp(log_q) * (_to_tokens(g_avg * v, run_tokens) - g_sample * log_q - inner[None])
             dl = (through_p + through_q).astype(z.dtype)
             first = number[0] * stream.block_size
-            dcodebook = _add_rows(dcodebook, _product("kn,nd->kd", dl, z), first, only_once=chunks == 1)
-            dz += _product("kd,kn->dn", rows, dl)
+            dcodebook = add_rows(dcodebook, product("kn,nd->kd", dl, z), first, only_once=chunks == 1)
+            dz += product("kd,kn->dn", rows, dl)
             return (dz, excess + dl.sum(axis=0, dtype=jnp.float32), dcodebook), None
 
-        start = (jnp.zeros_like(z.T, jnp.float32), _per_token(z, 0.0), dcodebook)
+        start = (jnp.zeros_like(z.T, jnp.float32), per_token(z, 0.0), dcodebook)
         (dz, excess, dcodebook), _ = stream.scan(step, start, (numbers, codebook, v))
         return dcodebook, (dz.T, excess)
 
@@ -282,7 +248,7 @@ def _local_backward(plan: _Plan, z, codebook, saved: _Saved, g, g_sample, g_avg)
     dz, excess = _joined(per_token)
     p_winner = 1 / saved.s
     excess = (p_winner * lax.psum(excess, stream.code_axes))[:, None]
-    own, winners = _own_rows(codebook, saved.indices, stream)
+    own, winners = own_rows(codebook, saved.indices, stream)
     dz = lax.psum_scatter(dz - excess * winners, stream.code_axes, tiled=True)
     dcodebook = dcodebook.at[own].add(g - excess * z, mode="drop", wrap_negative_indices=False)
     dcodebook = lax.psum(dcodebook, stream.token_axes)
@@ -312,38 +278,12 @@ def _joined(arrays: Any) -> Any:
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), arrays)
 
 
-def _add_rows(total: jax.Array, rows: jax.Array, first: jax.Array, only_once: bool) -> jax.Array:
-    """Adds to the rows from `first` on, in place within a loop; `only_once`: they are zero still."""
-    if not only_once:
-        rows += lax.dynamic_slice_in_dim(total, first, rows.shape[0])
-    return lax.dynamic_update_slice_in_dim(total, rows, first, 0)
-
-
-def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-
-
-def _per_token(z: jax.Array, value: float) -> jax.Array:
-    return jnp.full_like(z[:, 0], value, jnp.float32)
-
-
-def _first_code(codebook: jax.Array, stream: Stream) -> jax.Array:
-    return lax.axis_index(stream.code_axes) * codebook.shape[0]
-
-
 def _own_codes(codebook: jax.Array, stream: Stream) -> jax.Array:
-    return _first_code(codebook, stream) + jnp.arange(codebook.shape[0], dtype=jnp.int32)
-
-
-def _own_rows(codebook: jax.Array, indices: jax.Array, stream: Stream) -> tuple[jax.Array, jax.Array]:
-    """The rows [N] of this device's codebook that `indices` name, out of range for other devices' codes, and their
-    values [N, D], zero for other devices' codes."""
-    own = indices - _first_code(codebook, stream)
-    return own, codebook.at[own].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return first_code(codebook, stream) + jnp.arange(codebook.shape[0], dtype=jnp.int32)
 
 
 def _no_best(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _per_token(z, -jnp.inf), jnp.zeros_like(z[:, 0], jnp.int32)
+    return per_token(z, -jnp.inf), jnp.zeros_like(z[:, 0], jnp.int32)
 
 
 def _improve(best: tuple[jax.Array, jax.Array], logits: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -3,7 +3,7 @@
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ibq_jax.base.config import flatten
+from ibq_jax.base.config import check_choices, check_positive, check_seed_and_length
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import check_batch
 from ibq_jax.tokenizer.autoencoder import NORM_GROUPS
@@ -38,17 +38,9 @@ POSITIVE = (
 
 def check_config(config: ConfigDict, mesh: Mesh) -> None:
     """Raises UsageError for values out of range, and for fields that contradict each other or the mesh."""
-    fields = flatten(config)
-    for name, choices in CHOICES.items():
-        if fields[name] not in choices:
-            raise UsageError(f"{name}={fields[name]} is not one of {', '.join(choices)}")
-    for name in POSITIVE:
-        if fields[name] <= 0:
-            raise UsageError(f"{name}={fields[name]} is not positive")
-    if not 0 <= config.seed < 2**32:
-        raise UsageError(f"seed={config.seed} is not in 0..2**32 - 1")
-    if config.train.steps <= 0 and config.train.epochs <= 0:
-        raise UsageError("train.steps and train.epochs are both 0; set one")
+    check_choices(config, CHOICES)
+    check_positive(config, POSITIVE)
+    check_seed_and_length(config)
     _check_images(config)
     _check_batch(config, mesh)
     _check_codebook(config, mesh)

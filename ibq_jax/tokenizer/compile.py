@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ibq_jax.base.sharding import abstract_state, batch_sharding, compiler_options, replicated
+from ibq_jax.base.sharding import abstract_state, batch_sharding, jit_step, replicated
 from ibq_jax.tokenizer.perceptual import weight_shapes
 from ibq_jax.tokenizer.train import Trainer
 
@@ -11,14 +11,7 @@ from ibq_jax.tokenizer.train import Trainer
 def jit_train_step(trainer: Trainer):
     """`trainer.train_step(state, perceptual, images)`, sharded over its mesh; the state is donated."""
     mesh = trainer.mesh
-    _, shardings = abstract_state(trainer.create_state, mesh, 0)
-    return jax.jit(
-        trainer.train_step,
-        in_shardings=(shardings, replicated(mesh), batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=0,
-        compiler_options=compiler_options(mesh),
-    )
+    return jit_step(trainer.train_step, trainer.create_state, mesh, (replicated(mesh), batch_sharding(mesh)))
 
 
 def abstract_arguments(trainer: Trainer) -> tuple:

@@ -1,8 +1,4 @@
-"""A tokenizer's training run in a work folder: checks, starts or resumes, trains to the end.
-
-workdir/config.json     the resolved config          workdir/checkpoints/    Orbax, one folder a step
-workdir/metrics.jsonl   every logged scalar          workdir/events/         the same for TensorBoard, with pictures
-"""
+"""A tokenizer's training run: what its config asks for, checked and put together, and what it left, restored."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -10,15 +6,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from ibq_jax.base.checkpoint import Checkpoints, Restored
-from ibq_jax.base.config import differences, read_config, save_config
+from ibq_jax.base.checkpoint import Restored
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.loop import Loop, Pace
-from ibq_jax.base.sharding import abstract_state, create_sharded, make_mesh
-from ibq_jax.base.telemetry import Telemetry
+from ibq_jax.base.run import SavedRun, claim, train_to_the_end
+from ibq_jax.base.sharding import make_mesh
 from ibq_jax.data.pipeline import open_split, training_batches
 from ibq_jax.tokenizer.check import check_config
 from ibq_jax.tokenizer.compile import jit_train_step
@@ -78,8 +71,8 @@ class TokenizerStage:
     def evaluate(self, state: TokenizerState) -> dict[str, float]:
         return self._evaluate(state.ema)
 
-    def picture(self, state: TokenizerState) -> np.ndarray:
-        return self._picture(state.ema)
+    def pictures(self, state: TokenizerState) -> dict[str, np.ndarray]:
+        return {"reconstructions": self._picture(state.ema)}
 
 
 def train(
@@ -100,28 +93,13 @@ def train(
         )
     trainer = Trainer(config, mesh, steps_per_epoch)
     perceptual = _perceptual_weights(config)
-    evaluate, picture = make_evaluation(trainer)
-    _claim(workdir, config)
-    checkpoints = _checkpoints(workdir, config)
-    state, start_step = _start(trainer, checkpoints)
-    pace = Pace(
-        total_steps=config.train.steps or config.train.epochs * steps_per_epoch,
-        log_every=config.log.every,
-        images_every=config.log.images_every,
-        evaluate_every=config.evaluate.every,
-        checkpoint_every=config.checkpoint.every,
-    )
-    if start_step >= pace.total_steps:
-        print(f"complete: step {start_step} of {pace.total_steps}; a larger train.steps goes on from there")
-    telemetry = Telemetry(workdir, start_step, pace.total_steps, enabled=jax.process_index() == 0)
-    stage = TokenizerStage(trainer, perceptual, evaluate, picture)
-    metadata = {"config": config.to_dict(), "steps_per_epoch": steps_per_epoch}
-    loop = Loop(stage, mesh, pace, checkpoints, telemetry, workdir, metadata)
-    try:
-        return loop.run(state, training_batches(source, start_step=start_step, **_batch_fields(config)), start_step)
-    finally:
-        telemetry.close()
-        checkpoints.close()
+    stage = TokenizerStage(trainer, perceptual, *make_evaluation(trainer))
+    claim(workdir, config, FREE_FIELDS)
+
+    def batches_from(step: int):
+        return training_batches(source, start_step=step, **_batch_fields(config))
+
+    return train_to_the_end(workdir, config, mesh, stage, trainer.create_state, batches_from, steps_per_epoch)
 
 
 def restore_run(path: Path) -> tuple[Trainer, Restored]:
@@ -129,31 +107,11 @@ def restore_run(path: Path) -> tuple[Trainer, Restored]:
 
     On all devices, whatever mesh the run had. Raises UsageError when there is no run, or nothing saved yet.
     """
-    path = Path(path).resolve()
-    step = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
-    workdir = path if step is None else path.parent.parent
-    config = read_config(workdir / "config.json")
-    if config.stage != "tokenizer":
-        raise UsageError(f"{workdir} is a run of stage {config.stage!r}; this needs a tokenizer")
-    if not (workdir / "checkpoints").is_dir():
-        raise UsageError(f"{workdir} has no checkpoint yet")
-    checkpoints = _checkpoints(workdir, config)
-    if not checkpoints.steps or (step is not None and step not in checkpoints.steps):
-        raise UsageError(f"{path} has no checkpoint; the steps saved are {checkpoints.steps}")
-    trainer = Trainer(config, make_mesh({"data": -1}), steps_per_epoch=1)
-    shapes, _ = abstract_state(trainer.create_state, trainer.mesh, config.seed)
-    restored = checkpoints.restore(shapes) if step is None else checkpoints.restore_step(step, shapes)
-    return trainer, restored
-
-
-def _checkpoints(workdir: Path, config: ConfigDict) -> Checkpoints:
-    checkpoint = config.checkpoint
-    return Checkpoints(
-        workdir / "checkpoints",
-        keep_last=checkpoint.keep_last,
-        keep_best=checkpoint.keep_best,
-        best_metric=checkpoint.best_metric,
-    )
+    saved = SavedRun.find(path)
+    if saved.config.stage != "tokenizer":
+        raise UsageError(f"{saved.workdir} is a run of stage {saved.config.stage!r}; this needs a tokenizer")
+    trainer = Trainer(saved.config, make_mesh({"data": -1}), steps_per_epoch=1)
+    return trainer, saved.restore(trainer.create_state, trainer.mesh)
 
 
 def _batch_fields(config: ConfigDict) -> dict:
@@ -181,27 +139,3 @@ def _perceptual_weights(config: ConfigDict) -> dict | None:
             "set loss.perceptual_file or $IBQ_VGG16, or put it into ~/.cache/ibq_jax/"
         )
     return None
-
-
-def _claim(workdir: Path, config: ConfigDict) -> None:
-    """Makes `workdir` this config's, or checks that it is. Raises UsageError naming the fields that differ."""
-    path = workdir / "config.json"
-    if path.exists():
-        differing = differences(read_config(path), config, ignore=FREE_FIELDS)
-        if differing:
-            raise UsageError(f"{workdir} holds a run of another config ({'; '.join(differing)}); use another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        save_config(config, path)
-
-
-def _start(trainer: Trainer, checkpoints: Checkpoints) -> tuple[TokenizerState, int]:
-    seed = trainer.config.seed
-    shapes, _ = abstract_state(trainer.create_state, trainer.mesh, seed)
-    restored = checkpoints.restore(shapes)
-    if restored is not None:
-        print(f"continuing from step {restored.step}")
-        return restored.state, restored.step
-    state = create_sharded(trainer.create_state, trainer.mesh, seed)
-    print(parameter_overview.get_parameter_overview(state.params, include_stats=False).splitlines()[-1])
-    return state, 0

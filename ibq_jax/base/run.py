@@ -1,0 +1,130 @@
+"""A run in a work folder, of either stage: claimed, started or continued, trained to the end, found again.
+
+workdir/config.json     the resolved config          workdir/checkpoints/    Orbax, one folder a step
+workdir/metrics.jsonl   every logged scalar          workdir/events/         the same for TensorBoard, with pictures
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from ibq_jax.base.checkpoint import Checkpoints, Restored
+from ibq_jax.base.config import differences, read_config, save_config
+from ibq_jax.base.errors import UsageError
+from ibq_jax.base.loop import Loop, Pace, Stage
+from ibq_jax.base.sharding import abstract_state, create_sharded
+from ibq_jax.base.telemetry import Telemetry
+
+Batches = Generator[Mapping[str, np.ndarray]]
+
+
+def claim(workdir: Path, config: ConfigDict, free_fields: tuple[str, ...]) -> None:
+    """Makes `workdir` this config's, or checks that it is; `free_fields` (names, or beginnings of them) may differ.
+
+    Raises UsageError naming the other fields that differ.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        differing = differences(read_config(path), config, ignore=free_fields)
+        if differing:
+            raise UsageError(f"{workdir} holds a run of another config ({'; '.join(differing)}); use another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        save_config(config, path)
+
+
+def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
+    """train.steps, or where that is 0 train.epochs in steps."""
+    return config.train.steps or config.train.epochs * steps_per_epoch
+
+
+def train_to_the_end(
+    workdir: Path,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+    stage: Stage,
+    create_state: Callable,
+    batches_from: Callable[[int], Batches],
+    steps_per_epoch: int,
+    complete: Callable = lambda state: state,
+):
+    """Trains from the newest whole checkpoint, or from `create_state(seed)`, to the last step; returns the last state.
+
+    `complete` puts into a fresh state what does not come from a seed. `batches_from(step)` makes the batches that follow
+    that step. Raises what `ibq_jax.base.loop.Loop.run` raises.
+    """
+    checkpoints = _checkpoints(workdir, config)
+    state, start_step = _start(create_state, mesh, config.seed, checkpoints)
+    if not start_step:
+        state = complete(state)
+    pace = Pace(
+        total_steps=total_steps(config, steps_per_epoch),
+        log_every=config.log.every,
+        images_every=config.log.images_every,
+        evaluate_every=config.evaluate.every,
+        checkpoint_every=config.checkpoint.every,
+    )
+    if start_step >= pace.total_steps:
+        print(f"complete: step {start_step} of {pace.total_steps}; a larger train.steps goes on from there")
+    telemetry = Telemetry(workdir, start_step, pace.total_steps, enabled=jax.process_index() == 0)
+    metadata = {"config": config.to_dict(), "steps_per_epoch": steps_per_epoch}
+    loop = Loop(stage, mesh, pace, checkpoints, telemetry, workdir, metadata)
+    try:
+        return loop.run(state, batches_from(start_step), start_step)
+    finally:
+        telemetry.close()
+        checkpoints.close()
+
+
+def _start(create_state: Callable, mesh: jax.sharding.Mesh, seed: int, checkpoints: Checkpoints):
+    shapes, _ = abstract_state(create_state, mesh, seed)
+    restored = checkpoints.restore(shapes)
+    if restored is not None:
+        print(f"continuing from step {restored.step}")
+        return restored.state, restored.step
+    state = create_sharded(create_state, mesh, seed)
+    print(parameter_overview.get_parameter_overview(state.params, include_stats=False).splitlines()[-1])
+    return state, 0
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run found on disk: its config, and the checkpoint that was asked for (None: the newest whole one)."""
+
+    workdir: Path
+    config: ConfigDict
+    step: int | None
+
+    @classmethod
+    def find(cls, path: Path) -> "SavedRun":
+        """From a run's folder, or one step's folder under its `checkpoints/`. Raises UsageError when there is none."""
+        path = Path(path).resolve()
+        step = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
+        workdir = path if step is None else path.parent.parent
+        return cls(workdir, read_config(workdir / "config.json"), step)
+
+    def restore(self, create_state: Callable, mesh: jax.sharding.Mesh) -> Restored:
+        """The saved state on `mesh`, whatever mesh the run had. Raises UsageError when nothing is saved yet."""
+        if not (self.workdir / "checkpoints").is_dir():
+            raise UsageError(f"{self.workdir} has no checkpoint yet")
+        checkpoints = _checkpoints(self.workdir, self.config)
+        if not checkpoints.steps or (self.step is not None and self.step not in checkpoints.steps):
+            where = self.workdir if self.step is None else self.workdir / "checkpoints" / str(self.step)
+            raise UsageError(f"{where} has no checkpoint; the steps saved are {checkpoints.steps}")
+        shapes, _ = abstract_state(create_state, mesh, self.config.seed)
+        return checkpoints.restore(shapes) if self.step is None else checkpoints.restore_step(self.step, shapes)
+
+
+def _checkpoints(workdir: Path, config: ConfigDict) -> Checkpoints:
+    checkpoint = config.checkpoint
+    return Checkpoints(
+        workdir / "checkpoints",
+        keep_last=checkpoint.keep_last,
+        keep_best=checkpoint.keep_best,
+        best_metric=checkpoint.best_metric,
+    )

@@ -1,0 +1,305 @@
+"""The cross entropy of a language model over a very large vocabulary, without an array [tokens, vocabulary].
+
+Shapes: N tokens, V rows of the output layer, C dimensions; in einsums n, v, c. T tokens of a chunk.
+Logits l = head x^T are held as [rows of a block, T], rows first, as in `ibq_jax.ops.streamed`.
+
+    m_n = max_v l_vn     S_n = sum_v e^(l_vn - m_n)     loss_n = m_n + log S_n - x_n . head_tn,   t_n the target
+
+With g_n the cotangent of loss_n and w_n = g_n / S_n, the gradients are
+
+    dx_n = w_n (sum_v e^(l_vn - m_n) head_v - S_n head_tn)
+    dhead_v = sum_n e^(l_vn - m_n) (w_n x_n),  then -S_n (w_n x_n) is added to row t_n
+
+so that a block sees nothing but one exponential. The product w_n x_n may be rounded to bfloat16: since the target's
+part is made of the same rounded numbers, what should cancel for a confident token (m_n = l_tn, S_n near 1) cancels.
+
+`cross_entropy` walks over the head twice, chunk by chunk of tokens: for m and S, and, once g is known, for the
+gradients, which compute every block's logits anew: four products of N V C multiplications. `weighted_cross_entropy`
+knows g, the weights, beforehand. It takes both walks for one chunk before it goes on to the next, and so can keep the
+chunk's logits [V, T] in between: three products. The price is that dhead is there when the forward pass ends.
+
+On a mesh, tokens lie on all axes and the head's rows on axis `codebook` (see `ibq_jax.ops.stream`).
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.ops.stream import (
+    CODES,
+    GATHERED,
+    OWNED,
+    Stream,
+    add_rows,
+    own_rows,
+    per_token,
+    product,
+    sizes_on_a_device,
+)
+
+BLOCK_BYTES = 4 * 2**20  # of a block's rows, or of its logits: both are to stay in a CPU's cache
+LEAST_BLOCK = 512  # rows
+LARGEST_CHUNK = 512  # tokens; with more, dhead is read and written less often, but CPUs multiply the blocks more slowly
+LEAST_KEPT_CHUNK = 128  # tokens; with fewer, adding to dhead costs more than the saved product
+KEPT_BYTES = 256 * 2**20  # of the logits that `weighted_cross_entropy` keeps
+
+
+def cross_entropy(
+    x: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    block_size: int = 0,
+    implementation: Literal["streamed", "dense"] = "streamed",
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """The loss of every token in nats, [N] float32: logsumexp_v(x_n . head_v) - x_n . head_targets_n.
+
+    Differentiable in x and head. Inputs are float32 or bfloat16; bfloat16 is multiplied as it is, everything else is
+    float32, and gradients come back in the inputs' types. Float32 products follow `jax.default_matmul_precision`.
+
+    Args:
+      x: [N, C] final hidden states.
+      head: [V, C] rows of the output layer.
+      targets: [N] integers in 0..V-1.
+      block_size: rows that the streamed form handles at once; it need not divide them. 0 = as many as keep both the
+        rows and the logits of a block within 4 MiB in float32, but at least 512.
+      implementation: "streamed", or "dense", which ignores block_size and leaves a mesh to the partitioner.
+      mesh: None runs on one device (or as the partitioner likes). A mesh with the axes of `ibq_jax.base.sharding`
+        splits tokens over all its axes and the head's rows over `codebook`; losses are equal along `codebook`.
+
+    Raises:
+      UsageError: a size that does not divide over the mesh, a negative block_size, or an unknown implementation.
+      ValueError: arrays of other shapes or types.
+    """
+    _check_arrays(x, head, targets)
+    if implementation == "dense":
+        return _dense(x, head, targets)
+    stream = _stream(x, head, block_size, implementation, mesh)
+    dtype = jnp.result_type(x, head)
+    return _losses(stream, x.astype(dtype), head.astype(dtype), targets)
+
+
+def weighted_cross_entropy(
+    x: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    block_size: int = 0,
+    implementation: Literal["streamed", "dense"] = "streamed",
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """sum_n weights_n loss_n, [] float32, with the losses, other arguments and errors of `cross_entropy`.
+
+    Differentiable in x, head and weights [N]. Under differentiation the streamed form is faster than `cross_entropy`,
+    as it computes the logits once: it keeps those of a chunk of tokens, [V, T] on one device, at most 512 tokens and
+    as many as 256 MiB hold (but at least 128). The gradients are there when the forward pass ends, and take up memory
+    throughout the backward pass of whatever made x: [V, C] on one device, in the type of head.
+    """
+    _check_arrays(x, head, targets)
+    if weights.shape != targets.shape:
+        raise ValueError(f"expected weights {targets.shape}, one a token; got {weights.shape}")
+    weights = weights.astype(jnp.float32)
+    if implementation == "dense":
+        return (_dense(x, head, targets) * weights).sum()
+    stream = _stream(x, head, block_size, implementation, mesh)
+    dtype = jnp.result_type(x, head)
+    return _total(stream, x.astype(dtype), head.astype(dtype), targets, weights)
+
+
+def _dense(x: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+    logits = jnp.einsum("nc,vc->nv", x.astype(jnp.float32), head.astype(jnp.float32))
+    return jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+
+
+def _check_arrays(x: jax.Array, head: jax.Array, targets: jax.Array) -> None:
+    if x.ndim != 2 or head.ndim != 2 or x.shape[1] != head.shape[1] or 0 in x.shape + head.shape:
+        raise ValueError(f"expected x [N, C] and head [V, C], none of them empty; got {x.shape}, {head.shape}")
+    if not {x.dtype, head.dtype} <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
+        raise ValueError(f"expected float32 or bfloat16, got x {x.dtype} and head {head.dtype}")
+    if targets.shape != x.shape[:1] or not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(f"expected targets {x.shape[:1]} of integers; got {targets.shape} of {targets.dtype}")
+
+
+def _stream(x: jax.Array, head: jax.Array, block_size: int, implementation: str, mesh: Mesh | None) -> Stream:
+    if implementation != "streamed":
+        raise UsageError(f"implementation={implementation!r} does not exist; it is 'streamed' or 'dense'")
+    if block_size < 0:
+        raise UsageError(f"block_size={block_size} must not be negative (0 = chosen for you)")
+    (tokens, width), rows = x.shape, head.shape[0]
+    sizes_on_a_device(tokens, rows, mesh, f"a vocabulary of {rows} rows")
+    return Stream(block_size or max(BLOCK_BYTES // (4 * max(width, LARGEST_CHUNK)), LEAST_BLOCK), mesh)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _losses(stream: Stream, x: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+    return _losses_forward(stream, x, head, targets)[0]
+
+
+def _losses_forward(stream: Stream, x: jax.Array, head: jax.Array, targets: jax.Array):
+    run = stream.on_devices(partial(_local_losses, stream), (OWNED, CODES, GATHERED), GATHERED)
+    losses, m, s = run(x, head, targets)
+    return losses, (x, head, targets, m, s)
+
+
+def _losses_backward(stream: Stream, residuals, g):
+    in_specs = (OWNED, CODES, *[GATHERED] * 4)
+    run = stream.on_devices(partial(_local_gradients, stream), in_specs, (OWNED, CODES))
+    return *run(*residuals, g), None
+
+
+_losses.defvjp(_losses_forward, _losses_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(stream: Stream, x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    return (_losses(stream, x, head, targets) * weights).sum()
+
+
+def _total_forward(stream: Stream, x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array):
+    in_specs, out_specs = (OWNED, CODES, GATHERED, GATHERED), (GATHERED, OWNED, CODES)
+    run = stream.on_devices(partial(_local_losses_and_gradients, stream), in_specs, out_specs)
+    losses, dx, dhead = run(x, head, targets, weights)
+    return (losses * weights).sum(), (losses, dx, dhead)
+
+
+def _total_backward(stream: Stream, residuals, g):
+    losses, dx, dhead = jax.tree.map(lambda array: (g * array).astype(array.dtype), residuals)
+    return dx, dhead, None, losses
+
+
+_total.defvjp(_total_forward, _total_backward)
+
+
+def _local_losses(stream: Stream, x: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+    """The losses [N]; m and S [N], with those of the tokens that fill the last chunk."""
+    tokens = targets.shape[0]
+    x = lax.all_gather(x, stream.code_axes, tiled=True)
+
+    def chunk(arrays):
+        losses, m, s, _ = _chunk_losses(stream, *arrays, head, None)
+        return losses, m, s
+
+    losses, m, s = _joined(lax.map(chunk, _chunks((x, targets), LARGEST_CHUNK)))
+    return losses[:tokens], m, s
+
+
+def _local_gradients(stream: Stream, x, head, targets, m, s, g) -> tuple[jax.Array, jax.Array]:
+    """dx of the device's own tokens, dhead of its own rows."""
+    x = lax.all_gather(x, stream.code_axes, tiled=True)
+
+    def chunk(dhead, arrays):
+        x, targets, m, s, g = arrays
+
+        def logits_of(rows, first):
+            return product("vc,nc->vn", rows, x)
+
+        return _chunk_gradients(stream, x, targets, m, s, g, head, dhead, logits_of, only_once=chunks == 1)
+
+    arrays = _chunks((x, targets, m, s, g), LARGEST_CHUNK)
+    chunks = arrays[0].shape[0]
+    dhead, dx = lax.scan(chunk, _zeros(stream, head.shape), arrays)
+    return _to_owners(stream, _joined(dx)[: targets.shape[0]], dhead, head.dtype)
+
+
+def _local_losses_and_gradients(stream: Stream, x, head, targets, weights) -> tuple[jax.Array, ...]:
+    """The losses [N]; dx of the device's own tokens, dhead of its own rows."""
+    x = lax.all_gather(x, stream.code_axes, tiled=True)
+
+    def chunk(carry, arrays):
+        dhead, kept = carry
+        x, targets, weights = arrays
+        losses, m, s, kept = _chunk_losses(stream, x, targets, head, kept)
+
+        def logits_of(rows, first):
+            return lax.dynamic_slice_in_dim(kept, first, rows.shape[0])
+
+        dhead, dx = _chunk_gradients(stream, x, targets, m, s, weights, head, dhead, logits_of, only_once=chunks == 1)
+        return (dhead, kept), (losses, dx)
+
+    most = min(max(KEPT_BYTES // (4 * head.shape[0]), LEAST_KEPT_CHUNK), LARGEST_CHUNK)
+    arrays = _chunks((x, targets, weights), most)
+    chunks, chunk_tokens = arrays[1].shape
+    start = _zeros(stream, head.shape), _zeros(stream, (head.shape[0], chunk_tokens))
+    (dhead, _), per_token = lax.scan(chunk, start, arrays)
+    losses, dx = jax.tree.map(lambda array: array[: targets.shape[0]], _joined(per_token))
+    return losses, *_to_owners(stream, dx, dhead, head.dtype)
+
+
+def _chunk_losses(
+    stream: Stream, x: jax.Array, targets: jax.Array, head: jax.Array, kept: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """The losses, m and S [T] of a chunk; and `kept` [V, T] with the chunk's logits, unless it is None."""
+
+    def step(carry, rows, first):
+        m_before, s, kept = carry
+        logits = product("vc,nc->vn", rows, x)
+        m = jnp.maximum(m_before, logits.max(axis=0))
+        s = s * jnp.exp(m_before - m) + jnp.exp(logits - m[None]).sum(axis=0)
+        return m, s, None if kept is None else lax.dynamic_update_slice_in_dim(kept, logits, first, 0)
+
+    m_here, s, kept = stream.fold(step, (per_token(x, -jnp.inf), per_token(x, 0.0), kept), head)
+    m = lax.pmax(m_here, stream.code_axes)
+    s = lax.psum(s * jnp.exp(m_here - m), stream.code_axes)
+    _, target_rows = own_rows(head, targets, stream)
+    target_logits = lax.psum(product("nc,nc->n", target_rows, x), stream.code_axes)
+    return m + jnp.log(s) - target_logits, m, s, kept
+
+
+def _chunk_gradients(
+    stream: Stream, x, targets, m, s, g, head, dhead: jax.Array, logits_of: Callable, only_once: bool
+) -> tuple[jax.Array, jax.Array]:
+    """dhead with this chunk's share added, and dx [T, C], both by this device's rows alone.
+
+    `logits_of(rows, first)` are a block's logits; `only_once`: dhead is zero still.
+    """
+    w = (g / s)[:, None]
+    weighted = (w * x).astype(x.dtype)
+
+    def step(carry, rows, first):
+        dx, dhead = carry
+        e = jnp.exp(logits_of(rows, first) - m[None]).astype(x.dtype)
+        dx += product("vn,vc->nc", e, rows)
+        return dx, add_rows(dhead, product("vn,nc->vc", e, weighted), first, only_once)
+
+    dx, dhead = stream.fold(step, (jnp.zeros_like(x, jnp.float32), dhead), head)
+    own, target_rows = own_rows(head, targets, stream)
+    dx = w * (dx - s[:, None] * target_rows)
+    dhead = dhead.at[own].add(-s[:, None] * weighted, mode="drop", wrap_negative_indices=False)
+    return dhead, dx
+
+
+def _to_owners(stream: Stream, dx: jax.Array, dhead: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    dx = lax.psum_scatter(dx, stream.code_axes, tiled=True)
+    return dx.astype(dtype), lax.psum(dhead, stream.token_axes).astype(dtype)
+
+
+def _zeros(stream: Stream, shape: tuple[int, ...]) -> jax.Array:
+    """Float32, about to become different on every device."""
+    return lax.pcast(jnp.zeros(shape, jnp.float32), stream.token_axes + stream.code_axes, to="varying")
+
+
+def _chunks(arrays: Any, most: int) -> Any:
+    """[N, ...] -> [chunks, T, ...], T <= most and as even as it goes; zeros fill the last chunk."""
+
+    def split(array):
+        tokens = array.shape[0]
+        chunks = math.ceil(tokens / most)
+        chunk = math.ceil(tokens / chunks)
+        filled = jnp.pad(array, [(0, chunks * chunk - tokens), *[(0, 0)] * (array.ndim - 1)])
+        return filled.reshape(chunks, chunk, *array.shape[1:])
+
+    return jax.tree.map(split, arrays)
+
+
+def _joined(arrays: Any) -> Any:
+    """[chunks, T, ...] -> [chunks T, ...]."""
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), arrays)

@@ -1,0 +1,43 @@
+"""Rows of a table that is split over devices, by their indices, without gathering the table."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from ibq_jax.ops.stream import CODES, GATHERED, OWNED, Stream, own_rows, sizes_on_a_device
+
+
+def embedding_lookup(table: jax.Array, indices: jax.Array, *, mesh: Mesh | None = None) -> jax.Array:
+    """table [V, C], indices [B, S] -> table[indices], [B, S, C] in the table's type; differentiable in the table.
+
+    Indices out of range name the nearest row.
+
+    Args:
+      table: of a floating type, in which the gradient is summed up, too.
+      indices: integers.
+      mesh: None runs on one device (or as the partitioner likes). A mesh with the axes of `ibq_jax.base.sharding`
+        splits the table's rows over `codebook`, and B over all axes: a device takes the rows that it has for its
+        neighbours along `codebook`, zero for the others, and their sum goes back to the indices' owners.
+
+    Raises:
+      UsageError: B or V does not divide over the mesh.
+      ValueError: arrays of other shapes or types.
+    """
+    if table.ndim != 2 or indices.ndim != 2 or 0 in table.shape + indices.shape:
+        raise ValueError(
+            f"expected table [V, C], indices [B, S], none of them empty; got {table.shape}, {indices.shape}"
+        )
+    if not jnp.issubdtype(table.dtype, jnp.floating) or not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise ValueError(f"expected floating table and integer indices, got {table.dtype} and {indices.dtype}")
+    if mesh is None:
+        return jnp.take(table, indices, axis=0, mode="clip")
+    rows = table.shape[0]
+    sizes_on_a_device(indices.shape[0], rows, mesh, f"a table of {rows} rows")
+    stream = Stream(rows, mesh)
+
+    def local(table, indices):
+        _, found = own_rows(table, indices, stream)
+        return lax.psum_scatter(found, stream.code_axes, tiled=True)
+
+    return stream.on_devices(local, (CODES, GATHERED), OWNED)(table, jnp.clip(indices, 0, rows - 1))
