@@ -15,8 +15,8 @@ Any field can be overridden on the command line, e.g. `--config.model.layers=8`.
 | imagenet256_XL | 24, 24, 1536 | 1,076,103,168 | 400 epochs | 2.14 / 278.99 | not measured |
 | imagenet256_XXL | 30, 30, 1920 | 2,063,331,840 | 450 epochs | 2.05 / 286.73 | not measured |
 
-The published figures are with the tokenizer of 16,384 codes, and guidance and temperature as in `sample` below. The authors
-trained B for about 4 days on 32 accelerators and XXL for about 9 days on 96.
+The published figures are with the tokenizer of 16,384 codes, and guidance and temperature as in `sample` below. The
+authors trained B for about 4 days on 32 accelerators and XXL for about 9 days on 96.
 """
 
 from ml_collections import ConfigDict

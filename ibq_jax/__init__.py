@@ -1,6 +1,6 @@
 """Image tokenizers with large, wide, used codebooks (Index Backpropagation Quantization, arXiv 2412.02692) in JAX."""
 
-__all__ = ["Tokenizer"]
+__all__ = ["Generator", "Tokenizer"]
 
 
 def __getattr__(name: str):

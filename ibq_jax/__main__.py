@@ -15,7 +15,8 @@ from ibq_jax.base.errors import Failed, UsageError
 COMMANDS = {
     "prepare": "makes a data set: openmoji, a folder of images, tar shards, ImageNet",
     "train": "trains a config in a work folder, or continues what is there",
-    "evaluate": "measures a trained tokenizer's reconstructions on its validation split",
+    "sample": "draws pictures from a trained generator: a sheet to look at, or a set to evaluate",
+    "evaluate": "measures a trained tokenizer's reconstructions, or a generator's likelihood, on validation data",
     "convert": "makes a run of another codebook size from a trained one",
     "tokenize": "stores the codes that a tokenizer gives a data set's images, to train a generator on",
     "plan": "compiles a config's training step for TPUs that are not here: memory, time at best, collectives",

@@ -1,22 +1,28 @@
-"""The public classes: a trained tokenizer in five lines.
+"""The public classes: a trained tokenizer, and a trained generator of its codes, in five lines.
 
-from ibq_jax import Tokenizer
-tokenizer = Tokenizer.load("runs/tok")
+from ibq_jax import Generator, Tokenizer
+tokenizer, generator = Tokenizer.load("runs/tok"), Generator.load("runs/ar")
 codes = tokenizer.encode(images)        # uint8 [B, H, W, 3] -> int32 [B, h, w]
+codes = generator.sample(labels)        # int [B] -> int32 [B, h, w]
 images = tokenizer.decode(codes)        # float [-1, 1] [B, H, W, 3]
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ibq_jax.autoregressive.decode import Filter
+from ibq_jax.autoregressive.model import GeneratorModel
+from ibq_jax.autoregressive.run import restore_run as restore_generator
+from ibq_jax.autoregressive.sample import Guidance, Sampler, check_codes
 from ibq_jax.base.errors import UsageError
-from ibq_jax.interop import names
+from ibq_jax.base.sharding import make_mesh
+from ibq_jax.interop import generator_names, names
 from ibq_jax.tokenizer.model import TokenizerModel
 from ibq_jax.tokenizer.run import restore_run
 from ibq_jax.tokenizer.train import to_float
@@ -79,6 +85,103 @@ class Tokenizer:
         if codes.size and not 0 <= codes.min() <= codes.max() < self.num_codes:
             raise UsageError(f"codes lie in 0..{self.num_codes - 1}; these reach from {codes.min()} to {codes.max()}")
         return _decode(self.model, self.params, jnp.asarray(codes, jnp.int32))
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Classes to codes, with fixed weights. `params` is the model's tree of arrays."""
+
+    model: GeneratorModel
+    params: Mapping
+    prefix: str = generator_names.PREFIX  # of the published names, in `to_torch`
+
+    @classmethod
+    def load(cls, path: str | Path, use_ema: bool = True) -> "Generator":
+        """From a run's folder (its newest whole checkpoint) or one step's folder under its `checkpoints/`.
+
+        Averaged weights where the run keeps them, unless `use_ema` is False. Raises UsageError when there is no run.
+        """
+        trainer, restored, _ = restore_generator(Path(path))
+        return cls(trainer.model.clone(mesh=None), restored.state.averaged if use_ema else restored.state.params)
+
+    @classmethod
+    def from_torch(cls, state_dict: Mapping[str, np.ndarray], config: Mapping) -> "Generator":
+        """From tensors under the names of the published checkpoints, with a configuration as they have it.
+
+        `config` needs "vocab_size", "block_size", "n_layer", "n_head" and "n_embd". Names may do without "transformer."
+        in front. Strict: raises UsageError naming what is missing, unknown or misshapen, and loads nothing then.
+        """
+        fields = generator_names.model_fields(config)
+        no_class = generator_names.has_no_class(state_dict, fields["num_classes"])
+        model = GeneratorModel(**fields, no_class=no_class)
+        params = generator_names.generator_from_torch(state_dict, model)
+        return cls(model, jax.tree.map(jnp.asarray, params), generator_names.name_prefix(state_dict))
+
+    def to_torch(self) -> dict[str, np.ndarray]:
+        """The weights under their published names, in PyTorch's layouts."""
+        return generator_names.generator_to_torch(self.params, self.prefix)
+
+    @cached_property
+    def _sampler(self) -> Sampler:
+        return Sampler(self.model, self.params, make_mesh({"data": 1}, jax.local_devices()[:1]))
+
+    def sample(
+        self,
+        labels: np.ndarray,
+        cfg_scale: float = 2.25,
+        temperature: float = 1.1,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        *,
+        cfg_schedule: str = "constant",
+        cfg_power: float = 1.0,
+        cfg_interval: tuple[float, float] = (0.0, 1.0),
+        prefix: np.ndarray | None = None,
+        first: int = 0,
+    ) -> jax.Array:
+        """Codes int32 [B, h, w] of pictures with `labels` [B], on one device.
+
+        Picture i is number `first` + i of `seed`, and the same however many are drawn with it.
+
+        Args:
+            labels: classes, one a picture.
+            cfg_scale: of classifier-free guidance; 1 is none, at half the work.
+            temperature: divides the guided logits; 0 takes the likeliest code.
+            top_k: draw from the likeliest codes only; 0 or None: from all.
+            top_p: draw from the likeliest codes that together reach this probability; in (0, 1].
+            seed: of the drawing, 0..2**32 - 1.
+            cfg_schedule, cfg_power, cfg_interval: as in `ibq_jax.autoregressive.sample.Guidance`.
+            prefix: codes that are given, the first P of a picture row by row [B, P], or whole rows of it [B, rows, w].
+            first: number of the first picture.
+
+        Raises UsageError for settings, labels or codes out of range.
+        """
+        if prefix is not None and np.ndim(prefix) == 3:
+            prefix = np.reshape(prefix, (len(prefix), -1))
+        codes = self._sampler(
+            labels,
+            guidance=Guidance(cfg_scale, cfg_schedule, cfg_power, tuple(cfg_interval)),
+            keep=Filter(top_k or 0, top_p),
+            temperature=temperature,
+            seed=seed,
+            numbers=first + np.arange(np.size(labels)),
+            prefix=prefix,
+        )
+        return jnp.asarray(codes)
+
+    def logits(self, codes: np.ndarray, labels: np.ndarray) -> jax.Array:
+        """Teacher forced: codes [B, h, w] or [B, h w], labels [B] -> float32 [B, h w, vocabulary].
+
+        A label may be num_classes, "no class". Raises UsageError for other shapes or types, or values out of range.
+        """
+        codes, labels = check_codes(self.model, codes, labels)
+        return _logits(self.model, self.params, codes, labels)
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(model: GeneratorModel, params: Mapping, codes: jax.Array, labels: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, codes, labels)
 
 
 @partial(jax.jit, static_argnums=0)

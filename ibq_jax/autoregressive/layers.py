@@ -1,8 +1,8 @@
 """Layers of the Llama-like generator (arXiv 2412.02692, section 3.3; sizes and initial values as released).
 
-Shapes: B sequences of S positions, C channels, H query heads and G key-value heads (G divides H) of D channels, F hidden
-channels. Parameters are float32; `dtype` is what matrix products compute in, while norms, rotations, the attention's
-softmax and the residual stream stay float32.
+Shapes: B sequences of S positions, C channels, H query heads and G key-value heads (G divides H) of D channels, F
+hidden channels. Parameters are float32; `dtype` is what matrix products compute in, while norms, rotations, the
+attention's softmax and the residual stream stay float32.
 """
 
 import flax.linen as nn

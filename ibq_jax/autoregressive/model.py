@@ -90,7 +90,9 @@ class GeneratorModel(nn.Module):
         codebook_dim = self.codebook_dim if self.use_pretrained_codebook else 0
         self.tok_emb = TokenEmbedding(self.vocabulary, self.width, codebook_dim, self.dtype, self.mesh)
         class_init = nn.with_logical_partitioning(normal(INITIAL_DEVIATION), ("classes", "width"))
-        self.class_emb = self.param("class_emb", class_init, (self.num_classes + self.no_class, self.width), jnp.float32)
+        self.class_emb = self.param(
+            "class_emb", class_init, (self.num_classes + self.no_class, self.width), jnp.float32
+        )
         per_layer = dict(length=self.layers, metadata_params={nn.PARTITION_NAME: "layers"}, variable_axes={"params": 0})
         modulation = nn.scan(Modulation, split_rngs={"params": True}, **per_layer)
         self.modulation = modulation(self.gamma_init, self.dtype)

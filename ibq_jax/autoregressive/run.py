@@ -97,7 +97,9 @@ def train(
     source = _open_codes(config, workdir)
     steps_per_epoch = len(source) // config.data.batch_size
     if not steps_per_epoch and not config.train.steps:
-        raise UsageError(f"data.batch_size={config.data.batch_size} is more than the {len(source)} pictures of {source}")
+        raise UsageError(
+            f"data.batch_size={config.data.batch_size} is more than the {len(source)} pictures of {source}"
+        )
     tokenizer = find_tokenizer(config.tokenizer, source.manifest, needed=config.model.use_pretrained_codebook)
     trainer = Trainer(config, mesh, steps_per_epoch)
     stage = GeneratorStage(trainer, *make_evaluation(trainer, source.manifest, tokenizer))
@@ -121,9 +123,7 @@ def train(
     def complete(state: GeneratorState) -> GeneratorState:
         return state if codebook is None else _with_codebook(state, codebook)
 
-    return train_to_the_end(
-        workdir, config, mesh, stage, trainer.create_state, batches_from, steps_per_epoch, complete
-    )
+    return train_to_the_end(workdir, config, mesh, stage, trainer.create_state, batches_from, steps_per_epoch, complete)
 
 
 def restore_run(path: Path) -> tuple[Trainer, Restored, dict]:

@@ -1,22 +1,21 @@
-"""Sampling from the generator: a cached, compiled program with classifier-free guidance (arXiv 2412.02692, section 3.3).
+"""Sampling from the generator, with classifier-free guidance (arXiv 2412.02692, section 3.3).
 
-Shapes: B pictures in a program, R rows of it (B, or 2 B under guidance: each with and then without its class), P codes
-of a given prefix, S codes of a picture, V vocabulary; C, L, H, G, D as in the model. Within a step activations are
-[C, R], channels first: few rows times a whole matrix then reads the matrix once, at the memory's speed.
+Shapes: N pictures, P codes of a given prefix, S = h w codes of a picture.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax.sharding import Mesh
 
-from ibq_jax.autoregressive.layers import rms_norm, rotary_angles, rotate
+from ibq_jax.autoregressive.decode import Filter, generate, step_weights
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.sharding import batch_sharding, replicated
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -55,197 +54,128 @@ class Guidance:
         return np.where(on, 1 + (self.scale - 1) * climb[self.schedule], 1.0).astype(np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Filter:
-    """What is kept of a distribution before drawing: the `top_k` likeliest codes (0: all), then the likeliest codes
-    that together reach the probability `top_p` (1: all); `greedy` takes the likeliest one."""
+class Sampler:
+    """Draws pictures' codes, with fixed weights, on the devices of `mesh`.
 
-    top_k: int = 0
-    top_p: float = 1.0
-    greedy: bool = False
+    Every device runs the same program on `lane` pictures at a time, the last ones filled up, however many are asked
+    for: so a picture depends on its seed, its number, its class and its prefix, and to the last bit on nothing else.
+    Another lane rounds otherwise, which in a tie of two codes may decide. `lane` 0: 4 on CPUs, 64 elsewhere.
+    """
 
-    def __post_init__(self):
-        if self.top_k < 0:
-            raise UsageError(f"top_k={self.top_k} is negative; 0 keeps every code")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p={self.top_p} is not in (0, 1]; 1 keeps every code")
+    def __init__(self, model: GeneratorModel, params: Mapping, mesh: Mesh, lane: int = 0):
+        self._mesh, self._model = mesh, model.clone(mesh=None)
+        self._lane = lane or (4 if mesh.devices.flat[0].platform == "cpu" else 64)
+        self._params = jax.device_put(params, replicated(mesh))
+        prepare = jax.jit(step_weights, static_argnums=0, out_shardings=replicated(mesh))
+        self._weights = prepare(self._model, self._params)
+        self._generate = jax.jit(generate, static_argnums=(0, 1, 2), out_shardings=batch_sharding(mesh))
 
-    def __call__(self, logits: jax.Array) -> jax.Array:
-        """Logits [B, V] with what is not kept at minus infinity."""
-        if 0 < self.top_k < logits.shape[-1]:
-            logits = jnp.where(logits < lax.top_k(logits, self.top_k)[0][:, -1:], -jnp.inf, logits)
-        if self.top_p < 1:
-            ordered = jnp.sort(logits, axis=-1, descending=True)
-            probabilities = jax.nn.softmax(ordered, axis=-1)
-            # A code stays while those likelier than it have not reached top_p; the likeliest always stays.
-            kept = jnp.cumsum(probabilities, axis=-1) - probabilities <= self.top_p
-            lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-            logits = jnp.where(logits < lowest, -jnp.inf, logits)
-        return logits
+    @property
+    def round_size(self) -> int:
+        """Pictures that all devices together draw at a time."""
+        return self._mesh.size * self._lane
 
+    def __call__(
+        self,
+        labels: np.ndarray,
+        *,
+        guidance: Guidance,
+        keep: Filter,
+        temperature: float,
+        seed: int,
+        numbers: np.ndarray | None = None,
+        prefix: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Codes int32 [N, h, w] of pictures with `labels` [N].
 
-class LayerWeights(NamedTuple):
-    """One layer's matrices as a step multiplies them, [out, in]; norms [C, 1]."""
+        Args:
+            labels: classes, 0..num_classes - 1; in a model without classes 0.
+            guidance: where its scale is 1 throughout, "no class" is never evaluated.
+            keep: which codes may be drawn.
+            temperature: above 0; 0 takes the likeliest code.
+            seed: 0..2**32 - 1.
+            numbers: of the pictures within the seed, [N]; 0..N - 1 if None.
+            prefix: the first P codes, given, [N, P]; none if None.
 
-    attention_norm: jax.Array
-    wqkv: jax.Array
-    wo: jax.Array
-    ffn_norm: jax.Array
-    w1: jax.Array
-    w3: jax.Array
-    w2: jax.Array
+        Raises:
+            UsageError: labels, codes or settings out of range.
+        """
+        labels, prefix = check_labels(self._model, labels), check_prefix(self._model, prefix, len(labels))
+        numbers = np.arange(len(labels)) if numbers is None else np.asarray(numbers)
+        scales = guidance.scales(self._model.positions)
+        guided = bool(np.any(scales != 1))
+        if guided and not (self._model.no_class and self._model.num_classes):
+            raise UsageError(
+                'guidance needs a model that has learned "no class": this one has not '
+                "(loss.class_dropout was 0, or its data set has no classes); use cfg_scale=1"
+            )
+        if not (np.isfinite(temperature) and temperature >= 0):
+            raise UsageError(f"temperature={temperature} is not a number of at least 0; 0 takes the likeliest code")
+        if not 0 <= seed < 2**32:
+            raise UsageError(f"seed={seed} is not in 0..2**32 - 1")
+        keep = dataclasses.replace(keep, greedy=keep.greedy or temperature == 0)
+        divisor = jnp.float32(temperature or 1.0)
+        rounds = []
+        for start in range(0, len(labels), self.round_size):
+            rows = slice(start, start + self.round_size)
+            batch = self._batch(labels[rows], numbers[rows], prefix[rows], seed)
+            codes = self._generate(self._model, keep, guided, self._params, self._weights, *batch, scales, divisor)
+            rounds.append(np.asarray(codes)[: len(labels[rows])])
+        return np.concatenate(rounds).reshape(-1, *self._model.grid)
 
-
-class StepWeights(NamedTuple):
-    """What every step reads besides token embeddings."""
-
-    layers: tuple[LayerWeights, ...]
-    head_norm: jax.Array
-    head: jax.Array
-
-
-def step_weights(model: GeneratorModel, params: Mapping) -> StepWeights:
-    """The matrices of `params` layer by layer, turned, and in the model's type: made once, read at every step."""
-    blocks = params["blocks"]
-
-    def layer(i: int) -> LayerWeights:
-        def norm(name):
-            return blocks[name]["scale"][i][:, None]
-
-        def matrix(module, name):
-            return blocks[module][name]["kernel"][i].T.astype(model.dtype)
-
-        return LayerWeights(
-            attention_norm=norm("attention_norm"),
-            wqkv=matrix("attention", "wqkv"),
-            wo=matrix("attention", "wo"),
-            ffn_norm=norm("ffn_norm"),
-            **{name: matrix("feed_forward", name) for name in ("w1", "w3", "w2")},
+    def _batch(self, labels: np.ndarray, numbers: np.ndarray, prefix: np.ndarray, seed: int) -> tuple:
+        """Labels, keys and prefixes on the devices."""
+        labels, numbers, prefix = (
+            filled(rows, self.round_size, self._mesh) for rows in (labels, numbers.astype(np.uint32), prefix)
         )
-
-    layers = tuple(layer(i) for i in range(model.layers))
-    return StepWeights(layers, params["head_norm"]["scale"][:, None], params["head"].astype(model.dtype))
+        return labels, jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers), prefix
 
 
-class Conditions(NamedTuple):
-    """What the classes of R rows do to every step: [L, 6, C, R] and [2, C, R]."""
+def filled(rows: np.ndarray, size: int, mesh: Mesh) -> jax.Array:
+    """Rows [n, ...] on all devices of the mesh, filled up to `size` with copies of the last."""
+    rows = np.concatenate((rows, np.repeat(rows[-1:], size - len(rows), axis=0)))
+    return jax.device_put(rows, batch_sharding(mesh))
 
-    layers: jax.Array
-    head: jax.Array
 
+def check_labels(model: GeneratorModel, labels: np.ndarray, no_class: bool = False) -> np.ndarray:
+    """Labels as int32 [N]; `no_class` allows num_classes too, where the model has a row for it.
 
-def generate(
-    model: GeneratorModel,
-    keep: Filter,
-    guided: bool,
-    params: Mapping,
-    weights: StepWeights,
-    labels: jax.Array,
-    keys: jax.Array,
-    prefix: jax.Array,
-    scales: jax.Array,
-    temperature: jax.Array,
-) -> jax.Array:
-    """Completes pictures code by code -> codes int32 [B, S].
-
-    Args:
-        model, keep, guided: static; `guided` False never evaluates "no class", and `scales` is not read.
-        params, weights: the model's, and `step_weights` of them.
-        labels: [B].
-        keys: one random key a picture, [B]; position s draws with fold_in(key, s).
-        prefix: [B, P] codes that are given, P < S.
-        scales: of guidance, [S].
-        temperature: divides the guided logits; [].
+    Raises UsageError for another shape or type, none, or one out of range.
     """
-    variables = {"params": params}
-    given = prefix.shape[1]
-    no_class = jnp.full_like(labels, model.num_classes)
-    rows = jnp.stack((labels, no_class), axis=1).reshape(-1) if guided else labels
-
-    def doubled(codes: jax.Array) -> jax.Array:
-        return jnp.repeat(codes, 2, axis=0) if guided else codes
-
-    per_layer, head = model.apply(variables, rows, method="modulations")
-    conditions = Conditions(per_layer.transpose(0, 2, 3, 1), head.transpose(1, 2, 0))
-    hidden, keys_values = model.apply(variables, doubled(prefix), rows, method="prefill")
-    caches = _grown(keys_values, model.positions)
-    cos, sin = rotary_angles(model.grid, model.head_channels)
-
-    def draw(hidden: jax.Array, position: jax.Array) -> jax.Array:
-        logits = _product(weights.head, hidden).T
-        if guided:
-            with_class, without = logits[::2], logits[1::2]
-            logits = without + (with_class - without) * scales[position]
-        if keep.greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = keep(logits / temperature)
-        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[1:]))(keys)
-        return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
-
-    def step(carry, position):
-        """Feeds the code before `position`, which stands in the sequence at `position` itself, behind the class."""
-        codes, caches = carry
-        x = model.apply(variables, doubled(codes)[:, None], method="embed")[:, 0].T
-        turn = cos[position][None, None], sin[position][None, None]
-        layers = zip(weights.layers, conditions.layers, caches, strict=True)
-        moved = []
-        for layer, modulation, cache in layers:
-            x, cache = _layer_step(model, layer, modulation, cache, x, position, turn)
-            moved.append(cache)
-        scale, shift = conditions.head
-        drawn = draw(rms_norm(x, jnp.broadcast_to(weights.head_norm, x.shape), axis=0) * (1 + scale) + shift, position)
-        return (drawn, tuple(moved)), drawn
-
-    first = draw(hidden.T, jnp.int32(given))
-    _, others = lax.scan(step, (first, caches), jnp.arange(given + 1, model.positions, dtype=jnp.int32))
-    return jnp.concatenate((prefix, first[:, None], others.T), axis=1)
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
+        raise UsageError(f"labels are integers [N], at least one, not {labels.dtype} of shape {labels.shape}")
+    last = max(model.num_classes - 1 + (no_class and model.no_class), 0)
+    _check_range(labels, last, "labels")
+    return labels.astype(np.int32)
 
 
-def _layer_step(model, weights: LayerWeights, modulation, cache, x, position, turn):
-    """One layer at one position, x [C, R] -> the same; cache: keys and values, each [R, G, S, D]."""
-    gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-    norm1, norm2 = (jnp.broadcast_to(scale, x.shape) for scale in (weights.attention_norm, weights.ffn_norm))
-    y = rms_norm(x, norm1, axis=0) * (1 + scale1) + shift1
-    y, cache = _attend(model, _product(weights.wqkv, y), cache, position, turn)
-    x = x + gamma1 * _product(weights.wo, y)
-    y = rms_norm(x, norm2, axis=0) * (1 + scale2) + shift2
-    hidden = jax.nn.silu(_product(weights.w1, y)) * _product(weights.w3, y)
-    return x + gamma2 * _product(weights.w2, hidden), cache
+def check_prefix(model: GeneratorModel, prefix: np.ndarray | None, rows: int) -> np.ndarray:
+    """A prefix as int32 [N, P]. Raises UsageError for another shape or type, or a code out of range."""
+    if prefix is None:
+        return np.zeros((rows, 0), np.int32)
+    prefix = np.asarray(prefix)
+    if prefix.ndim != 2 or len(prefix) != rows or not np.issubdtype(prefix.dtype, np.integer):
+        raise UsageError(f"a prefix is integer codes [{rows}, P], not {prefix.dtype} of shape {prefix.shape}")
+    if prefix.shape[1] >= model.positions:
+        raise UsageError(f"a prefix of {prefix.shape[1]} codes leaves none of the picture's {model.positions} to draw")
+    _check_range(prefix, model.vocabulary - 1, "a prefix's codes")
+    return prefix.astype(np.int32)
 
 
-def _attend(model, qkv: jax.Array, cache, position, turn):
-    """qkv [(H + 2 G) D, R] at `position` -> what every head gathers, [H D, R], and the cache with the position in."""
-    r, g, d = qkv.shape[1], model.kv_heads, model.head_channels
-    query, key, value = jnp.split(qkv.T.reshape(r, -1, d), (model.heads, model.heads + g), axis=1)
-    query, key = (rotate(t, *turn).astype(model.dtype) for t in (query, key))
-    new = key, value.astype(model.dtype)
-    keys, values = (
-        lax.dynamic_update_slice_in_dim(c, n[:, :, None], position, 2) for c, n in zip(cache, new, strict=True)
-    )
-    query = query.reshape(r, g, -1, d)
-    scores = jnp.einsum("rgqd,rgsd->rgqs", query, keys, preferred_element_type=jnp.float32) * d**-0.5
-    seen = jnp.arange(keys.shape[2]) <= position
-    weights = jax.nn.softmax(jnp.where(seen[None, None, None], scores, -jnp.inf), axis=-1).astype(model.dtype)
-    out = jnp.einsum("rgqs,rgsd->rgqd", weights, values, preferred_element_type=jnp.float32)
-    return out.reshape(r, -1).T, (keys, values)
+def check_codes(model: GeneratorModel, codes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whole pictures' codes as int32 [N, h, w] and their labels as int32 [N], "no class" among them.
 
-
-def _product(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    """[out, in] times [in, R], in the matrix's type -> float32.
-
-    Between barriers, since XLA would fold a neighbouring transpose into the product, whose other forms take 20 times as
-    long on a CPU.
+    Raises UsageError for other shapes or types, or values out of range.
     """
-    x = lax.optimization_barrier(x.astype(matrix.dtype))
-    return lax.optimization_barrier(jnp.einsum("oi,ir->or", matrix, x, preferred_element_type=jnp.float32))
+    codes, labels = np.asarray(codes), check_labels(model, labels, no_class=True)
+    shape = (len(labels), *model.grid)
+    if codes.shape not in (shape, (len(labels), model.positions)) or not np.issubdtype(codes.dtype, np.integer):
+        raise UsageError(f"codes are integers {list(shape)} for these labels, not {codes.dtype} of shape {codes.shape}")
+    _check_range(codes, model.vocabulary - 1, "codes")
+    return codes.reshape(shape).astype(np.int32), labels
 
 
-def _grown(keys_values: Any, positions: int) -> tuple:
-    """[L, R, T, G, D] of a prefill -> for every layer [R, G, S, D], zero behind T."""
-
-    def grow(array):
-        missing = positions - array.shape[2]
-        return jnp.pad(array.transpose(0, 1, 3, 2, 4), ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
-
-    keys, values = map(grow, keys_values)
-    return tuple(zip(keys, values, strict=True))
+def _check_range(values: np.ndarray, last: int, what: str) -> None:
+    if values.size and not 0 <= values.min() <= values.max() <= last:
+        raise UsageError(f"{what} lie in 0..{last}; these reach from {values.min()} to {values.max()}")

@@ -73,9 +73,7 @@ class Trainer:
         def decays(name: str) -> bool:
             return config.decay_all or not any(part in UNDECAYED for part in name.split("/"))
 
-        return adamw(
-            self.learning_rate, self.weight_decay, config.beta1, config.beta2, config.gradient_clip, decays
-        )
+        return adamw(self.learning_rate, self.weight_decay, config.beta1, config.beta2, config.gradient_clip, decays)
 
     def create_state(self, seed: int) -> GeneratorState:
         """The state before the first step, its parameters boxed with their logical axis names."""
@@ -95,7 +93,9 @@ class Trainer:
         config = self.config
         class_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
         dropped = jax.random.bernoulli(class_key, config.loss.class_dropout, labels.shape)
-        labels = jnp.where(dropped | (labels < 0), config.model.num_classes, labels)  # below 0: a data set without classes
+        labels = jnp.where(
+            dropped | (labels < 0), config.model.num_classes, labels
+        )  # below 0: a data set without classes
         loss, gradient = self._gradient(state.params, codes, labels, dropout_key)
         updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -128,7 +128,7 @@ class Trainer:
         return losses.reshape(len(codes), -1)
 
     def _gradient(self, params: dict, codes: jax.Array, labels: jax.Array, key: jax.Array):
-        """(mean loss, its gradient), over A micro-batches one after another, so that only one's activations are held."""
+        """(mean loss, its gradient), over A micro-batches in turn, so that only one's activations are held."""
 
         def mean_loss(params, codes, labels, key):
             return jnp.mean(self.code_losses(params, codes, labels, key))

@@ -29,7 +29,8 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run, under `directory`.
 
-    Keeps the newest `keep_last` and the `keep_best` with the highest `best_metric`; with "-" before its name, the lowest.
+    Keeps the newest `keep_last` and the `keep_best` with the highest `best_metric`, or with "-" before its name the
+    lowest.
     """
 
     def __init__(self, directory: Path, *, keep_last: int = 1, keep_best: int = 0, best_metric: str = ""):

@@ -55,8 +55,8 @@ def train_to_the_end(
 ):
     """Trains from the newest whole checkpoint, or from `create_state(seed)`, to the last step; returns the last state.
 
-    `complete` puts into a fresh state what does not come from a seed. `batches_from(step)` makes the batches that follow
-    that step. Raises what `ibq_jax.base.loop.Loop.run` raises.
+    `complete` puts into a fresh state what does not come from a seed. `batches_from(step)` makes the batches that
+    follow that step. Raises what `ibq_jax.base.loop.Loop.run` raises.
     """
     checkpoints = _checkpoints(workdir, config)
     state, start_step = _start(create_state, mesh, config.seed, checkpoints)

@@ -1,8 +1,8 @@
 """The mesh, and where every array lies on it. Sharding is stated here and nowhere else.
 
 Three axes: `data` (examples only), `fsdp` (examples, and the large matrices with their optimizer state) and `codebook`
-(examples, and rows, of the tokenizer's codebook or the generator's vocabulary, with their optimizer state and average). A
-batch lies on all three.
+(examples, and rows, of the tokenizer's codebook or the generator's vocabulary, with their optimizer state and average).
+A batch lies on all three.
 
 Parameters carry logical axis names (`flax.linen.with_logical_partitioning`); RULES maps those to mesh axes.
 """

@@ -43,7 +43,7 @@ class Telemetry:
             self._events.add_scalar(name, value, step)
 
     def grid(self, step: int, name: str, values: np.ndarray) -> None:
-        """`values`: floats [h, w], at least 0; a row of metrics.jsonl, and a picture, brighter where they are larger."""
+        """`values`: floats [h, w], at least 0; a row of metrics.jsonl, and a picture, brighter where larger."""
         if not self._enabled:
             return
         self._file.write(json.dumps({"step": step, name: np.round(values.astype(float), 6).tolist()}) + "\n")

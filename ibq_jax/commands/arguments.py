@@ -1,6 +1,7 @@
 """What the commands' argument parsers share."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,6 +52,19 @@ def share(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no fraction: at least 0, and below 1")
     return value
+
+
+def numbers(kind: Callable[[str], float]) -> Callable[[str], tuple]:
+    """argparse type: numbers of a `kind`, int or float, separated by commas."""
+
+    def parse(text: str) -> tuple:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            words = "whole numbers" if kind is int else "numbers"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words} separated by commas") from None
+
+    return parse
 
 
 def output_file(text: str) -> Path:

@@ -10,7 +10,7 @@ from ibq_jax.base.checkpoint import Checkpoints
 from ibq_jax.base.config import save_config
 from ibq_jax.base.errors import UsageError
 from ibq_jax.commands.arguments import Parser, positive, share, underscored
-from ibq_jax.commands.train import validation_evaluator
+from ibq_jax.commands.evaluations import validation_evaluator
 from ibq_jax.tokenizer.check import check_config
 from ibq_jax.tokenizer.run import restore_run
 from ibq_jax.tokenizer.surgery import kept_map, split_map, with_codebook

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ibq_jax.commands.arguments import Parser, count, output_file, positive, underscored
-from ibq_jax.commands.train import validation_evaluator
+from ibq_jax.commands.evaluations import validation_evaluator
 from ibq_jax.evaluate.reconstruction import PROTOCOL
 from ibq_jax.tokenizer.run import restore_run
 

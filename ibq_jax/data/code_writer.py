@@ -5,7 +5,6 @@ Settings are the manifest without its counts: {"version", "tokenizer", "data": {
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -18,6 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from ibq_jax.base.config import flatten
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.files import PARTIAL, whole_or_absent
 from ibq_jax.data.codes import (
     MANIFEST,
     SETTINGS,
@@ -32,7 +32,6 @@ from ibq_jax.data.codes import (
 
 IMAGES_PER_SHARD = 4096
 FEWEST_SHARDS = 8  # so that a few processes share a small split
-PARTIAL = ".partial"
 # A resume may find these changed: the fingerprint tells whether it is the same tokenizer.
 FREE_FIELDS = ("tokenizer.path", "tokenizer.config.")
 
@@ -125,49 +124,6 @@ def _write_or_check_settings(folder: Path, settings: Mapping) -> None:
         check_manifest(fields, compared, folder, "this command")
     except UsageError as error:
         raise UsageError(f"{error} (--overwrite replaces it)") from None
-
-
-@contextlib.contextmanager
-def whole_or_absent(path: Path, wait: bool = False) -> Iterator[Path | None]:
-    """A file to write, which gets the name `path` if the block ends well. None where nothing is to be written.
-
-    That is where `path` is there, or another process is writing it; with `wait`, once that process is done.
-
-    Raises:
-        UsageError: the disk is full.
-    """
-    if path.exists():
-        yield None
-        return
-    partial = path.with_name(path.name + PARTIAL)
-    lock = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if not _locked(lock, wait) or path.exists():  # whoever had it locked may have been done in between
-            yield None
-            return
-        try:
-            yield partial
-            os.replace(partial, path)
-        except BaseException as error:
-            os.ftruncate(lock, 0)  # unlinked, it could be locked by one process and made anew by another
-            if isinstance(error, OSError | RuntimeError) and _tells_full_disk(error):
-                raise UsageError(f"{path}: the disk is full; free room and rerun, what is whole was kept") from error
-            raise
-    finally:
-        os.close(lock)
-
-
-def _locked(lock: int, wait: bool) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _tells_full_disk(error: Exception) -> bool:
-    """ArrayRecord's errors are RuntimeErrors with the system's words in them."""
-    return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
 
 
 def write_records(path: Path, records: np.ndarray) -> None:

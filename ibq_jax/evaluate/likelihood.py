@@ -61,6 +61,8 @@ class LikelihoodEvaluator:
         total, images = np.zeros(self._grid), 0
         for batch in self._batches():
             arrays = global_batch({name: batch[name] for name in ("codes", "label", "mask")}, self._mesh)
-            total += np.asarray(self._sums(params, arrays["codes"], arrays["label"], arrays["mask"])).reshape(total.shape)
+            total += np.asarray(self._sums(params, arrays["codes"], arrays["label"], arrays["mask"])).reshape(
+                total.shape
+            )
             images += int(jnp.sum(arrays["mask"]))
         return Likelihood(total / images, images)

@@ -14,6 +14,7 @@ import numpy as np
 
 from ibq_jax.base.sharding import batch_sharding, global_batch, replicated
 from ibq_jax.evaluate.image_metrics import psnr, ssim
+from ibq_jax.tokenizer.train import to_uint8
 from ibq_jax.tokenizer.watch import count_codes, perplexity
 
 PROTOCOL = "centre crops, antialiased resize, rounded to uint8, mean over images"
@@ -83,11 +84,6 @@ class ReconstructionEvaluator:
         two, _, height, width, channels = images.shape
         grid = images.reshape(two, rows, columns, height, width, channels).transpose(1, 0, 3, 2, 4, 5)
         return grid.reshape(rows * two * height, columns * width, channels)
-
-
-def to_uint8(images: jax.Array) -> jax.Array:
-    """float [-1, 1] -> uint8 [0, 255], rounded to nearest."""
-    return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
 def _sums(reconstruct: Reconstruct, num_codes: int, params: dict, images: jax.Array, mask: jax.Array):

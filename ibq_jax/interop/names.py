@@ -156,7 +156,7 @@ def _from_torch(state_dict: Mapping[str, np.ndarray], like: Mapping, name_of: Ca
 
 
 def check_tensors(state_dict: Mapping[str, np.ndarray], groups: Mapping[str, Shapes], wanted: str) -> None:
-    """Raises UsageError unless every tensor is of a group and well-shaped, and `wanted` and every group present whole."""
+    """Raises UsageError unless every tensor is known and well-shaped, and `wanted` and every group present whole."""
     known = {name: shape for group in groups.values() for name, shape in group.items()}
     wrong = []
     for title, group in groups.items():

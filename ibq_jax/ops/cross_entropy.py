@@ -229,8 +229,8 @@ def _local_losses_and_gradients(stream: Stream, x, head, targets, weights) -> tu
     arrays = _chunks((x, targets, weights), most)
     chunks, chunk_tokens = arrays[1].shape
     start = _zeros(stream, head.shape), _zeros(stream, (head.shape[0], chunk_tokens))
-    (dhead, _), per_token = lax.scan(chunk, start, arrays)
-    losses, dx = jax.tree.map(lambda array: array[: targets.shape[0]], _joined(per_token))
+    (dhead, _), by_chunks = lax.scan(chunk, start, arrays)
+    losses, dx = jax.tree.map(lambda array: array[: targets.shape[0]], _joined(by_chunks))
     return losses, *_to_owners(stream, dx, dhead, head.dtype)
 
 

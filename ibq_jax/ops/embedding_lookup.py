@@ -24,16 +24,16 @@ def embedding_lookup(table: jax.Array, indices: jax.Array, *, mesh: Mesh | None 
       UsageError: B or V does not divide over the mesh.
       ValueError: arrays of other shapes or types.
     """
-    if table.ndim != 2 or indices.ndim != 2 or 0 in table.shape + indices.shape:
+    if table.ndim != 2 or indices.ndim != 2 or 0 in (*table.shape, len(indices)):
         raise ValueError(
-            f"expected table [V, C], indices [B, S], none of them empty; got {table.shape}, {indices.shape}"
+            f"expected table [V, C] and indices [B, S], of at least one row; got {table.shape}, {indices.shape}"
         )
     if not jnp.issubdtype(table.dtype, jnp.floating) or not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(f"expected floating table and integer indices, got {table.dtype} and {indices.dtype}")
     if mesh is None:
         return jnp.take(table, indices, axis=0, mode="clip")
     rows = table.shape[0]
-    sizes_on_a_device(indices.shape[0], rows, mesh, f"a table of {rows} rows")
+    sizes_on_a_device(indices.shape[0], rows, mesh, f"a table of {rows} rows", "sequences")
     stream = Stream(rows, mesh)
 
     def local(table, indices):

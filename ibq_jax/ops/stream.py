@@ -68,13 +68,16 @@ class Stream:
         return step(carry, matrix[-remaining:], matrix.shape[0] - remaining) if remaining else carry
 
 
-def sizes_on_a_device(tokens: int, codes: int, mesh: Mesh | None, matrix: str) -> tuple[int, int]:
-    """Tokens, once gathered along `codebook`, and codes. Raises UsageError, which names the `matrix`, if not whole."""
+def sizes_on_a_device(tokens: int, codes: int, mesh: Mesh | None, matrix: str, unit: str = "tokens") -> tuple[int, int]:
+    """Tokens, once gathered along `codebook`, and codes.
+
+    Raises UsageError if they are not whole, naming the `matrix` and the `unit` that is split over all devices.
+    """
     if mesh is None:
         return tokens, codes
     shards = mesh.shape[CODEBOOK]
     if tokens % mesh.size:
-        raise UsageError(f"{tokens} tokens do not divide over the {mesh.size} devices of the mesh")
+        raise UsageError(f"{tokens} {unit} do not divide over the {mesh.size} devices of the mesh")
     if codes % shards:
         raise UsageError(f"{matrix} does not divide over mesh axis {CODEBOOK}={shards}")
     return tokens * shards // mesh.size, codes // shards

@@ -244,8 +244,8 @@ def _local_backward(plan: _Plan, z, codebook, saved: _Saved, g, g_sample, g_avg)
     v = saved.v.reshape(codebook.shape[0], chunks, -1).swapaxes(0, 1)
     numbers = jnp.arange(codebook.shape[0], dtype=jnp.int32) // stream.block_size
     zeros = lax.pcast(jnp.zeros_like(codebook, jnp.float32), stream.token_axes, to="varying")
-    dcodebook, per_token = lax.scan(chunk, zeros, (tokens, v))
-    dz, excess = _joined(per_token)
+    dcodebook, by_chunks = lax.scan(chunk, zeros, (tokens, v))
+    dz, excess = _joined(by_chunks)
     p_winner = 1 / saved.s
     excess = (p_winner * lax.psum(excess, stream.code_axes))[:, None]
     own, winners = own_rows(codebook, saved.indices, stream)

@@ -24,8 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.files import whole_or_absent
 from ibq_jax.base.sharding import batch_sharding, check_batch, global_batch, make_mesh, replicated
-from ibq_jax.data.code_writer import Shard, claimed, finish, list_shards, shard_count, whole_or_absent, write_records
+from ibq_jax.data.code_writer import Shard, claimed, finish, list_shards, shard_count, write_records
 from ibq_jax.data.codes import MANIFEST, VERSION, read_manifest, record_type
 from ibq_jax.data.pipeline import ImageSource, check_readers, check_sizes, decode_record, iterate
 from ibq_jax.data.preprocess import VIEWS, resize_shorter_side, views

@@ -54,6 +54,11 @@ def to_float(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 127.5 - 1.0 if images.dtype == jnp.uint8 else images
 
 
+def to_uint8(images: jax.Array) -> jax.Array:
+    """float [-1, 1] -> uint8 [0, 255], rounded to nearest."""
+    return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+
 @dataclass(frozen=True)
 class Trainer:
     """The functions of one config on one mesh. `perceptual`, where asked for, is VGG16's weights or None (off)."""

@@ -1,0 +1,214 @@
+"""The program that draws codes: a prefill, then one step a code with cached keys and values.
+
+Shapes: B pictures in a program, R rows of it (B, or 2 B under guidance: each with and then without its class), P codes
+of a given prefix, S codes of a picture, V vocabulary; C, L, H, G, D as in the model. Within a step activations are
+[C, R], channels first: few rows times a whole matrix then reads the matrix once, at the memory's speed.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ibq_jax.autoregressive.layers import rms_norm, rotary_angles, rotate
+from ibq_jax.autoregressive.model import GeneratorModel
+from ibq_jax.base.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+    """What is kept of a distribution before drawing: the `top_k` likeliest codes (0: all), then the likeliest codes
+    that together reach the probability `top_p` (1: all); `greedy` takes the likeliest one."""
+
+    top_k: int = 0
+    top_p: float = 1.0
+    greedy: bool = False
+
+    def __post_init__(self):
+        if self.top_k < 0:
+            raise UsageError(f"top_k={self.top_k} is negative; 0 keeps every code")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p={self.top_p} is not in (0, 1]; 1 keeps every code")
+
+    def __call__(self, logits: jax.Array) -> jax.Array:
+        """Logits [B, V] with what is not kept at minus infinity."""
+        if 0 < self.top_k < logits.shape[-1]:
+            logits = jnp.where(logits < lax.top_k(logits, self.top_k)[0][:, -1:], -jnp.inf, logits)
+        if self.top_p < 1:
+            ordered = jnp.sort(logits, axis=-1, descending=True)
+            probabilities = jax.nn.softmax(ordered, axis=-1)
+            # A code stays while those likelier than it have not reached top_p; the likeliest always stays.
+            kept = jnp.cumsum(probabilities, axis=-1) - probabilities <= self.top_p
+            lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+            logits = jnp.where(logits < lowest, -jnp.inf, logits)
+        return logits
+
+
+class LayerWeights(NamedTuple):
+    """One layer's matrices as a step multiplies them, [out, in]; norms [C, 1]."""
+
+    attention_norm: jax.Array
+    wqkv: jax.Array
+    wo: jax.Array
+    ffn_norm: jax.Array
+    w1: jax.Array
+    w3: jax.Array
+    w2: jax.Array
+
+
+class StepWeights(NamedTuple):
+    """What every step reads besides token embeddings."""
+
+    layers: tuple[LayerWeights, ...]
+    head_norm: jax.Array
+    head: jax.Array
+
+
+def step_weights(model: GeneratorModel, params: Mapping) -> StepWeights:
+    """The matrices of `params` layer by layer, turned, and in the model's type: made once, read at every step."""
+    blocks = params["blocks"]
+
+    def layer(i: int) -> LayerWeights:
+        def norm(name):
+            return blocks[name]["scale"][i][:, None]
+
+        def matrix(module, name):
+            return blocks[module][name]["kernel"][i].T.astype(model.dtype)
+
+        return LayerWeights(
+            attention_norm=norm("attention_norm"),
+            wqkv=matrix("attention", "wqkv"),
+            wo=matrix("attention", "wo"),
+            ffn_norm=norm("ffn_norm"),
+            **{name: matrix("feed_forward", name) for name in ("w1", "w3", "w2")},
+        )
+
+    layers = tuple(layer(i) for i in range(model.layers))
+    return StepWeights(layers, params["head_norm"]["scale"][:, None], params["head"].astype(model.dtype))
+
+
+class Conditions(NamedTuple):
+    """What the classes of R rows do to every step: [L, 6, C, R] and [2, C, R]."""
+
+    layers: jax.Array
+    head: jax.Array
+
+
+def generate(
+    model: GeneratorModel,
+    keep: Filter,
+    guided: bool,
+    params: Mapping,
+    weights: StepWeights,
+    labels: jax.Array,
+    keys: jax.Array,
+    prefix: jax.Array,
+    scales: jax.Array,
+    temperature: jax.Array,
+) -> jax.Array:
+    """Completes pictures code by code -> codes int32 [B, S].
+
+    Args:
+        model, keep, guided: static; `guided` False never evaluates "no class", and `scales` is not read.
+        params, weights: the model's, and `step_weights` of them.
+        labels: [B].
+        keys: one random key a picture, [B]; position s draws with fold_in(key, s).
+        prefix: [B, P] codes that are given, P < S.
+        scales: of guidance, [S].
+        temperature: divides the guided logits; [].
+    """
+    variables = {"params": params}
+    given = prefix.shape[1]
+    no_class = jnp.full_like(labels, model.num_classes)
+    rows = jnp.stack((labels, no_class), axis=1).reshape(-1) if guided else labels
+
+    def doubled(codes: jax.Array) -> jax.Array:
+        return jnp.repeat(codes, 2, axis=0) if guided else codes
+
+    per_layer, head = model.apply(variables, rows, method="modulations")
+    conditions = Conditions(per_layer.transpose(0, 2, 3, 1), head.transpose(1, 2, 0))
+    hidden, keys_values = model.apply(variables, doubled(prefix), rows, method="prefill")
+    caches = _grown(keys_values, model.positions)
+    cos, sin = rotary_angles(model.grid, model.head_channels)
+
+    def draw(hidden: jax.Array, position: jax.Array) -> jax.Array:
+        logits = _product(weights.head, hidden).T
+        if guided:
+            with_class, without = logits[::2], logits[1::2]
+            logits = without + (with_class - without) * scales[position]
+        if keep.greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = keep(logits / temperature)
+        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[1:]))(keys)
+        return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+
+    def step(carry, position):
+        """Feeds the code before `position`, which stands in the sequence at `position` itself, behind the class."""
+        codes, caches = carry
+        x = model.apply(variables, doubled(codes)[:, None], method="embed")[:, 0].T
+        turn = cos[position][None, None], sin[position][None, None]
+        layers = zip(weights.layers, conditions.layers, caches, strict=True)
+        moved = []
+        for layer, modulation, cache in layers:
+            x, cache = _layer_step(model, layer, modulation, cache, x, position, turn)
+            moved.append(cache)
+        scale, shift = conditions.head
+        drawn = draw(rms_norm(x, jnp.broadcast_to(weights.head_norm, x.shape), axis=0) * (1 + scale) + shift, position)
+        return (drawn, tuple(moved)), drawn
+
+    first = draw(hidden.T, jnp.int32(given))
+    _, others = lax.scan(step, (first, caches), jnp.arange(given + 1, model.positions, dtype=jnp.int32))
+    return jnp.concatenate((prefix, first[:, None], others.T), axis=1)
+
+
+def _layer_step(model, weights: LayerWeights, modulation, cache, x, position, turn):
+    """One layer at one position, x [C, R] -> the same; cache: keys and values, each [R, G, S, D]."""
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+    norm1, norm2 = (jnp.broadcast_to(scale, x.shape) for scale in (weights.attention_norm, weights.ffn_norm))
+    y = rms_norm(x, norm1, axis=0) * (1 + scale1) + shift1
+    y, cache = _attend(model, _product(weights.wqkv, y), cache, position, turn)
+    x = x + gamma1 * _product(weights.wo, y)
+    y = rms_norm(x, norm2, axis=0) * (1 + scale2) + shift2
+    hidden = jax.nn.silu(_product(weights.w1, y)) * _product(weights.w3, y)
+    return x + gamma2 * _product(weights.w2, hidden), cache
+
+
+def _attend(model, qkv: jax.Array, cache, position, turn):
+    """qkv [(H + 2 G) D, R] at `position` -> what every head gathers, [H D, R], and the cache with the position in."""
+    r, g, d = qkv.shape[1], model.kv_heads, model.head_channels
+    query, key, value = jnp.split(qkv.T.reshape(r, -1, d), (model.heads, model.heads + g), axis=1)
+    query, key = (rotate(t, *turn).astype(model.dtype) for t in (query, key))
+    new = key, value.astype(model.dtype)
+    keys, values = (
+        lax.dynamic_update_slice_in_dim(c, n[:, :, None], position, 2) for c, n in zip(cache, new, strict=True)
+    )
+    query = query.reshape(r, g, -1, d)
+    scores = jnp.einsum("rgqd,rgsd->rgqs", query, keys, preferred_element_type=jnp.float32) * d**-0.5
+    seen = jnp.arange(keys.shape[2]) <= position
+    weights = jax.nn.softmax(jnp.where(seen[None, None, None], scores, -jnp.inf), axis=-1).astype(model.dtype)
+    out = jnp.einsum("rgqs,rgsd->rgqd", weights, values, preferred_element_type=jnp.float32)
+    return out.reshape(r, -1).T, (keys, values)
+
+
+def _product(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    """[out, in] times [in, R], in the matrix's type -> float32.
+
+    Between barriers, since XLA would fold a neighbouring transpose into the product, whose other forms take 20 times as
+    long on a CPU.
+    """
+    x = lax.optimization_barrier(x.astype(matrix.dtype))
+    return lax.optimization_barrier(jnp.einsum("oi,ir->or", matrix, x, preferred_element_type=jnp.float32))
+
+
+def _grown(keys_values: Any, positions: int) -> tuple:
+    """[L, R, T, G, D] of a prefill -> for every layer [R, G, S, D], zero behind T."""
+
+    def grow(array):
+        missing = positions - array.shape[2]
+        return jnp.pad(array.transpose(0, 1, 3, 2, 4), ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
+
+    keys, values = map(grow, keys_values)
+    return tuple(zip(keys, values, strict=True))

@@ -1,0 +1,55 @@
+"""Files that are whole or not there, whoever is killed while writing them, and however many processes write."""
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ibq_jax.base.errors import UsageError
+
+PARTIAL = ".partial"  # behind the name of a file that is being written
+
+
+@contextlib.contextmanager
+def whole_or_absent(path: Path, wait: bool = False) -> Iterator[Path | None]:
+    """A file to write, which gets the name `path` if the block ends well. None where nothing is to be written.
+
+    That is where `path` is there, or another process is writing it; with `wait`, once that process is done.
+
+    Raises:
+        UsageError: the disk is full.
+    """
+    if path.exists():
+        yield None
+        return
+    partial = path.with_name(path.name + PARTIAL)
+    lock = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if not _locked(lock, wait) or path.exists():  # whoever had it locked may have been done in between
+            yield None
+            return
+        try:
+            yield partial
+            os.replace(partial, path)
+        except BaseException as error:
+            os.ftruncate(lock, 0)  # unlinked, it could be locked by one process and made anew by another
+            if isinstance(error, OSError | RuntimeError) and _tells_full_disk(error):
+                raise UsageError(f"{path}: the disk is full; free room and rerun, what is whole was kept") from error
+            raise
+    finally:
+        os.close(lock)
+
+
+def _locked(lock: int, wait: bool) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _tells_full_disk(error: Exception) -> bool:
+    """ArrayRecord's errors are RuntimeErrors with the system's words in them."""
+    return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
