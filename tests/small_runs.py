@@ -1,6 +1,14 @@
-"""A preset shrunk until it trains in seconds, for the tests of the commands."""
+"""A preset of each stage shrunk until it trains in seconds, for the tests of the commands."""
 
 from pathlib import Path
+
+import jax
+import numpy as np
+
+from ibq_jax.base.checkpoint import Checkpoints
+from ibq_jax.base.config import load_config, save_config
+from ibq_jax.base.sharding import abstract_state, make_mesh
+from ibq_jax.tokenizer.train import Trainer
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -31,3 +39,45 @@ def arguments(workdir: Path, data_dir: Path, *overrides: str, preset: str = "ope
     """Of the command that trains it."""
     fields = [f"--config.{field}" for field in (*SMALL, f"data.dir={data_dir}", *overrides)]
     return ["train", f"--config={ROOT}/configs/tokenizer.py:{preset}", f"--workdir={workdir}", *fields]
+
+
+def save_run(workdir: Path, data_dir: Path, *overrides: str) -> Path:
+    """What training leaves, without the training: random weights of the shapes that they would have."""
+    _, spec, _, *fields = arguments(workdir, data_dir, *overrides)
+    config = load_config(spec.partition("=")[2], fields)
+    workdir.mkdir(parents=True)
+    save_config(config, workdir / "config.json")
+    trainer = Trainer(config, make_mesh({"data": -1}), steps_per_epoch=1)
+    shapes, shardings = abstract_state(trainer.create_state, trainer.mesh, config.seed)
+    rng = np.random.default_rng(config.seed)
+    arrays = jax.tree.map(lambda leaf: (rng.standard_normal(leaf.shape) / 5).astype(leaf.dtype), shapes)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints.save(7, jax.device_put(arrays, shardings), {})
+    checkpoints.close()
+    return workdir
+
+
+SMALL_GENERATOR = (
+    "data.batch_size=16",
+    "model.vocabulary=64",
+    "model.grid=(8, 8)",
+    "model.layers=2",
+    "model.heads=2",
+    "model.kv_heads=2",
+    "model.width=32",
+    "model.codebook_dim=8",
+    f"train.steps={STEPS}",
+    "log.every=1",
+    "log.images_every=6",
+    "log.images=2",
+    "evaluate.every=6",
+    "evaluate.batch_size=16",
+    "checkpoint.every=4",
+    "checkpoint.keep_last=2",
+)
+
+
+def generator_arguments(workdir: Path, codes: Path, *overrides: str, preset: str = "openmoji32") -> list[str]:
+    """Of the command that trains a generator on the cache `codes`, which a tokenizer of SMALL made."""
+    fields = [f"--config.{field}" for field in (*SMALL_GENERATOR, f"codes={codes}", *overrides)]
+    return ["train", f"--config={ROOT}/configs/autoregressive.py:{preset}", f"--workdir={workdir}", *fields]

@@ -12,8 +12,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from image_files import noise
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.data import code_writer
 from ibq_jax.base.files import whole_or_absent
+from ibq_jax.data import code_writer
 from ibq_jax.data.code_writer import claimed, finish, list_shards, shard_count, write_records
 from ibq_jax.data.codes import (
     check_manifest,

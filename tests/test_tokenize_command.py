@@ -17,13 +17,11 @@ import pytest
 import released
 from image_files import noise_file
 from jax.sharding import NamedSharding, PartitionSpec
-from small_runs import ROOT, arguments
+from small_runs import ROOT, arguments, save_run
 
 from ibq_jax import Tokenizer
 from ibq_jax.__main__ import main
-from ibq_jax.base.checkpoint import Checkpoints
-from ibq_jax.base.config import load_config, save_config
-from ibq_jax.base.sharding import abstract_state, make_mesh
+from ibq_jax.base.sharding import make_mesh
 from ibq_jax.commands import tokenize
 from ibq_jax.data import store
 from ibq_jax.data.codes import open_codes
@@ -32,7 +30,6 @@ from ibq_jax.data.preprocess import decode, resize_shorter_side, views
 from ibq_jax.data.sources import Collection, Example
 from ibq_jax.tokenizer import extract
 from ibq_jax.tokenizer.extract import Job, fingerprint
-from ibq_jax.tokenizer.train import Trainer
 
 SPLITS = "--splits=train[:100],validation[:20]"
 SIDE = 16  # pixels of a crop
@@ -43,22 +40,6 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     assert main(["prepare", "openmoji", "--size=24", f"--data_dir={folder}"]) == 0
     return folder
-
-
-def save_run(workdir: Path, data_dir: Path, *overrides: str) -> Path:
-    """What training leaves, without the training: random weights of the shapes that they would have."""
-    _, spec, _, *fields = arguments(workdir, data_dir, *overrides)
-    config = load_config(spec.partition("=")[2], fields)
-    workdir.mkdir(parents=True)
-    save_config(config, workdir / "config.json")
-    trainer = Trainer(config, make_mesh({"data": -1}), steps_per_epoch=1)
-    shapes, shardings = abstract_state(trainer.create_state, trainer.mesh, config.seed)
-    rng = np.random.default_rng(config.seed)
-    arrays = jax.tree.map(lambda leaf: (rng.standard_normal(leaf.shape) / 5).astype(leaf.dtype), shapes)
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    checkpoints.save(7, jax.device_put(arrays, shardings), {})
-    checkpoints.close()
-    return workdir
 
 
 @pytest.fixture(scope="module")

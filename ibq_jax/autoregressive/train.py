@@ -17,7 +17,7 @@ from ibq_jax.autoregressive.model import GeneratorModel, build_model
 from ibq_jax.base.run import total_steps
 from ibq_jax.base.sharding import AXES
 from ibq_jax.base.state import adamw, cosine_schedule, moving_average, warm_flat_linear_schedule
-from ibq_jax.ops import cross_entropy
+from ibq_jax.ops import cross_entropy, weighted_cross_entropy
 
 UNDECAYED = ("scale", "bias")
 
@@ -111,38 +111,40 @@ class Trainer:
         ema = None if state.ema is None else moving_average(state.ema, params, config.optimizer.ema_decay)
         return GeneratorState(step=state.step + 1, params=params, optimizer=optimizer, ema=ema), metrics
 
-    def code_losses(self, params: dict, codes: jax.Array, labels: jax.Array, dropout_key=None) -> jax.Array:
-        """-log p of every code given its class and the codes before it, float32 [B, S]; with a key, dropped out."""
-        loss, train = self.config.loss, dropout_key is not None
+    def code_losses(self, params: dict, codes: jax.Array, labels: jax.Array) -> jax.Array:
+        """-log p of every code given its class and the codes before it, float32 [B, S]; nothing is dropped out."""
+        hidden = self.model.apply({"params": params}, codes, labels, method="hidden")
+        return cross_entropy(*self._head_and_targets(hidden, params, codes), **self._loss_form).reshape(len(codes), -1)
+
+    def mean_loss(self, params: dict, codes: jax.Array, labels: jax.Array, dropout_key: jax.Array) -> jax.Array:
+        """The mean of -log p over all codes, dropped out; its gradient takes a product less than that of their mean."""
         hidden = self.model.apply(
-            {"params": params}, codes, labels, train, method="hidden", rngs={"dropout": dropout_key} if train else None
+            {"params": params}, codes, labels, True, method="hidden", rngs={"dropout": dropout_key}
         )
-        losses = cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]).astype(self.model.dtype),
-            params["head"].astype(self.model.dtype),
-            codes.reshape(-1),
-            block_size=loss.block_size,
-            implementation=loss.implementation,
-            mesh=self.mesh,
-        )
-        return losses.reshape(len(codes), -1)
+        weights = jnp.full((codes.size,), 1.0 / codes.size)
+        return weighted_cross_entropy(*self._head_and_targets(hidden, params, codes), weights, **self._loss_form)
+
+    def _head_and_targets(self, hidden: jax.Array, params: dict, codes: jax.Array) -> tuple:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return flat.astype(self.model.dtype), params["head"].astype(self.model.dtype), codes.reshape(-1)
+
+    @property
+    def _loss_form(self) -> dict:
+        loss = self.config.loss
+        return {"block_size": loss.block_size, "implementation": loss.implementation, "mesh": self.mesh}
 
     def _gradient(self, params: dict, codes: jax.Array, labels: jax.Array, key: jax.Array):
         """(mean loss, its gradient), over A micro-batches in turn, so that only one's activations are held."""
-
-        def mean_loss(params, codes, labels, key):
-            return jnp.mean(self.code_losses(params, codes, labels, key))
-
         count = self.config.train.accumulate
         if count == 1:
-            return jax.value_and_grad(mean_loss)(params, codes, labels, key)
+            return jax.value_and_grad(self.mean_loss)(params, codes, labels, key)
         sharding = NamedSharding(self.mesh, PartitionSpec(None, AXES))
         codes, labels = (
             jax.lax.with_sharding_constraint(x.reshape(count, -1, *x.shape[1:]), sharding) for x in (codes, labels)
         )
 
         def one(total, batch):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(params, *batch)), None
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(self.mean_loss)(params, *batch)), None
 
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
         total, _ = jax.lax.scan(one, zeros, (codes, labels, jax.random.split(key, count)))

@@ -1,15 +1,20 @@
-"""python -m ibq_jax evaluate: measures a trained tokenizer's reconstructions on its validation split."""
+"""python -m ibq_jax evaluate: measures a trained tokenizer's reconstructions, or a generator's likelihood."""
 
 import json
+import math
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ibq_jax.autoregressive.run import restore_run as restore_generator
+from ibq_jax.base.errors import UsageError
+from ibq_jax.base.run import SavedRun
 from ibq_jax.commands.arguments import Parser, count, output_file, positive, underscored
-from ibq_jax.commands.evaluations import validation_evaluator
-from ibq_jax.evaluate.reconstruction import PROTOCOL
-from ibq_jax.tokenizer.run import restore_run
+from ibq_jax.commands.evaluations import likelihood_evaluator, validation_evaluator
+from ibq_jax.evaluate import likelihood, reconstruction
+from ibq_jax.tokenizer.run import restore_run as restore_tokenizer
 
 REPORT = """{split}: {images:.0f} images, step {step}, {weights} weights
 ({protocol})
@@ -19,6 +24,13 @@ REPORT = """{split}: {images:.0f} images, step {step}, {weights} weights
   usage       {usage:.1%} of {codes} codes
   perplexity  {perplexity:.0f}"""
 
+LIKELIHOOD_REPORT = """{split}: {images} pictures, step {step}, {weights} weights
+({protocol})
+  loss                       {loss:.4f} nats a code, perplexity {perplexity:.1f}
+  order 0, the codes alone   {order_0:.4f} nats
+  uniform, log of {codes:<8}   {uniform:.4f} nats
+  perplexity by rows of the picture, top to bottom: {rows}"""
+
 SMALLEST_SHOWN = 96  # pixels of an image's side in a picture; smaller ones are enlarged a whole number of times
 
 
@@ -26,10 +38,20 @@ def main(argv: list[str]) -> None:
     """Runs the command; `argv` is what follows the word "evaluate".
 
     Raises:
-        UsageError: wrong flags, no run or nothing saved in it, or its data set is not on this machine.
+        UsageError: wrong flags, no run or nothing saved in it, or its data are not on this machine.
     """
     flags = _parser().parse_args(underscored(argv))
-    trainer, restored = restore_run(flags.run)
+    if SavedRun.find(flags.run).config.stage == "autoregressive":
+        numbers = _evaluate_generator(flags)
+    else:
+        numbers = _evaluate_tokenizer(flags)
+    if flags.json:
+        flags.json.write_text(json.dumps(numbers, indent=2) + "\n")
+        print(f"wrote {flags.json}")
+
+
+def _evaluate_tokenizer(flags: Namespace) -> dict:
+    trainer, restored = restore_tokenizer(flags.run)
     params = restored.state.ema if flags.weights == "ema" else restored.state.params
     evaluator = validation_evaluator(trainer, flags.examples)
     numbers = {
@@ -37,19 +59,44 @@ def main(argv: list[str]) -> None:
         "step": restored.step,
         "weights": flags.weights,
         "split": f"{trainer.config.data.name}/{trainer.config.data.validation_split}",
-        "protocol": PROTOCOL,
+        "protocol": reconstruction.PROTOCOL,
         "codes": trainer.config.codebook.size,
         **dict(evaluator(params)),
     }
     print(REPORT.format_map(numbers))
-    if flags.json:
-        flags.json.write_text(json.dumps(numbers, indent=2) + "\n")
-        print(f"wrote {flags.json}")
     if flags.pictures:
         _write_picture(
             evaluator.picture(params, flags.columns, flags.rows), trainer.config.data.image_size, flags.pictures
         )
         print(f"wrote {flags.pictures} (originals above, reconstructions below)")
+    return numbers
+
+
+def _evaluate_generator(flags: Namespace) -> dict:
+    if flags.pictures:
+        raise UsageError(
+            f"--pictures is of a tokenizer's run; for a generator's: sample --run={flags.run} --out=FILE.png"
+        )
+    trainer, restored, manifest = restore_generator(flags.run)
+    params = restored.state.averaged if flags.weights == "ema" else restored.state.params
+    measured = likelihood_evaluator(trainer, flags.examples)(params)
+    numbers = {
+        "run": str(flags.run),
+        "step": restored.step,
+        "weights": flags.weights,
+        "split": f"{manifest['data']['name']}/validation",
+        "protocol": likelihood.PROTOCOL,
+        "codes": trainer.config.model.vocabulary,
+        "images": measured.images,
+        "loss": measured.loss,
+        "perplexity": measured.perplexity,
+        "order_0": manifest["splits"]["validation"]["entropy"],
+        "uniform": math.log(trainer.config.model.vocabulary),
+        "perplexity_by_position": measured.perplexity_by_position.tolist(),
+    }
+    rows = np.exp(measured.by_position.mean(axis=1))
+    print(LIKELIHOOD_REPORT.format_map(numbers | {"rows": " ".join(f"{row:.0f}" for row in rows)}))
+    return numbers
 
 
 def _write_picture(picture: np.ndarray, image_size: int, path: Path) -> None:
@@ -59,9 +106,7 @@ def _write_picture(picture: np.ndarray, image_size: int, path: Path) -> None:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m ibq_jax evaluate", description=__doc__.partition(": ")[2])
-    parser.add_argument(
-        "--run", required=True, type=Path, help="folder of a tokenizer's run, or one of its checkpoints"
-    )
+    parser.add_argument("--run", required=True, type=Path, help="folder of a run, or one of its checkpoints")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last ones")
     parser.add_argument("--examples", type=count, default=0, help="images of the split (default: 0, all)")
     parser.add_argument("--pictures", type=output_file, metavar="PNG", help="write originals beside reconstructions")

@@ -7,16 +7,21 @@ from pathlib import Path
 
 import jax
 
+from ibq_jax.autoregressive import check as autoregressive_check
+from ibq_jax.autoregressive import compile as autoregressive
 from ibq_jax.base.chips import topology_devices
 from ibq_jax.base.config import PREFIX, load_config
 from ibq_jax.base.errors import Failed, UsageError
 from ibq_jax.base.plan import DoesNotFit, Plan, compile_plan
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.commands.arguments import Parser, positive, underscored
-from ibq_jax.tokenizer.check import check_config
-from ibq_jax.tokenizer.compile import abstract_arguments, jit_train_step
-from ibq_jax.tokenizer.train import Trainer
+from ibq_jax.tokenizer import check as tokenizer_check
+from ibq_jax.tokenizer import compile as tokenizer
 
+STAGES = {
+    "tokenizer": (tokenizer, tokenizer_check.check_config),
+    "autoregressive": (autoregressive, autoregressive_check.check_config),
+}
 GB = 1e9
 PEAKS = (
     "Peaks of a {name} chip: {flops:.3g} operations/s in bfloat16, {hbm_bytes_per_second:.3g} bytes/s of HBM, "
@@ -41,15 +46,16 @@ def main(argv: list[str]) -> None:
         if not argument.startswith(PREFIX):
             parser.error(f"unknown argument {argument}; fields of the config are overridden with {PREFIX}NAME=VALUE")
     config = load_config(flags.config, rest)
-    if config.stage != "tokenizer":
-        raise UsageError(f"{flags.config} is of stage {config.stage!r}; plan knows 'tokenizer'")
+    if config.stage not in STAGES:
+        raise UsageError(f"{flags.config} is of stage {config.stage!r}; plan knows {', '.join(STAGES)}")
+    stage, check_config = STAGES[config.stage]
     jax.config.update("jax_platforms", "cpu")  # nothing runs: an accelerator of this machine stays free
     chip, devices = topology_devices(flags.topology) if flags.topology else (None, _cpu_devices(flags.cpu_devices))
     mesh = make_mesh(_mesh_sizes(flags.mesh) if flags.mesh else config.mesh, devices)
     check_config(config, mesh)
-    trainer = Trainer(config, mesh, steps_per_epoch=1)
+    trainer = stage.Trainer(config, mesh, steps_per_epoch=1)
     try:
-        plan = compile_plan(jit_train_step(trainer), abstract_arguments(trainer), mesh, chip)
+        plan = compile_plan(stage.jit_train_step(trainer), stage.abstract_arguments(trainer), mesh, chip)
     except DoesNotFit as error:
         raise Failed(
             f"{flags.config} {error}: {(error.needed - error.capacity) / 2**30:.1f} GiB over; {TO_TRY}"

@@ -130,13 +130,9 @@ def _write_sheet(draw, labels: np.ndarray, classes: Sequence[str], flags: Namesp
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m ibq_jax sample", description=__doc__.partition(": ")[2])
-    parser.add_argument(
-        "--run", required=True, type=Path, help="folder of a generator's run, or one of its checkpoints"
-    )
+    parser.add_argument("--run", required=True, type=Path, help="folder of a generator's run, or a checkpoint")
     parser.add_argument("--out", required=True, type=output_file, metavar="FILE", help="a .png, or with --num an .npz")
-    parser.add_argument(
-        "--labels", type=numbers(int), default=(), help="classes, such as 0,1,2 (default: all, in turn)"
-    )
+    parser.add_argument("--labels", type=numbers(int), default=(), help="classes, such as 0,1,2 (default: all)")
     parser.add_argument("--per_class", type=positive, default=8, help="pictures of a class in the sheet (default: 8)")
     parser.add_argument("--num", type=positive, help="size of the set, every class as often as any other")
     parser.add_argument("--seed", type=count, default=0, help="pictures 0, 1, ... of a seed are always the same")
@@ -144,19 +140,13 @@ def _parser() -> Parser:
     parser.add_argument("--cfg_scale", type=float, help=f"classifier-free guidance; 1 is none {own}")
     parser.add_argument("--cfg_schedule", choices=SCHEDULES, default="constant", help="over a picture's codes")
     parser.add_argument("--cfg_power", type=float, default=1.0, help="of the cosine schedule")
-    parser.add_argument(
-        "--cfg_interval", type=numbers(float), default=(0.0, 1.0), help="where it is on, such as 0.2,0.8"
-    )
+    parser.add_argument("--cfg_interval", type=numbers(float), default=(0.0, 1.0), help="where it is on: 0.2,0.8")
     parser.add_argument("--temperature", type=float, help=f"0 takes the likeliest code {own}")
     parser.add_argument("--top_k", type=count, help=f"draw from the likeliest codes only; 0: all {own}")
     parser.add_argument("--top_p", type=float, help=f"draw from those that reach this probability {own}")
     parser.add_argument("--image", type=Path, help="begin every picture as this one, and draw the rest")
     parser.add_argument("--keep_rows", type=count, help="rows of codes kept of --image (default: the upper half)")
-    parser.add_argument(
-        "--lane", type=count, default=0, help="pictures a device draws at once (default: 4 on CPUs, 64)"
-    )
-    parser.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="averaged (where kept), or the last ones"
-    )
+    parser.add_argument("--lane", type=count, default=0, help="pictures a device draws at once (CPUs: 4, others: 64)")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last")
     parser.add_argument("--tokenizer", default="", help="the codes' tokenizer, if it is not where it was")
     return parser

@@ -47,7 +47,7 @@ from ibq_jax.ops.stream import (
 BLOCK_BYTES = 4 * 2**20  # of a block's rows, or of its logits: both are to stay in a CPU's cache
 LEAST_BLOCK = 512  # rows
 LARGEST_CHUNK = 512  # tokens; with more, dhead is read and written less often, but CPUs multiply the blocks more slowly
-LEAST_KEPT_CHUNK = 128  # tokens; with fewer, adding to dhead costs more than the saved product
+LEAST_KEPT_CHUNK = 128  # tokens; with fewer, adding to dhead costs about as much as the product that is saved
 KEPT_BYTES = 256 * 2**20  # of the logits that `weighted_cross_entropy` keeps
 
 
