@@ -7,7 +7,7 @@ import numpy as np
 
 from ibq_jax.base.checkpoint import Checkpoints
 from ibq_jax.base.config import load_config, save_config
-from ibq_jax.base.sharding import abstract_state, make_mesh
+from ibq_jax.base.sharding import abstract_state, create_sharded, make_mesh
 from ibq_jax.tokenizer.train import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -42,17 +42,28 @@ def arguments(workdir: Path, data_dir: Path, *overrides: str, preset: str = "ope
 
 
 def save_run(workdir: Path, data_dir: Path, *overrides: str) -> Path:
-    """What training leaves, without the training: random weights of the shapes that they would have."""
+    """What training a tokenizer leaves, without the training: random weights of the shapes that they would have."""
     _, spec, _, *fields = arguments(workdir, data_dir, *overrides)
     config = load_config(spec.partition("=")[2], fields)
-    workdir.mkdir(parents=True)
-    save_config(config, workdir / "config.json")
     trainer = Trainer(config, make_mesh({"data": -1}), steps_per_epoch=1)
     shapes, shardings = abstract_state(trainer.create_state, trainer.mesh, config.seed)
     rng = np.random.default_rng(config.seed)
     arrays = jax.tree.map(lambda leaf: (rng.standard_normal(leaf.shape) / 5).astype(leaf.dtype), shapes)
+    return _save(workdir, config, jax.device_put(arrays, shardings))
+
+
+def save_untrained_run(workdir: Path, preset: str, *overrides: str) -> Path:
+    """A tokenizer's run as it is before its first step."""
+    config = load_config(f"{ROOT}/configs/tokenizer.py:{preset}", [f"--config.{field}" for field in overrides])
+    trainer = Trainer(config, make_mesh({"data": -1}), steps_per_epoch=1)
+    return _save(workdir, config, create_sharded(trainer.create_state, trainer.mesh, config.seed))
+
+
+def _save(workdir: Path, config, state) -> Path:
+    workdir.mkdir(parents=True)
+    save_config(config, workdir / "config.json")
     checkpoints = Checkpoints(workdir / "checkpoints")
-    checkpoints.save(7, jax.device_put(arrays, shardings), {})
+    checkpoints.save(7, state, {})
     checkpoints.close()
     return workdir
 

@@ -316,7 +316,11 @@ def test_devices_never_talk():
         (dict(top_p=0.0), r"top_p=0.0 is not in \(0, 1\]"),
         (dict(top_p=1.5), r"top_p=1.5 is not in \(0, 1\]"),
         (dict(top_p=math.nan), "top_p=nan"),
-        (dict(top_k=-1), "top_k=-1 is negative"),
+        (dict(top_k=-1), "top_k=-1 is not a whole number of at least 0"),
+        (dict(top_k=2.5), "top_k=2.5 is not a whole number"),
+        (dict(seed=1.5), "seed=1.5 is not a whole number"),
+        (dict(cfg_interval=(0.1, 0.2, 0.3)), "is not two parts of a picture"),
+        (dict(first=-1), "pictures are numbered 0"),
         (dict(temperature=-0.5), "temperature=-0.5 is not a number of at least 0"),
         (dict(temperature=math.nan), "temperature=nan"),
         (dict(temperature=math.inf), "temperature=inf"),
@@ -324,10 +328,10 @@ def test_devices_never_talk():
         (dict(cfg_scale=math.nan), "guidance scale nan"),
         (dict(cfg_schedule="square"), "guidance schedule 'square' does not exist; there are constant, linear, cosine"),
         (dict(cfg_power=0.0), "guidance power 0.0 is not positive"),
-        (dict(cfg_interval=(0.5, 0.4)), "guidance interval 0.5..0.4 does not lie in 0..1, in this order"),
-        (dict(cfg_interval=(0.0, 1.1)), r"guidance interval 0.0..1.1"),
-        (dict(seed=-1), r"seed=-1 is not in 0..2\*\*32 - 1"),
-        (dict(seed=2**32), "seed=4294967296 is not in"),
+        (dict(cfg_interval=(0.5, 0.4)), r"guidance interval \(0.5, 0.4\) is not two parts of a picture in 0..1, in this order"),
+        (dict(cfg_interval=(0.0, 1.1)), r"guidance interval \(0.0, 1.1\)"),
+        (dict(seed=-1), r"seed=-1 is not a whole number in 0..2\*\*32 - 1"),
+        (dict(seed=2**32), "seed=4294967296 is not a whole number in"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, words):
@@ -352,7 +356,7 @@ def test_logits_of_what_is_no_picture_are_refused(codes, labels, words):
 
 @pytest.mark.parametrize("changes", [dict(no_class=False), dict(num_classes=0)])
 def test_guidance_is_refused_where_no_class_was_not_learned(changes):
-    with pytest.raises(UsageError, match='guidance needs a model that has learned "no class".*use cfg_scale=1'):
+    with pytest.raises(UsageError, match=r'guidance needs a model that has learned "no class".*use cfg_scale=1'):
         generator(**changes).sample([0])
 
 

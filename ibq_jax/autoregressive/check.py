@@ -33,7 +33,23 @@ POSITIVE = (
     "checkpoint.every",
     "checkpoint.keep_last",
 )
-SHARES = ("model.dropout", "loss.class_dropout", "optimizer.warmup", "optimizer.flat", "optimizer.ema_decay")
+SHARES = (
+    "model.dropout",
+    "loss.class_dropout",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.warmup",
+    "optimizer.flat",
+    "optimizer.ema_decay",
+)
+NOT_NEGATIVE = (
+    "loss.block_size",
+    "optimizer.warmup_start",
+    "optimizer.final_rate",
+    "optimizer.weight_decay",
+    "optimizer.weight_decay_end",
+    "optimizer.gradient_clip",
+)
 
 
 def check_config(config: ConfigDict, mesh: Mesh) -> None:
@@ -41,24 +57,35 @@ def check_config(config: ConfigDict, mesh: Mesh) -> None:
     check_choices(config, CHOICES)
     check_positive(config, POSITIVE)
     check_seed_and_length(config)
+    fields = flatten(config)
     for name in SHARES:
-        value = flatten(config)[name]
-        if not 0 <= value < 1:
-            raise UsageError(f"{name}={value} is not a share: at least 0, and below 1")
-    grid = config.model.grid
-    if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid) or grid == (1, 1):
-        raise UsageError(f"model.grid={grid} is not rows and columns of a picture's codes, such as (16, 16)")
-    if config.model.num_classes < 0:
-        raise UsageError(f"model.num_classes={config.model.num_classes} is negative; 0 is a data set without classes")
-    check_layout(config.model.width, config.model.heads, config.model.kv_heads)
+        if not 0 <= fields[name] < 1:
+            raise UsageError(f"{name}={fields[name]} is not a share: at least 0, and below 1")
+    for name in NOT_NEGATIVE:
+        if fields[name] < 0:
+            raise UsageError(f"{name}={fields[name]} is negative")
+    _check_model(config.model, mesh)
+    if config.model.attention == "cudnn" and (mesh.devices.flat[0].platform != "gpu" or config.dtype != "bfloat16"):
+        raise UsageError("model.attention=cudnn is a kernel of NVIDIA GPUs for dtype=bfloat16; elsewhere it is xla")
     check_batch(config.data.batch_size, mesh, config.train.accumulate, "data.batch_size")
     check_batch(config.evaluate.batch_size, mesh, 1, "evaluate.batch_size")
-    if config.model.vocabulary % mesh.shape["codebook"]:
-        raise UsageError(
-            f"model.vocabulary={config.model.vocabulary} does not divide over mesh.codebook={mesh.shape['codebook']}"
-        )
     sample = config.sample
     Guidance(sample.cfg_scale)
     Filter(sample.top_k, sample.top_p)
     if sample.temperature < 0:
         raise UsageError(f"sample.temperature={sample.temperature} is negative; 0 takes the likeliest code")
+
+
+def _check_model(model: ConfigDict, mesh: Mesh) -> None:
+    grid = model.grid
+    if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid) or grid == (1, 1):
+        raise UsageError(f"model.grid={grid} is not rows and columns of a picture's codes, such as (16, 16)")
+    if model.num_classes < 0:
+        raise UsageError(f"model.num_classes={model.num_classes} is negative; 0 is a data set without classes")
+    if model.use_pretrained_codebook and model.codebook_dim <= 0:
+        raise UsageError(f"model.codebook_dim={model.codebook_dim} is not positive")
+    check_layout(model.width, model.heads, model.kv_heads)
+    if model.vocabulary % mesh.shape["codebook"]:
+        raise UsageError(
+            f"model.vocabulary={model.vocabulary} does not divide over mesh.codebook={mesh.shape['codebook']}"
+        )

@@ -7,6 +7,7 @@ of a given prefix, S codes of a picture, V vocabulary; C, L, H, G, D as in the m
 
 import dataclasses
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -20,16 +21,16 @@ from ibq_jax.base.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
-    """What is kept of a distribution before drawing: the `top_k` likeliest codes (0: all), then the likeliest codes
-    that together reach the probability `top_p` (1: all); `greedy` takes the likeliest one."""
+    """What is kept of a distribution before drawing: the `top_k` likeliest codes (0: all), then every code before
+    which, from the likeliest on, no more than the probability `top_p` lies (1: all); `greedy` takes the likeliest."""
 
     top_k: int = 0
     top_p: float = 1.0
     greedy: bool = False
 
     def __post_init__(self):
-        if self.top_k < 0:
-            raise UsageError(f"top_k={self.top_k} is negative; 0 keeps every code")
+        if not isinstance(self.top_k, Integral) or self.top_k < 0:
+            raise UsageError(f"top_k={self.top_k} is not a whole number of at least 0; 0 keeps every code")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p={self.top_p} is not in (0, 1]; 1 keeps every code")
 
@@ -40,7 +41,7 @@ class Filter:
         if self.top_p < 1:
             ordered = jnp.sort(logits, axis=-1, descending=True)
             probabilities = jax.nn.softmax(ordered, axis=-1)
-            # A code stays while those likelier than it have not reached top_p; the likeliest always stays.
+            # As released: a code goes when those likelier than it exceed top_p, so the likeliest always stays.
             kept = jnp.cumsum(probabilities, axis=-1) - probabilities <= self.top_p
             lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
             logits = jnp.where(logits < lowest, -jnp.inf, logits)

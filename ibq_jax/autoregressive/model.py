@@ -153,7 +153,8 @@ class GeneratorModel(nn.Module):
         return self._on_the_batch(self.head_norm(x) * (1 + scale) + shift), keys_values
 
     def _class_rows(self, labels: jax.Array) -> jax.Array:
-        return jnp.take(self.class_emb, labels, axis=0, mode="clip")
+        known = jnp.where(labels < 0, self.num_classes, labels)  # below 0: of a data set without classes
+        return self._on_the_batch(jnp.take(self.class_emb, known, axis=0, mode="clip"))
 
     def _on_the_batch(self, x: jax.Array) -> jax.Array:
         return x if self.mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))

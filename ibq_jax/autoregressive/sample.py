@@ -6,6 +6,7 @@ Shapes: N pictures, P codes of a given prefix, S = h w codes of a picture.
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +42,8 @@ class Guidance:
             raise UsageError(f"guidance scale {self.scale} is not a number of at least 0 (1 is no guidance)")
         if not self.power > 0:
             raise UsageError(f"guidance power {self.power} is not positive")
-        start, stop = self.interval
-        if not 0 <= start <= stop <= 1:
-            raise UsageError(f"guidance interval {start}..{stop} does not lie in 0..1, in this order")
+        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
+            raise UsageError(f"guidance interval {self.interval} is not two parts of a picture in 0..1, in this order")
 
     def scales(self, positions: int) -> np.ndarray:
         """The scale at each of a picture's codes, float32 [S]."""
@@ -111,8 +111,10 @@ class Sampler:
             )
         if not (np.isfinite(temperature) and temperature >= 0):
             raise UsageError(f"temperature={temperature} is not a number of at least 0; 0 takes the likeliest code")
-        if not 0 <= seed < 2**32:
-            raise UsageError(f"seed={seed} is not in 0..2**32 - 1")
+        if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+            raise UsageError(f"seed={seed} is not a whole number in 0..2**32 - 1")
+        if not 0 <= numbers.min() <= numbers.max() < 2**32:
+            raise UsageError(f"pictures are numbered 0..2**32 - 1, not {numbers.min()}..{numbers.max()}")
         keep = dataclasses.replace(keep, greedy=keep.greedy or temperature == 0)
         divisor = jnp.float32(temperature or 1.0)
         rounds = []

@@ -93,9 +93,7 @@ class Trainer:
         config = self.config
         class_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
         dropped = jax.random.bernoulli(class_key, config.loss.class_dropout, labels.shape)
-        labels = jnp.where(
-            dropped | (labels < 0), config.model.num_classes, labels
-        )  # below 0: a data set without classes
+        labels = jnp.where(dropped, config.model.num_classes, labels)
         loss, gradient = self._gradient(state.params, codes, labels, dropout_key)
         updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)

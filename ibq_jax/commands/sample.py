@@ -72,8 +72,6 @@ def _settings(flags: Namespace, config: ConfigDict) -> dict:
         value = getattr(flags, name)
         return getattr(sample, name) if value is None else value
 
-    if len(flags.cfg_interval) != 2:
-        raise UsageError(f"--cfg_interval={flags.cfg_interval} is not two parts of a picture, such as 0.2,0.8")
     return {
         "guidance": Guidance(chosen("cfg_scale"), flags.cfg_schedule, flags.cfg_power, flags.cfg_interval),
         "keep": Filter(chosen("top_k"), chosen("top_p")),

@@ -106,12 +106,13 @@ def generator_from_torch(state_dict: Mapping[str, np.ndarray], model: GeneratorM
     Raises UsageError naming every missing, unknown or misshapen tensor, and loads nothing then.
     """
     prefix = name_prefix(state_dict)
-    own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if not _is_tokenizers(name)}
+    own = {name: tensor for name, tensor in state_dict.items() if not _is_tokenizers(name)}
     like = flatten_dict(abstract_params(model))
-    check_tensors(own, {"generator": _published_shapes(like)}, wanted="generator")
+    shapes = {prefix + name: shape for name, shape in _published_shapes(like).items()}
+    check_tensors(own, {"generator": shapes}, wanted="generator")
     leaves = {}
     for path, leaf in like.items():
-        name = TABLE[path]
+        name = prefix + TABLE[path]
         arrays = [np.asarray(own[name.format(i)]) for i in range(leaf.shape[0] if "{}" in name else 1)]
         array = np.stack(arrays) if "{}" in name else arrays[0]
         array = array.swapaxes(-1, -2) if path[-1] == "kernel" else array
