@@ -82,8 +82,8 @@ def products(weights: decode.StepWeights, x: jax.Array) -> jax.Array:
 
     def step(x, _):
         for layer in weights.layers:
-            x = product(layer.wo, product(layer.wqkv, x)[: len(x)])
-            x = product(layer.w2, product(layer.w1, x) + product(layer.w3, x))
+            x = x + product(layer.wo, product(layer.wqkv, x)[: len(x)])
+            x = x + product(layer.w2, product(layer.w1, x) + product(layer.w3, x))
         return x + product(weights.head, x)[: len(x)], None
 
     return lax.scan(step, x, length=PART_STEPS)[0]
@@ -101,7 +101,7 @@ def attention(model: GeneratorModel, qkv: jax.Array) -> jax.Array:
         moved = []
         for cache in caches:
             out, cache = decode._attend(model, qkv, cache, position, turn)
-            qkv = qkv + jnp.tile(out, (len(qkv) // len(out), 1))
+            qkv = qkv + 1e-3 * jnp.tile(out, (len(qkv) // len(out), 1))
             moved.append(cache)
         return (qkv, tuple(moved)), None
 
