@@ -94,6 +94,16 @@ def test_a_plan_on_simulated_devices(capsys):
     assert "codebook" in axes and "data, codebook" in axes
 
 
+def test_a_plan_of_a_generator(capsys):
+    config = CONFIG.replace("tokenizer.py", "autoregressive.py")
+    small = [f"--config.model.{field}" for field in ("layers=2", "width=32", "heads=2", "kv_heads=2", "grid=(4, 4)")]
+    mesh = "--mesh=data:2,fsdp:2,codebook:2"
+    assert main(["plan", f"--config={config}", "--cpu-devices=8", mesh, "--json", *small]) == 0
+    report = json.loads(capsys.readouterr().out)
+    axes = {row["axes"] for row in report["collectives"]}
+    assert {"codebook", "fsdp"} <= axes and report["flops"] > 0
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
