@@ -267,14 +267,19 @@ def test_without_class_dropout_every_label_stays(monkeypatch):
     np.testing.assert_array_equal(labels_trained_on(monkeypatch, trainer, labels), labels)
 
 
-def test_pictures_without_a_class_are_no_class(monkeypatch):
-    labels = np.array([-1, 3, -1, 8], np.int32)
-    trainer = make_trainer("loss.class_dropout=1e-9")
-    np.testing.assert_array_equal(labels_trained_on(monkeypatch, trainer, labels), [9, 3, 9, 8])
-    unlabelled = make_trainer("model.num_classes=0", "loss.class_dropout=0.0")
-    assert unlabelled.model.no_class
-    seen = labels_trained_on(monkeypatch, unlabelled, np.full(4, -1, np.int32))
-    np.testing.assert_array_equal(seen, [0] * 4)
+@pytest.mark.parametrize("overrides", [(), ("model.num_classes=0", "loss.class_dropout=0.0")])
+def test_pictures_without_a_class_are_no_class(overrides):
+    trainer = make_trainer(*overrides)
+    codes, classes = np.zeros((2, *trainer.model.grid), np.int32), trainer.config.model.num_classes
+    tables = {"params": nn.meta.unbox(trainer.create_state(0).params)}
+
+    def hidden(*labels):
+        return np.asarray(trainer.model.clone(mesh=None).apply(tables, codes, np.array(labels), method="hidden"))
+
+    assert trainer.model.no_class
+    np.testing.assert_array_equal(hidden(-1, -1), hidden(classes, classes))
+    if classes:
+        assert np.any(hidden(-1, -1) != hidden(0, classes - 1), axis=(1, 2)).all()
 
 
 def test_the_average_is_kept_only_if_asked_for():
