@@ -41,13 +41,14 @@ def assert_logged(ours: dict, theirs: dict, tolerance: float) -> None:
 
 
 def test_first_float32_step_is_the_released_one():
-    expected = released.load("train_steps")
+    expected, exact = released.load("train_steps"), released.load("train_steps_float64")
     logs, gradients, _ = four_steps.take(steps=1)
     assert_logged(logs[0], json.loads(str(expected["logs"]))[0], 1e-6)
     names = [name for name in expected if name.startswith("grad0/")]
     assert len(names) == 9
     for name in names:
-        released.assert_close(gradients[name.removeprefix("grad0/")], expected[name], 1e-4)
+        # The golden ones are rounded too: both are held to what the released code computes in float64.
+        released.assert_close(gradients[name.removeprefix("grad0/")], exact[name], 1e-4)
 
 
 @pytest.mark.slow
