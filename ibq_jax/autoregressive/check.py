@@ -17,21 +17,11 @@ CHOICES = {
     "loss.implementation": ("streamed", "dense"),
 }
 POSITIVE = (
-    "data.batch_size",
     "model.vocabulary",
     "model.layers",
     "model.heads",
     "model.kv_heads",
     "model.width",
-    "optimizer.learning_rate",
-    "train.accumulate",
-    "log.every",
-    "log.images_every",
-    "log.images",
-    "evaluate.every",
-    "evaluate.batch_size",
-    "checkpoint.every",
-    "checkpoint.keep_last",
 )
 SHARES = (
     "model.dropout",

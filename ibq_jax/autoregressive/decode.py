@@ -131,7 +131,7 @@ def generate(
 
     per_layer, head = model.apply(variables, rows, method="modulations")
     conditions = Conditions(per_layer.transpose(0, 2, 3, 1), head.transpose(1, 2, 0))
-    hidden, keys_values = model.apply(variables, doubled(prefix), rows, method="prefill")
+    hidden, keys_values = model.apply(variables, doubled(prefix), rows, (per_layer, head), method="prefill")
     caches = _grown(keys_values, model.positions)
     cos, sin = rotary_angles(model.grid, model.head_channels)
 

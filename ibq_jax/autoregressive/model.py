@@ -124,12 +124,13 @@ class GeneratorModel(nn.Module):
 
     def hidden(self, codes: jax.Array, labels: jax.Array, train: bool = False) -> jax.Array:
         """What the head is applied to, float32 [B, S, C]; `train` drops out (rng "dropout")."""
-        return self._forward(codes.reshape(len(codes), -1)[:, :-1], labels, train)[0]
+        known = codes.reshape(len(codes), -1)[:, :-1]
+        return self._forward(known, labels, self.modulations(labels), train)[0]
 
-    def prefill(self, prefix: jax.Array, labels: jax.Array):
+    def prefill(self, prefix: jax.Array, labels: jax.Array, modulations: tuple[jax.Array, jax.Array]):
         """Codes [B, P] behind the class token -> (what the head is applied to after the last of them, [B, C]; keys and
-        values, two arrays [L, B, 1 + P, G, D])."""
-        hidden, keys_values = self._forward(prefix, labels, train=False)
+        values, two arrays [L, B, 1 + P, G, D]). `modulations` are those of the labels."""
+        hidden, keys_values = self._forward(prefix, labels, modulations, train=False)
         return hidden[:, -1], keys_values
 
     def modulations(self, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -144,8 +145,8 @@ class GeneratorModel(nn.Module):
         """Codes [B, T] -> [B, T, C] float32."""
         return self.tok_emb(codes)
 
-    def _forward(self, codes: jax.Array, labels: jax.Array, train: bool):
-        per_layer, head = self.modulations(labels)
+    def _forward(self, codes: jax.Array, labels: jax.Array, modulations: tuple[jax.Array, jax.Array], train: bool):
+        per_layer, head = modulations
         x = jnp.concatenate((self._class_rows(labels)[:, None], self.tok_emb(codes)), axis=1)
         x = self._on_the_batch(self.token_dropout(x, deterministic=not train))
         x, keys_values = self.blocks(x, per_layer, rotary_angles(self.grid, self.head_channels), train)

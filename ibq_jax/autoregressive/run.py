@@ -132,9 +132,7 @@ def restore_run(path: Path) -> tuple[Trainer, Restored, dict]:
 
     Raises UsageError when there is no run, or nothing saved yet.
     """
-    saved = SavedRun.find(path)
-    if saved.config.stage != "autoregressive":
-        raise UsageError(f"{saved.workdir} is a run of stage {saved.config.stage!r}; this needs a generator")
+    saved = SavedRun.find(path, "autoregressive", needed="a generator")
     trainer = Trainer(saved.config, make_mesh({"data": -1}), steps_per_epoch=1)
     return trainer, saved.restore(trainer.create_state, trainer.mesh), read_fields(saved.workdir / CODES)
 

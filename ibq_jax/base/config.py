@@ -16,6 +16,18 @@ from ml_collections import ConfigDict
 from ibq_jax.base.errors import UsageError
 
 PREFIX = "--config."
+POSITIVE = (  # in every stage
+    "data.batch_size",
+    "optimizer.learning_rate",
+    "train.accumulate",
+    "log.every",
+    "log.images_every",
+    "log.images",
+    "evaluate.every",
+    "evaluate.batch_size",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+)
 
 
 def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
@@ -141,9 +153,9 @@ def check_choices(config: Mapping, choices: Mapping[str, tuple]) -> None:
 
 
 def check_positive(config: Mapping, names: Iterable[str]) -> None:
-    """Raises UsageError for a field of `names` that is not positive."""
+    """Raises UsageError for a field of `names`, or of those of every stage, that is not positive."""
     fields = flatten(config)
-    for name in names:
+    for name in (*names, *POSITIVE):
         if fields[name] <= 0:
             raise UsageError(f"{name}={fields[name]} is not positive")
 

@@ -101,12 +101,18 @@ class SavedRun:
     step: int | None
 
     @classmethod
-    def find(cls, path: Path) -> "SavedRun":
-        """From a run's folder, or one step's folder under its `checkpoints/`. Raises UsageError when there is none."""
+    def find(cls, path: Path, stage: str = "", needed: str = "") -> "SavedRun":
+        """From a run's folder, or one step's folder under its `checkpoints/`.
+
+        Raises UsageError when there is none, or it is not of the `stage` asked for, which `needed` names in words.
+        """
         path = Path(path).resolve()
         step = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
         workdir = path if step is None else path.parent.parent
-        return cls(workdir, read_config(workdir / "config.json"), step)
+        config = read_config(workdir / "config.json")
+        if stage and config.stage != stage:
+            raise UsageError(f"{workdir} is a run of stage {config.stage!r}; this needs {needed}")
+        return cls(workdir, config, step)
 
     def restore(self, create_state: Callable, mesh: jax.sharding.Mesh) -> Restored:
         """The saved state on `mesh`, whatever mesh the run had. Raises UsageError when nothing is saved yet."""

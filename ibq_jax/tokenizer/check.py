@@ -17,22 +17,12 @@ CHOICES = {
 }
 POSITIVE = (
     "data.image_size",
-    "data.batch_size",
     "model.channels",
     "model.num_res_blocks",
     "model.z_channels",
     "codebook.size",
     "codebook.dim",
     "quantizer.entropy_temperature",
-    "optimizer.learning_rate",
-    "train.accumulate",
-    "log.every",
-    "log.images_every",
-    "log.images",
-    "evaluate.every",
-    "evaluate.batch_size",
-    "checkpoint.every",
-    "checkpoint.keep_last",
 )
 
 

@@ -107,9 +107,7 @@ def restore_run(path: Path) -> tuple[Trainer, Restored]:
 
     On all devices, whatever mesh the run had. Raises UsageError when there is no run, or nothing saved yet.
     """
-    saved = SavedRun.find(path)
-    if saved.config.stage != "tokenizer":
-        raise UsageError(f"{saved.workdir} is a run of stage {saved.config.stage!r}; this needs a tokenizer")
+    saved = SavedRun.find(path, "tokenizer", needed="a tokenizer")
     trainer = Trainer(saved.config, make_mesh({"data": -1}), steps_per_epoch=1)
     return trainer, saved.restore(trainer.create_state, trainer.mesh)
 
