@@ -35,7 +35,8 @@ LOGGED = {
 
 
 CPU = Path("/proc/cpuinfo")
-# Measured on an AMD EPYC with AVX2: gradients 1.2e-4 off, losses of eight devices 3e-5 from those of one.
+# Measured on an AMD EPYC with AVX2: gradients 1.2e-4 off; the entropy loss 3e-5 off on eight devices, 5e-5 in
+# micro-batches.
 rounds_worse_without_avx512 = pytest.mark.xfail(
     CPU.exists() and "avx512f" not in CPU.read_text(),
     reason="float32 on this CPU rounds worse than asked",
@@ -143,6 +144,7 @@ def test_eight_devices_log_what_one_logs(on_one_device, axes):
     assert state.optimizer[0].nu["quantize"]["codebook"].sharding == sharding
 
 
+@rounds_worse_without_avx512
 def test_micro_batches_log_what_the_whole_batch_logs(on_one_device):
     # Groups of batch norm (4 images) and entropy (256 tokens, 4 images) lie inside a micro-batch of 8 images.
     _, logs = run_steps({"data": 1}, 1, "--config.train.accumulate=2")
