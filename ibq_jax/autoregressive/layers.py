@@ -22,6 +22,35 @@ def hidden_channels(width: int) -> int:
     return -(-(8 * width // 3) // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
 
 
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., I] times kernel [I, O].
+
+    The kernel's gradient contracts all rows of two arrays, one of which XLA:CPU turns first, column by column, together
+    with whatever made it. Here that is the narrower one, which made a whole training step 1.4 times as fast there;
+    compilers that lay out operands themselves see the same product.
+    """
+    return x @ kernel
+
+
+def _matmul_forward(x, kernel):
+    return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(kept, cotangent):
+    x, kernel = kept
+    rows, cotangent_rows = (t.reshape(-1, t.shape[-1]) for t in (x, cotangent))
+    over_rows = (((0,), (0,)), ((), ()))
+    if rows.shape[1] <= cotangent_rows.shape[1]:
+        of_kernel = jax.lax.dot_general(rows, cotangent_rows, over_rows)
+    else:
+        of_kernel = jax.lax.dot_general(cotangent_rows, rows, over_rows).T
+    return cotangent @ kernel.T, of_kernel
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 def dense(
     features: int,
     axes: tuple[str, str],
@@ -39,6 +68,7 @@ def dense(
         kernel_init=nn.with_logical_partitioning(kernel_init or normal(INITIAL_DEVIATION), axes),
         bias_init=nn.with_logical_partitioning(zeros, (axes[1],)),
         name=name,
+        dot_general=lambda x, kernel, *_, **__: matmul(x, kernel),
     )
 
 
@@ -104,6 +134,10 @@ class Attention(nn.Module):
         return nn.Dropout(self.dropout)(out, deterministic=not train), (key, value)
 
 
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return nn.silu(gate) * up
+
+
 class FeedForward(nn.Module):
     """SwiGLU, [B, S, C] -> [B, S, C]."""
 
@@ -116,7 +150,8 @@ class FeedForward(nn.Module):
         gate, up = (
             dense(hidden_channels(c), ("width", "hidden"), dtype=self.dtype, name=name)(x) for name in ("w1", "w3")
         )
-        out = dense(c, ("hidden", "width"), dtype=self.dtype, name="w2")(nn.silu(gate) * up)
+        hidden = jax.checkpoint(_swiglu, prevent_cse=False)(gate, up)  # keeps its arguments, not what lies between
+        out = dense(c, ("hidden", "width"), dtype=self.dtype, name="w2")(hidden)
         return nn.Dropout(self.dropout)(out, deterministic=not train)
 
 
