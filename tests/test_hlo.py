@@ -93,3 +93,37 @@ def test_collectives_know_their_groups_and_bytes():
     assert found["all-reduce"].groups in ((), (tuple(range(8)),))
     assert found["all-reduce"].bytes == 4 * 16
     assert all(c.times == 1 for c in found.values())
+
+
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("{{0,1},{2,3}}", ((0, 1), (2, 3))),
+        ("{}", ()),
+        ("[2,2]<=[4]", ((0, 1), (2, 3))),
+        ("[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
+        ("mesh['a'=2,'b'=2] {'b'}", ((0, 1), (2, 3))),
+        ("mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
+        ("mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'a'}", ((0, 2), (1, 3), (4, 6), (5, 7))),
+        ("mesh['a'=2,'b'=1,'c'=4] {'a','c'}", (tuple(range(8)),)),
+        ("mesh['a'=8] {'a':(2)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
+    ],
+)
+def test_every_way_to_write_replica_groups_is_read(written, groups):
+    (collective,) = Module(_gathering(written)).collectives()
+    assert collective.groups == groups
+
+
+def test_replica_groups_of_an_unknown_form_are_not_guessed():
+    with pytest.raises(ValueError, match="replica groups"):
+        Module(_gathering("of tomorrow")).collectives()
+
+
+def _gathering(replica_groups: str) -> str:
+    return f"""HloModule gathering
+
+ENTRY %main (x: f32[4]) -> f32[8] {{
+  %x = f32[4]{{0}} parameter(0)
+  ROOT %gathered = f32[8]{{0}} all-gather(%x), channel_id=1, replica_groups={replica_groups}, dimensions={{0}}
+}}
+"""

@@ -23,6 +23,9 @@ OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+MESH_AXIS = re.compile(r"'([^']+)'=(\d+)")
+MESH_PART = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -288,12 +291,43 @@ def _groups(instruction: Instruction) -> tuple[tuple[int, ...], ...]:
     listed = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", instruction.attributes)
     if listed:
         return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.attributes)
-    if not iota:
-        return ()
-    count, size = int(iota[1]), int(iota[2])
-    ids = _transposed([int(n) for n in iota[3].split(",")], [int(n) for n in iota[4].split(",")] if iota[4] else None)
-    return tuple(tuple(ids[i * size : (i + 1) * size]) for i in range(count))
+    iota = re.search(rf"replica_groups=\[\d+,(\d+)\]<={IOTA}", instruction.attributes)
+    if iota:
+        return _rows(_transposed(_integers(iota[2]), _integers(iota[3])), int(iota[1]))
+    mesh = re.search(
+        rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({IOTA}\))? \{{([^}}]*)\}}", instruction.attributes
+    )
+    if mesh:
+        return _groups_of_mesh(dict(MESH_AXIS.findall(mesh[1])), mesh[2], mesh[3], mesh[4])
+    if "replica_groups={}" not in instruction.attributes:
+        raise ValueError(f"replica groups of a form this does not know: {instruction.attributes}")
+    return ()
+
+
+def _groups_of_mesh(
+    sizes: dict[str, str], shape: str | None, order: str | None, along: str
+) -> tuple[tuple[int, ...], ...]:
+    """`sizes` of a mesh's axes over ids laid out as in `_transposed`; a group: devices that differ `along` some of
+    them, or along part of one: 'axis':(4)2 is the middle of three factors of it, 4 before it and 2 itself."""
+    factors, taken = [], []  # sizes of all axes and parts of axes, major first; positions among them of those `along`
+    wanted = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in MESH_PART.findall(along)}
+    for name, size in sizes.items():
+        before, part = wanted.get(name, (1, 1))
+        if name in wanted:
+            taken.append(len(factors) + 1)
+        factors += [before, part, int(size) // (before * part)]
+    ids = _transposed(_integers(shape), _integers(order)) if shape else list(range(math.prod(factors)))
+    others = [i for i in range(len(factors)) if i not in taken]
+    places = _transposed(factors, others + taken)
+    return _rows([ids[i] for i in places], math.prod(factors[i] for i in taken))
+
+
+def _integers(text: str | None) -> list[int] | None:
+    return [int(n) for n in text.split(",")] if text else None
+
+
+def _rows(ids: list[int], size: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(ids[i : i + size]) for i in range(0, len(ids), size))
 
 
 def _transposed(shape: list[int], order: list[int] | None) -> list[int]:
