@@ -8,8 +8,8 @@ Any field can be overridden on the command line, e.g. `--config.model.layers=8`.
 
 | preset | layers, heads, width | parameters | length | published FID / IS (arXiv 2412.02692) | measured here |
 |---|---|---|---|---|---|
-| openmoji32 | 6, 4, 128 | 2.5 M | 600 steps of 16 | - | not measured |
-| openmoji64 | 6, 4, 128 | 2.5 M | 600 steps of 16 | - | not measured |
+| openmoji32 | 6, 4, 128 | 2.5 M | 800 steps of 8 | - | not measured |
+| openmoji64 | 6, 4, 128 | 2.5 M | 800 steps of 8 | - | not measured |
 | imagenet256_B | 16, 16, 1024 | 342,994,944 | 300 epochs | 2.88 / 254.73 | not measured |
 | imagenet256_L | 20, 20, 1280 | 649,640,960 | 350 epochs | 2.45 / 267.48 | not measured |
 | imagenet256_XL | 24, 24, 1536 | 1,076,103,168 | 400 epochs | 2.14 / 278.99 | not measured |
@@ -113,9 +113,9 @@ def _xxl() -> ConfigDict:
 
 
 def _openmoji() -> ConfigDict:
-    config = _imagenet256(6, gamma_init=1e-3, final_rate=0.1, epochs=0, guidance=2.0, temperature=1.0)
+    config = _imagenet256(6, gamma_init=1e-3, final_rate=0.1, epochs=0, guidance=2.0, temperature=0.8)
     config.dtype = "float32"
-    config.data.batch_size = 16
+    config.data.batch_size = 8
     config.data.workers = 0
     config.model.vocabulary = 1_024
     config.model.num_classes = 9
@@ -125,9 +125,9 @@ def _openmoji() -> ConfigDict:
     config.model.codebook_dim = 32
     config.optimizer.learning_rate = 2e-3
     config.optimizer.ema_decay = 0.99
-    config.train.steps = 600
+    config.train.steps = 800
     config.log.every = 20
-    config.log.images_every = 200
+    config.log.images_every = 400
     config.log.images = 9
     config.evaluate.every = 200
     config.evaluate.examples = 0

@@ -81,8 +81,9 @@ def test_a_cache_holds_the_codes_that_the_tokenizer_gives(run, data_dir, tmp_pat
     assert said[0] == f"{out}/ holds the codes of openmoji by {run}, step 7, ema weights"
     assert said[1].startswith("  train: 100 images (centre, flip), 12,800 codes; ") and " of 64 used, " in said[1]
     assert said[2].startswith("  validation: 20 images (centre), 1,280 codes; ") and said[2].endswith(" nats")
-    next_command = "python -m ibq_jax train --config=configs/autoregressive.py:openmoji32"
-    assert said[3:] == [f"next: {next_command} --config.codes={out} --workdir=runs/ar"]
+    fields = "--config.model.vocabulary=64 --config.model.grid=8,8 --config.model.num_classes=9"
+    train = f"train --config=configs/autoregressive.py:openmoji32 --config.codes={out} {fields} --workdir=runs/ar"
+    assert said[3:] == [f"next: python -m ibq_jax {train}"]
 
     for split, names, size in (("train", ("centre", "flip"), 100), ("validation", ("centre",), 20)):
         source, cached = open_split("openmoji", data_dir, f"{split}[:{size}]"), open_codes(out, split)

@@ -2,7 +2,7 @@
 
 import shlex
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -75,8 +75,17 @@ def _describe(out: Path, manifest: Mapping) -> None:
             f"  {split}: {counts['images']:,} images ({views}), {counts['codes']:,} codes; {counts['used']:,} of "
             f"{codes:,} used, perplexity {counts['perplexity']:.0f}, entropy {counts['entropy']:.3f} nats"
         )
-    config = "--config=configs/autoregressive.py:openmoji32"
-    print(f"next: python -m ibq_jax train {config} --config.codes={shlex.quote(str(out))} --workdir=runs/ar")
+    print(f"next: python -m ibq_jax train {' '.join(_training_flags(out, manifest))} --workdir=runs/ar")
+
+
+def _training_flags(out: Path, manifest: Mapping) -> Iterator[str]:
+    """A small preset for small pictures and a large one for others, with what the codes leave no choice about."""
+    preset = "openmoji32" if manifest["preprocessing"]["image_size"] < 128 else "imagenet256_B"
+    yield f"--config=configs/autoregressive.py:{preset}"
+    yield f"--config.codes={shlex.quote(str(out))}"
+    yield f"--config.model.vocabulary={manifest['codes']}"
+    yield f"--config.model.grid={','.join(map(str, manifest['grid']))}"
+    yield f"--config.model.num_classes={len(manifest['data']['class_names'])}"
 
 
 def _views(text: str) -> tuple[str, ...]:
