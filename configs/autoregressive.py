@@ -8,7 +8,7 @@ Any field can be overridden on the command line, e.g. `--config.model.layers=8`.
 
 | preset | layers, heads, width | parameters | length | published FID / IS (arXiv 2412.02692) | measured here |
 |---|---|---|---|---|---|
-| openmoji32 | 6, 4, 128 | 2.5 M | 800 steps of 8 | - | not measured |
+| openmoji32 | 6, 4, 128 | 2.5 M | 800 steps of 8 | - | README: 2 CPU cores |
 | openmoji64 | 6, 4, 128 | 2.5 M | 800 steps of 8 | - | not measured |
 | imagenet256_B | 16, 16, 1024 | 342,994,944 | 300 epochs | 2.88 / 254.73 | not measured |
 | imagenet256_L | 20, 20, 1280 | 649,640,960 | 350 epochs | 2.45 / 267.48 | not measured |
