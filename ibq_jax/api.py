@@ -18,13 +18,12 @@ import numpy as np
 
 from ibq_jax.autoregressive.decode import Filter
 from ibq_jax.autoregressive.model import GeneratorModel
-from ibq_jax.autoregressive.run import restore_run as restore_generator
 from ibq_jax.autoregressive.sample import Guidance, Sampler, check_codes
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.interop import generator_names, names
+from ibq_jax.interop.load import load_generator, load_tokenizer
 from ibq_jax.tokenizer.model import TokenizerModel
-from ibq_jax.tokenizer.run import restore_run
 from ibq_jax.tokenizer.train import to_float
 
 
@@ -37,12 +36,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, use_ema: bool = True) -> "Tokenizer":
-        """From a run's folder (its newest whole checkpoint) or one step's folder under its `checkpoints/`.
+        """From a run's folder (its newest whole checkpoint), one step's folder under its `checkpoints/`, a file of
+        weights (.ckpt, .pt, .safetensors) or the hub (hf://OWNER/NAME).
 
-        Averaged weights, unless `use_ema` is False. Raises UsageError when there is none.
+        Averaged weights where there are any, unless `use_ema` is False. Raises UsageError when there is no tokenizer.
         """
-        trainer, restored = restore_run(Path(path))
-        return cls(trainer.model, restored.state.ema if use_ema else restored.state.params)
+        return cls(*load_tokenizer(path, use_ema))
 
     @classmethod
     def from_torch(cls, state_dict: Mapping[str, np.ndarray], config: Mapping, use_ema: bool = False) -> "Tokenizer":
@@ -97,12 +96,11 @@ class Generator:
 
     @classmethod
     def load(cls, path: str | Path, use_ema: bool = True) -> "Generator":
-        """From a run's folder (its newest whole checkpoint) or one step's folder under its `checkpoints/`.
+        """From a run's folder, a checkpoint, a file or the hub, as `Tokenizer.load`.
 
-        Averaged weights where the run keeps them, unless `use_ema` is False. Raises UsageError when there is no run.
+        Averaged weights where there are any, unless `use_ema` is False. Raises UsageError when there is no generator.
         """
-        trainer, restored, _ = restore_generator(Path(path))
-        return cls(trainer.model.clone(mesh=None), restored.state.averaged if use_ema else restored.state.params)
+        return cls(*load_generator(path, use_ema))
 
     @classmethod
     def from_torch(cls, state_dict: Mapping[str, np.ndarray], config: Mapping) -> "Generator":
@@ -111,9 +109,8 @@ class Generator:
         `config` needs "vocab_size", "block_size", "n_layer", "n_head" and "n_embd". Names may do without "transformer."
         in front. Strict: raises UsageError naming what is missing, unknown or misshapen, and loads nothing then.
         """
-        fields = generator_names.model_fields(config)
-        no_class = generator_names.has_no_class(state_dict, fields["num_classes"])
-        model = GeneratorModel(**fields, no_class=no_class)
+        no_class = generator_names.has_no_class(state_dict, generator_names.model_fields(config)["num_classes"])
+        model = generator_names.build(config, no_class)
         params = generator_names.generator_from_torch(state_dict, model)
         return cls(model, jax.tree.map(jnp.asarray, params), generator_names.name_prefix(state_dict))
 

@@ -2,7 +2,7 @@
 # Sets up .venv and runs every test. Arguments go to pytest:  bash launch/test.sh -m 'not slow'
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash launch/setup.sh tests torch
+bash launch/setup.sh tests torch hub
 .venv/bin/python -m pytest "$@"
 # Plans for TPUs need the TPU's compiler, in a venv of its own, since JAX would look for a TPU wherever it is installed.
 if [ $# -eq 0 ] && [ "$(uname -sm)" = "Linux x86_64" ]; then

@@ -158,12 +158,11 @@ def test_whatever_does_not_fit_is_named(small, name, tensor, complaint):
         tokenizer_from_torch(changed, published, use_ema=False)
 
 
-def test_many_complaints_are_counted(small):
+def test_all_that_is_wrong_is_named(small):
     state_dict, published = small
     with pytest.raises(UsageError) as raised:
         tokenizer_from_torch(state_dict | {f"extra.{i}": np.zeros(1) for i in range(20)}, published, use_ema=False)
-    assert str(raised.value).count("is unknown") == 8
-    assert str(raised.value).endswith("; and 12 more")
+    assert all(f"extra.{i} is unknown" in str(raised.value) for i in range(20))
 
 
 def test_another_codebook_size_is_named(small):

@@ -144,6 +144,8 @@ def find_tokenizer(path: str, manifest: Mapping, needed: bool) -> TokenizerWeigh
     """
     made = manifest["tokenizer"]
     where = Path(path or made["path"])
+    if not path and not made["path"] and needed:
+        raise UsageError("which tokenizer made this imported generator's codes is not known; give --tokenizer=RUN")
     if not path and not needed and not (where / "config.json").is_file():
         print(f"no pictures: the codes' tokenizer is not in {where} any more; tell where with --config.tokenizer=RUN")
         return None
@@ -152,12 +154,17 @@ def find_tokenizer(path: str, manifest: Mapping, needed: bool) -> TokenizerWeigh
         where = step if step.is_dir() else where
     trainer, restored = restore_tokenizer(where)
     params = restored.state.ema if made["weights"] == "ema" else restored.state.params
-    check_manifest(
-        {"tokenizer": {"fingerprint": made["fingerprint"]}},
-        {"tokenizer.fingerprint": fingerprint(trainer.model, params)},
-        where="of these codes",
-        asker=f"the tokenizer in {where}",
-    )
+    if made["fingerprint"]:
+        check_manifest(
+            {"tokenizer": {"fingerprint": made["fingerprint"]}},
+            {"tokenizer.fingerprint": fingerprint(trainer.model, params)},
+            where="of these codes",
+            asker=f"the tokenizer in {where}",
+        )
+    elif trainer.model.num_codes != manifest["codes"]:
+        raise UsageError(
+            f"the tokenizer in {where} has {trainer.model.num_codes} codes, the generator draws {manifest['codes']}"
+        )
     return trainer.model, params
 
 
@@ -175,8 +182,8 @@ def _open_codes(config: ConfigDict, workdir: Path) -> CodeSource:
     wrong = [f"{name}={value}, the codes have {has}" for name, (value, has) in asked.items() if value != has]
     if wrong:
         raise UsageError(f"{source} does not fit the config: {'; '.join(wrong)}; override the config's fields")
-    if (workdir / CODES).is_file():
-        before = read_fields(workdir / CODES)
+    before = read_fields(workdir / CODES) if (workdir / CODES).is_file() else {"imported": ""}
+    if "imported" not in before:  # of an imported run's codes, only what the config says is known
         check_manifest(source.manifest, _identity(before), where=config.codes, asker=f"the run in {workdir}")
     return source
 

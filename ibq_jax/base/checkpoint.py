@@ -12,18 +12,34 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from ibq_jax.base.errors import UsageError
 
+WEIGHTS_ONLY = "weights_only"  # in the metadata of a checkpoint that holds part of a state
+
 
 @dataclass
 class Restored:
-    """A checkpoint: the state's pytree, and what was saved beside it as JSON."""
+    """A checkpoint: the state's pytree, and what was saved beside it as JSON. Of a checkpoint of weights only, leaves
+    that are not in it are None; `completed` takes them from elsewhere."""
 
     step: int
     state: object
     metadata: dict
+
+    @property
+    def weights_only(self) -> bool:
+        return self.metadata.get(WEIGHTS_ONLY, False)
+
+    def completed(self, fresh: Callable[[], object]) -> object:
+        """The state, with what the checkpoint does not hold as `fresh` makes it."""
+        if not self.weights_only:
+            return self.state
+        return jax.tree.map(
+            lambda ours, other: other if ours is None else ours, self.state, fresh(), is_leaf=lambda leaf: leaf is None
+        )
 
 
 class Checkpoints:
@@ -108,15 +124,26 @@ class Checkpoints:
 
     def restore_step(self, step: int, abstract_state) -> Restored:
         """One step's state and metadata. Raises UsageError when it is of another structure or other shapes."""
-        self._check_shapes(step, abstract_state)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), metadata=ocp.args.JsonRestore())
-        items = self._manager.restore(step, args=args)
-        return Restored(step, items["state"], items["metadata"])
+        metadata = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+        part = bool(metadata.get(WEIGHTS_ONLY))
+        self._check_shapes(step, abstract_state, part)
+        wanted = self._part(step, abstract_state) if part else abstract_state
+        state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))["state"]
+        if part:
+            leaves = flatten_dict(state, sep="/")
+            state = jax.tree_util.tree_map_with_path(lambda path, _: leaves.get(_name(path)), abstract_state)
+        return Restored(step, state, metadata)
 
-    def _check_shapes(self, step: int, abstract_state) -> None:
+    def _part(self, step: int, abstract_state) -> dict:
+        """What the checkpoint holds of the state, as nested dictionaries."""
+        saved = _shapes(self._manager.item_metadata(step)["state"].tree)
+        leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_state)
+        return unflatten_dict({_name(path): leaf for path, leaf in leaves if _name(path) in saved}, sep="/")
+
+    def _check_shapes(self, step: int, abstract_state, part: bool) -> None:
         saved = _shapes(self._manager.item_metadata(step)["state"].tree)
         asked = _shapes(abstract_state)
-        for name in sorted(saved.keys() | asked.keys()):
+        for name in sorted(saved.keys() if part else saved.keys() | asked.keys()):
             if saved.get(name) != asked.get(name):
                 raise UsageError(
                     f"checkpoint {self.directory / str(step)} is of another model: {name} is "
@@ -144,7 +171,11 @@ class Checkpoints:
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+    return {_name(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _reason(error: Exception) -> str:

@@ -37,12 +37,9 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     another type than the field's.
     """
     file, _, preset = spec.partition(":")
-    path = Path(file)
-    if not path.is_file():
+    if not Path(file).is_file():
         raise UsageError(f"--config={spec}: there is no file {file}")
-    module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    module = _run(Path(file))
     if preset not in module.PRESETS:
         near = difflib.get_close_matches(preset, module.PRESETS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -53,6 +50,18 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     for override in overrides:
         _apply(config, override)
     return config.lock()
+
+
+def preset_names(file: str) -> tuple[str, ...]:
+    """The presets of a config file."""
+    return _run(Path(file)).PRESETS
+
+
+def _run(path: Path):
+    module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
 
 
 def _apply(config: ConfigDict, override: str) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,26 @@ def whole_or_absent(path: Path, wait: bool = False) -> Iterator[Path | None]:
             raise
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill, which gets the name `path` if the block ends well, and is removed if not.
+
+    Raises:
+        UsageError: `path` exists.
+    """
+    if path.exists():
+        raise UsageError(f"{path} exists already; name a folder that does not")
+    partial = path.with_name(path.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _locked(lock: int, wait: bool) -> bool:

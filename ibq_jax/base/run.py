@@ -59,9 +59,7 @@ def train_to_the_end(
     follow that step. Raises what `ibq_jax.base.loop.Loop.run` raises.
     """
     checkpoints = _checkpoints(workdir, config)
-    state, start_step = _start(create_state, mesh, config.seed, checkpoints)
-    if not start_step:
-        state = complete(state)
+    state, start_step = _start(create_state, mesh, config.seed, checkpoints, complete)
     pace = Pace(
         total_steps=total_steps(config, steps_per_epoch),
         log_every=config.log.every,
@@ -81,15 +79,18 @@ def train_to_the_end(
         checkpoints.close()
 
 
-def _start(create_state: Callable, mesh: jax.sharding.Mesh, seed: int, checkpoints: Checkpoints):
+def _start(
+    create_state: Callable, mesh: jax.sharding.Mesh, seed: int, checkpoints: Checkpoints, complete: Callable
+) -> tuple:
     shapes, _ = abstract_state(create_state, mesh, seed)
     restored = checkpoints.restore(shapes)
     if restored is not None:
-        print(f"continuing from step {restored.step}")
-        return restored.state, restored.step
+        weights = "the weights of " if restored.weights_only else ""
+        print(f"continuing from {weights}step {restored.step}")
+        return restored.completed(lambda: create_sharded(create_state, mesh, seed)), restored.step
     state = create_sharded(create_state, mesh, seed)
     print(parameter_overview.get_parameter_overview(state.params, include_stats=False).splitlines()[-1])
-    return state, 0
+    return complete(state), 0
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,10 @@ class SavedRun:
         return cls(workdir, config, step)
 
     def restore(self, create_state: Callable, mesh: jax.sharding.Mesh) -> Restored:
-        """The saved state on `mesh`, whatever mesh the run had. Raises UsageError when nothing is saved yet."""
+        """The saved state on `mesh`, whatever mesh the run had; of weights only, the rest is None.
+
+        Raises UsageError when nothing is saved yet.
+        """
         if not (self.workdir / "checkpoints").is_dir():
             raise UsageError(f"{self.workdir} has no checkpoint yet")
         checkpoints = _checkpoints(self.workdir, self.config)

@@ -7,7 +7,7 @@ transformer alone may do without the prefix. Layers are stacked here and numbere
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.base.errors import UsageError
-from ibq_jax.interop.names import Path, Shapes, check_tensors
+from ibq_jax.interop.names import Path, Put, Read, Shapes, as_it_is, check_tensors, shapes_of
 
 PREFIX, TOKENIZER_PREFIX = "transformer.", "first_stage_model."
 
@@ -72,12 +72,13 @@ def model_fields(published: Mapping) -> dict:
         if key in published and published[key] != supported:
             raise UsageError(f"configuration of the generator: {key} is {published[key]!r}, only {supported!r} exists")
     side = math.isqrt(published["block_size"])
-    if side * side != published["block_size"]:
+    grid = tuple(published.get("grid", (side, side)))
+    if math.prod(grid) != published["block_size"]:
         raise UsageError(f"configuration of the generator: block_size is {published['block_size']}, which is no square")
     settings = DEFAULTS | dict(published)
     return {
         "vocabulary": settings["vocab_size"],
-        "grid": (side, side),
+        "grid": grid,
         "num_classes": settings["class_num"],
         "layers": settings["n_layer"],
         "heads": settings["n_head"],
@@ -86,6 +87,33 @@ def model_fields(published: Mapping) -> dict:
         "gamma_init": settings["alng"],
         "use_pretrained_codebook": settings["use_pretrained_codebook"],
         "codebook_dim": settings["n_codebook_embd"],
+    }
+
+
+def build(published: Mapping, no_class: bool = True) -> GeneratorModel:
+    """The model of a published configuration; `no_class` where that does not say whether its table has the row."""
+    return GeneratorModel(**model_fields(published), no_class=published.get("no_class", no_class))
+
+
+def architecture(config: Mapping) -> dict:
+    """The configuration, as the published ones are written, of a generator's config from configs/autoregressive.py.
+
+    "grid" and "no_class" are ours: theirs are square, and always have the row.
+    """
+    model = config["model"]
+    return {
+        "vocab_size": model["vocabulary"],
+        "block_size": math.prod(model["grid"]),
+        "n_layer": model["layers"],
+        "n_head": model["heads"],
+        "n_kv_head": model["kv_heads"],
+        "n_embd": model["width"],
+        "class_num": model["num_classes"],
+        "alng": model["gamma_init"],
+        "use_pretrained_codebook": model["use_pretrained_codebook"],
+        "n_codebook_embd": model["codebook_dim"],
+        "grid": list(model["grid"]),
+        "no_class": config["loss"]["class_dropout"] > 0 or not model["num_classes"],
     }
 
 
@@ -105,28 +133,43 @@ def generator_from_torch(state_dict: Mapping[str, np.ndarray], model: GeneratorM
 
     Raises UsageError naming every missing, unknown or misshapen tensor, and loads nothing then.
     """
-    prefix = name_prefix(state_dict)
-    own = {name: tensor for name, tensor in state_dict.items() if not _is_tokenizers(name)}
-    like = flatten_dict(abstract_params(model))
-    shapes = {prefix + name: shape for name, shape in _published_shapes(like).items()}
-    check_tensors(own, {"generator": shapes}, wanted="generator")
+    shapes = shapes_of(state_dict)
+    check_generator(shapes, model)
+    return read_generator(state_dict.__getitem__, name_prefix(shapes), model)
+
+
+def check_generator(shapes: Shapes, model: GeneratorModel) -> None:
+    """Raises UsageError naming whatever is missing, unknown or misshapen; a tokenizer's tensors are not looked at."""
+    prefix = name_prefix(shapes)
+    own = {name: shape for name, shape in shapes.items() if not name.startswith(TOKENIZER_PREFIX)}
+    published = _published_shapes(flatten_dict(abstract_params(model)))
+    check_tensors(own, {"generator": {prefix + name: shape for name, shape in published.items()}}, wanted="generator")
+
+
+def read_generator(read: Read, prefix: str, model: GeneratorModel, put: Put = as_it_is) -> dict:
+    """The parameters of `model`, one after another from a file that has been checked, each `put` in place.
+
+    The largest come first: one is held twice while it is put in place, and by then little else is there.
+    """
     leaves = {}
-    for path, leaf in like.items():
-        name = prefix + TABLE[path]
-        arrays = [np.asarray(own[name.format(i)]) for i in range(leaf.shape[0] if "{}" in name else 1)]
-        array = np.stack(arrays) if "{}" in name else arrays[0]
-        array = array.swapaxes(-1, -2) if path[-1] == "kernel" else array
-        leaves[path] = np.array(array, dtype=leaf.dtype, order="C")
+    like = flatten_dict(abstract_params(model))
+    for path, leaf in sorted(like.items(), key=lambda item: -math.prod(item[1].shape)):
+        leaves[path] = put(path, _stacked(read, prefix + TABLE[path], leaf, turned=path[-1] == "kernel"))
     return unflatten_dict(leaves)
 
 
-def name_prefix(state_dict: Mapping[str, np.ndarray]) -> str:
+def _stacked(read: Read, name: str, leaf: jax.ShapeDtypeStruct, turned: bool) -> np.ndarray:
+    """One leaf, of as many tensors as it has layers."""
+    array = np.empty(leaf.shape, leaf.dtype)
+    for i, layer in enumerate(array if "{}" in name else [array]):
+        tensor = read(name.format(i))
+        layer[...] = tensor.T if turned else tensor
+    return array
+
+
+def name_prefix(names: Iterable[str]) -> str:
     """What stands before the transformer's names: "transformer.", or nothing."""
-    return PREFIX if any(name.startswith(PREFIX) for name in state_dict) else ""
-
-
-def _is_tokenizers(name: str) -> bool:
-    return name.startswith(TOKENIZER_PREFIX)
+    return PREFIX if any(name.startswith(PREFIX) for name in names) else ""
 
 
 def _published_shapes(like: Mapping[Path, jax.ShapeDtypeStruct]) -> Shapes:

@@ -13,7 +13,7 @@ misshapen tensor is named, and then nothing is loaded. Convolutions are [out, in
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import flax.linen as nn
 import jax
@@ -27,7 +27,9 @@ from ibq_jax.tokenizer.model import TokenizerModel
 from ibq_jax.tokenizer.perceptual import STAGES
 
 Path = tuple[str, ...]
-Shapes = dict[str, tuple[int, ...]]
+Shapes = Mapping[str, tuple[int, ...]]
+Read = Callable[[str], np.ndarray]  # a tensor by its published name
+Put = Callable[[Path, np.ndarray], object]  # a leaf by its path in our tree, to where it will lie
 
 # Our module and parameter names, where the published ones differ; {} is the number after the underscore.
 NAMES = {
@@ -64,7 +66,11 @@ GENERATOR_CONFIG = {
 }
 SUPPORTED = {"double_z": False, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
 RELEASED_DISCRIMINATOR = {"disc_ndf": 64, "disc_num_layers": 3}  # where a configuration is silent
-LISTED = 8  # tensors named in one error message
+
+
+def as_it_is(path: Path, array: np.ndarray) -> np.ndarray:
+    """A `Put` that leaves arrays on the host."""
+    return array
 
 
 # ---- configurations --------------------------------------------------------------------------------------------------
@@ -86,6 +92,21 @@ def model_fields(published: Mapping) -> dict:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
+def architecture(config: Mapping) -> dict:
+    """The configuration, as the published ones are written, of a tokenizer's config from configs/tokenizer.py."""
+    layout = {theirs: config["model"][ours] for ours, theirs in GENERATOR_CONFIG.items()}
+    return {
+        "ddconfig": SUPPORTED
+        | {key: list(value) if isinstance(value, tuple) else value for key, value in layout.items()},
+        "n_embed": config["codebook"]["size"],
+        "embed_dim": config["codebook"]["dim"],
+        "loss": {
+            "disc_ndf": config["discriminator"]["channels"],
+            "disc_num_layers": config["discriminator"]["layers"],
+        },
+    }
+
+
 def discriminator_fields(published: Mapping) -> dict:
     """The fields `channels` and `layers` of `PatchDiscriminator` for a published configuration."""
     sizes = RELEASED_DISCRIMINATOR | dict(published.get("loss", {}))
@@ -103,7 +124,7 @@ def _value(mapping: Mapping, key: str, where: str = ""):
 
 def tokenizer_to_torch(params: Mapping) -> dict[str, np.ndarray]:
     """The generator's parameters under their published names, in PyTorch's layouts."""
-    return _to_torch(params, _generator_name)
+    return _to_torch(params, published_name)
 
 
 def ema_to_torch(params: Mapping) -> dict[str, np.ndarray]:
@@ -114,6 +135,11 @@ def ema_to_torch(params: Mapping) -> dict[str, np.ndarray]:
 def discriminator_to_torch(variables: Mapping) -> dict[str, np.ndarray]:
     """The discriminator's {"params", "batch_stats"} under their published names, in PyTorch's layouts."""
     return _to_torch(variables, _discriminator_name)
+
+
+def discriminator_ema_to_torch(params: Mapping) -> dict[str, np.ndarray]:
+    """Averages of the discriminator's {...} params as the published checkpoints keep them."""
+    return {_ema_name(name): tensor for name, tensor in discriminator_to_torch({"params": params}).items()}
 
 
 def _to_torch(tree: Mapping, name_of: Callable[[Path], str]) -> dict[str, np.ndarray]:
@@ -133,45 +159,69 @@ def tokenizer_from_torch(state_dict: Mapping[str, np.ndarray], published: Mappin
 
     Raises UsageError as described above, and for `use_ema` where there are no averages.
     """
-    if use_ema and not any(name.startswith("model_ema.") for name in state_dict):
+    if use_ema and not has_averages(state_dict):
         raise UsageError("the checkpoint has no averaged weights (model_ema.*); load it with use_ema=False")
-    check_tensors(state_dict, _published_shapes(published), wanted="averages" if use_ema else "generator")
-    rename = _ema_name if use_ema else str
-    return _from_torch(state_dict, _abstract_generator(published), lambda path: rename(_generator_name(path)))
+    check_tokenizer(shapes_of(state_dict), published, wanted="averages" if use_ema else "generator")
+    return read_tokenizer(state_dict.__getitem__, published, averaged=use_ema)
 
 
 def discriminator_from_torch(state_dict: Mapping[str, np.ndarray], published: Mapping) -> dict:
     """The discriminator's {"params", "batch_stats"} for the configuration `published`; raises UsageError likewise."""
-    check_tensors(state_dict, _published_shapes(published), wanted="discriminator")
-    return _from_torch(state_dict, _abstract_discriminator(published), _discriminator_name)
+    check_tokenizer(shapes_of(state_dict), published, wanted="discriminator")
+    return read_discriminator(state_dict.__getitem__, published)
 
 
-def _from_torch(state_dict: Mapping[str, np.ndarray], like: Mapping, name_of: Callable[[Path], str]) -> dict:
+def check_tokenizer(shapes: Shapes, published: Mapping, wanted: str = "generator") -> None:
+    """Raises UsageError naming whatever is missing, unknown or misshapen."""
+    check_tensors(shapes, _published_shapes(published), wanted)
+
+
+def has_averages(names: Iterable[str]) -> bool:
+    return any(name.startswith("model_ema.") for name in names)
+
+
+def has_discriminator(names: Iterable[str]) -> bool:
+    return any(name.startswith("loss.discriminator.") for name in names)
+
+
+def read_tokenizer(read: Read, published: Mapping, averaged: bool = False, put: Put = as_it_is) -> dict:
+    """The generator's parameters, one tensor after another from a file that has been checked, each `put` in place."""
+    rename = _ema_name if averaged else str
+    return _read(read, _abstract_generator(published), lambda path: rename(published_name(path)), put)
+
+
+def read_discriminator(read: Read, published: Mapping, put: Put = as_it_is) -> dict:
+    """The discriminator's {"params", "batch_stats"} likewise."""
+    return _read(read, _abstract_discriminator(published), _discriminator_name, put)
+
+
+def _read(read: Read, like: Mapping, name_of: Callable[[Path], str], put: Put) -> dict:
     leaves = {}
     for path, leaf in flatten_dict(like).items():
-        array = np.asarray(state_dict[name_of(path)])
+        array = np.asarray(read(name_of(path)))
         array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
-        leaves[path] = np.array(array, dtype=leaf.dtype, order="C")
+        leaves[path] = put(path, np.array(array, dtype=leaf.dtype, order="C"))
     return unflatten_dict(leaves)
 
 
-def check_tensors(state_dict: Mapping[str, np.ndarray], groups: Mapping[str, Shapes], wanted: str) -> None:
+def shapes_of(state_dict: Mapping[str, np.ndarray]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+
+
+def check_tensors(shapes: Shapes, groups: Mapping[str, Shapes], wanted: str) -> None:
     """Raises UsageError unless every tensor is known and well-shaped, and `wanted` and every group present whole."""
     known = {name: shape for group in groups.values() for name, shape in group.items()}
     wrong = []
     for title, group in groups.items():
-        if title == wanted or any(name in state_dict for name in group):
-            wrong += [f"{name} is missing" for name in group if name not in state_dict]
-    for name, tensor in state_dict.items():
+        if title == wanted or any(name in shapes for name in group):
+            wrong += [f"{name} is missing" for name in group if name not in shapes]
+    for name, shape in shapes.items():
         if name not in known:
             wrong.append(f"{name} is unknown")
-        elif tuple(tensor.shape) != known[name]:
-            wrong.append(f"{name} has shape {tuple(tensor.shape)} instead of {known[name]}")
+        elif shape != known[name]:
+            wrong.append(f"{name} has shape {shape} instead of {known[name]}")
     if wrong:
-        more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
-        raise UsageError(
-            f"the checkpoint does not fit its configuration, nothing was loaded: {'; '.join(wrong[:LISTED])}{more}"
-        )
+        raise UsageError(f"the checkpoint does not fit its configuration, nothing was loaded: {'; '.join(wrong)}")
 
 
 def _published_shapes(published: Mapping) -> dict[str, Shapes]:
@@ -180,7 +230,7 @@ def _published_shapes(published: Mapping) -> dict[str, Shapes]:
     def shapes(tree: Mapping, name_of: Callable[[Path], str]) -> Shapes:
         return {name_of(path): _torch_shape(leaf.shape) for path, leaf in flatten_dict(tree).items()}
 
-    generator = shapes(_abstract_generator(published), _generator_name)
+    generator = shapes(_abstract_generator(published), published_name)
     discriminator = _abstract_discriminator(published)
     weights = shapes({"params": discriminator["params"]}, _discriminator_name)
     return {
@@ -212,7 +262,8 @@ def _perceptual_shapes() -> Shapes:
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def _generator_name(path: Path) -> str:
+def published_name(path: Path) -> str:
+    """Of a parameter or a module of the generator."""
     return ".".join(_published_part(part) for part in path)
 
 

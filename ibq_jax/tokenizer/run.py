@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ibq_jax.base.checkpoint import Restored
+from ibq_jax.base.checkpoint import WEIGHTS_ONLY, Restored
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.run import SavedRun, claim, train_to_the_end
-from ibq_jax.base.sharding import make_mesh
+from ibq_jax.base.sharding import create_sharded, make_mesh
 from ibq_jax.data.pipeline import open_split, training_batches
 from ibq_jax.tokenizer.check import check_config
 from ibq_jax.tokenizer.compile import jit_train_step
@@ -110,6 +110,14 @@ def restore_run(path: Path) -> tuple[Trainer, Restored]:
     saved = SavedRun.find(path, "tokenizer", needed="a tokenizer")
     trainer = Trainer(saved.config, make_mesh({"data": -1}), steps_per_epoch=1)
     return trainer, saved.restore(trainer.create_state, trainer.mesh)
+
+
+def restore_whole_run(path: Path) -> tuple[Trainer, Restored]:
+    """As `restore_run`; where weights alone were saved, with the rest as it is before the first step."""
+    trainer, restored = restore_run(path)
+    state = restored.completed(lambda: create_sharded(trainer.create_state, trainer.mesh, trainer.config.seed))
+    metadata = {name: value for name, value in restored.metadata.items() if name != WEIGHTS_ONLY}
+    return trainer, Restored(restored.step, state, metadata)
 
 
 def _batch_fields(config: ConfigDict) -> dict:

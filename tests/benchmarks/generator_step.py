@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import optax
 import torch
-from torch_generator import TorchGenerator
+from torch_generator import torch_generator
 
 from ibq_jax.api import Generator
 from ibq_jax.autoregressive.compile import jit_train_step
@@ -68,7 +68,7 @@ class Ours:
 class Theirs:
     """The same in PyTorch."""
 
-    def __init__(self, module: TorchGenerator, config, codes: np.ndarray, labels: np.ndarray):
+    def __init__(self, module: torch.nn.Module, config, codes: np.ndarray, labels: np.ndarray):
         self.module, self.clip = module, config.gradient_clip
         self.codes, self.labels = torch.from_numpy(codes).long().flatten(1), torch.from_numpy(labels).long()
         decayed, others = [], []
@@ -121,7 +121,7 @@ def main() -> None:
     functions = {}
     if not arguments.ours_only:
         tensors = Generator(trainer.model, state.params).to_torch()
-        theirs = Theirs(TorchGenerator.like(trainer.model, tensors, model.dropout), config.optimizer, codes, labels)
+        theirs = Theirs(torch_generator(trainer.model, tensors, model.dropout), config.optimizer, codes, labels)
         del tensors
         functions = {
             ("PyTorch", GRADIENT): theirs.forward_and_backward,

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import lax
-from torch_generator import TorchGenerator
+from torch_generator import torch_generator
 
 from ibq_jax.api import Generator
 from ibq_jax.autoregressive import decode
@@ -58,7 +58,7 @@ def random_params(model: GeneratorModel, deviation: float = 0.02) -> dict:
 def check() -> None:
     """Raises AssertionError unless both write down the same model."""
     generator = Generator(TINY, random_params(TINY, deviation=0.1))
-    module = TorchGenerator.like(TINY, generator.to_torch())
+    module = torch_generator(TINY, generator.to_torch())
     labels = np.arange(4)
     codes = np.random.default_rng(0).integers(0, TINY.vocabulary, (4, TINY.positions))
     ours = np.asarray(generator.logits(codes, labels))
@@ -68,7 +68,7 @@ def check() -> None:
     assert difference < 1e-5
     for scale in 1.0, GUIDANCE:
         ours = np.asarray(generator.sample(labels, scale, temperature=0)).reshape(4, -1)
-        theirs = module.sample(torch.from_numpy(labels), scale, temperature=0).numpy()
+        theirs = module.sample(torch.from_numpy(labels), scale, temperature=0).numpy().reshape(4, -1)
         assert np.array_equal(ours, theirs), f"the likeliest codes differ at guidance {scale}"
     print("tiny size: the likeliest codes are equal, with and without guidance")
 
@@ -124,7 +124,7 @@ def seconds_in_turns(functions: dict[str, Callable], repeats: int) -> dict[str, 
     return seconds
 
 
-def measure(params: dict, module: TorchGenerator, images: int, scale: float, codes: int, repeats: int, pick: Callable):
+def measure(params: dict, module: torch.nn.Module, images: int, scale: float, codes: int, repeats: int, pick: Callable):
     """One row of the table."""
     model, labels = SIZE_B, np.arange(images)
     sampler = Sampler(model, params, make_mesh({"data": 1}, jax.devices()[:1]), lane=images)
@@ -133,12 +133,12 @@ def measure(params: dict, module: TorchGenerator, images: int, scale: float, cod
         return sampler(labels, guidance=Guidance(scale), keep=decode.Filter(), temperature=TEMPERATURE, seed=0)
 
     def theirs():
-        return module.sample(torch.from_numpy(labels), scale, TEMPERATURE, codes)
+        return module.sample(torch.from_numpy(labels), scale, TEMPERATURE, length=codes)
 
     start = time.perf_counter()
     ours()
     first = time.perf_counter() - start
-    module.sample(torch.from_numpy(labels), scale, TEMPERATURE, 2)
+    module.sample(torch.from_numpy(labels), scale, TEMPERATURE, length=2)
     seconds = {"ours": [], "torch": []}
     for _, (name, run) in itertools.product(range(repeats), (("ours", ours), ("torch", theirs))):
         start = time.perf_counter()
@@ -180,7 +180,7 @@ def main() -> None:
         return
     torch.set_num_threads(arguments.torch_threads)
     params = random_params(SIZE_B)
-    module = TorchGenerator.like(SIZE_B, Generator(SIZE_B, params).to_torch())
+    module = torch_generator(SIZE_B, Generator(SIZE_B, params).to_torch())
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{size:,} parameters, float32; {'minima' if arguments.fastest else 'medians'} of {arguments.repeats};")
     print(f"PyTorch draws {arguments.codes} of {SIZE_B.positions} codes with {torch.get_num_threads()} threads;")

@@ -1,0 +1,67 @@
+"""Networks with their weights, from wherever they are: a run's folder, a file of weights, or the hub."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from ibq_jax.autoregressive.model import GeneratorModel
+from ibq_jax.autoregressive.run import restore_run as restore_generator
+from ibq_jax.base.errors import UsageError
+from ibq_jax.base.run import SavedRun
+from ibq_jax.base.tensor_files import SUFFIXES, TensorFile, open_tensors
+from ibq_jax.interop import generator_names, names
+from ibq_jax.interop.hub import local
+from ibq_jax.interop.recognize import GENERATOR, STAGES, TOKENIZER, check, recognize
+from ibq_jax.tokenizer.model import TokenizerModel
+from ibq_jax.tokenizer.run import restore_run as restore_tokenizer
+
+
+def is_weights_file(path: Path) -> bool:
+    """Rather than a run's folder."""
+    return path.suffix in SUFFIXES and not path.is_dir()
+
+
+def stage_of(path: Path) -> str:
+    """Of a run, or of what a file holds."""
+    if not is_weights_file(path):
+        return SavedRun.find(path).config.stage
+    file = open_tensors(path)
+    return recognize(file.shapes, file.about, str(path)).stage
+
+
+def load_tokenizer(place: str | Path, use_ema: bool) -> tuple[TokenizerModel, Mapping]:
+    """(model, parameters): averaged ones with `use_ema`, where the file has them.
+
+    Raises UsageError for whatever is wrong with the place, the file or its tensors.
+    """
+    path = local(place)
+    if not is_weights_file(path):
+        trainer, restored = restore_tokenizer(path)
+        return trainer.model, restored.state.ema if use_ema else restored.state.params
+    file, published = _open(path, TOKENIZER)
+    averaged = use_ema and names.has_averages(file.shapes)
+    params = names.read_tokenizer(file.read, published, averaged)
+    return TokenizerModel(**names.model_fields(published)), jax.tree.map(jnp.asarray, params)
+
+
+def load_generator(place: str | Path, use_ema: bool) -> tuple[GeneratorModel, Mapping, str]:
+    """(model, parameters, what stands before its tensors' published names); otherwise as `load_tokenizer`."""
+    path = local(place)
+    if not is_weights_file(path):
+        trainer, restored, _ = restore_generator(path)
+        params = restored.state.averaged if use_ema else restored.state.params
+        return trainer.model.clone(mesh=None), params, generator_names.PREFIX
+    file, published = _open(path, GENERATOR)
+    model, prefix = generator_names.build(published), generator_names.name_prefix(file.shapes)
+    return model, generator_names.read_generator(file.read, prefix, model, lambda _, array: jnp.asarray(array)), prefix
+
+
+def _open(path: Path, stage: str) -> tuple[TensorFile, dict]:
+    file = open_tensors(path)
+    contents = recognize(file.shapes, file.about, str(path))
+    if contents.stage != stage:
+        raise UsageError(f"{path} holds {STAGES[contents.stage]}; this needs {STAGES[stage]}")
+    check(file.shapes, contents)
+    return file, contents.architecture
