@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import released
-from small_runs import save_run
+from small_runs import arguments, save_run
 
 from ibq_jax import Generator, Tokenizer
 from ibq_jax.__main__ import main
@@ -129,6 +129,47 @@ def test_a_trained_run_has_every_published_name(tmp_path):
         np.testing.assert_array_equal(after.to_torch()[name], array)
 
 
+@pytest.mark.slow
+def test_an_imported_tokenizer_is_evaluated_and_trained_on(tmp_path, capsys):
+    """With another learning rate: of weights that were not trained on yet, only the networks are fixed."""
+    data, file = tmp_path / "data", tmp_path / "run.safetensors"
+    assert main(["prepare", "openmoji", "--size=16", f"--data_dir={data}"]) == 0
+    run = save_run(tmp_path / "run", data)
+    assert main(["convert", f"--in={run}", f"--out={file}"]) == 0
+    assert main(["convert", f"--in={file}", f"--out={tmp_path / 'imported'}"]) == 0
+    assert "other fields as in the run that it was made of" in capsys.readouterr().out
+    assert main(["evaluate", f"--run={tmp_path / 'imported'}"]) == 0
+    changed = ("optimizer.learning_rate=3e-5", "train.steps=3", "evaluate.every=3", "log.images_every=3")
+    assert main(arguments(tmp_path / "imported", data, *changed)) == 0
+    assert "continuing from the weights of step 0" in capsys.readouterr().out
+    steps = [json.loads(line) for line in (tmp_path / "imported" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "loss/total" in line] == [1, 2, 3]
+    trained, before = (Tokenizer.load(place, use_ema=False).to_torch() for place in (tmp_path / "imported", run))
+    difference = trained["decoder.conv_out.weight"] - before["decoder.conv_out.weight"]
+    assert 0 < np.abs(difference).max() < 1e-3
+    assert main(arguments(tmp_path / "imported", data, *changed, "optimizer.learning_rate=1e-5")) == 2
+    assert main(["convert", f"--in={tmp_path / 'imported'}", f"--out={tmp_path / 'trained.ckpt'}"]) == 0
+    assert read_tensors(tmp_path / "trained.ckpt")["model_ema.num_updates"] == 3
+    assert main(["convert", f"--in={tmp_path / 'imported'}", f"--out={tmp_path / 'more'}", "--codebook-size=128"]) == 0
+
+
+def test_a_generator_with_its_tokenizer_beside_it_becomes_two_runs_and_draws(tmp_path, tokenizer_run):
+    beside = {f"first_stage_model.{name}": array for name, array in state_dict_of("tokenizer").items()}
+    both = {f"transformer.{name}": array for name, array in state_dict_of("ar").items()} | beside
+    file = save_as_released(tmp_path / "both.ckpt", both)
+    assert main(["convert", f"--in={file}", f"--out={tmp_path / 'run'}", *GENERATOR_FIELDS]) == 0
+    assert main(["sample", f"--run={tmp_path / 'run'}", f"--out={tmp_path / 'sheet.png'}", "--labels=1,2"]) == 0
+    assert main(["convert", f"--in={tmp_path / 'run'}", f"--out={tmp_path / 'again.ckpt'}"]) == 0
+    assert_same_tensors(tmp_path / "again.ckpt", both)
+
+
+def test_an_imported_generator_is_told_its_tokenizer_later(tmp_path, generator_run, tokenizer_run, capsys):
+    command = ["sample", f"--run={generator_run}", f"--out={tmp_path / 'sheet.png'}", "--labels=1"]
+    assert main(command) == 2
+    assert "give --tokenizer=RUN" in capsys.readouterr().err
+    assert main([*command, f"--tokenizer={tokenizer_run}"]) == 0
+
+
 # ---- what cannot be read ---------------------------------------------------------------------------------------------
 
 
@@ -183,7 +224,7 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path, capsys, suffix, kept):
 def test_other_wrong_uses_are_one_line(tmp_path, capsys, tokenizer_run, generator_run):
     write_tensors(tmp_path / "neither.safetensors", {"a": np.zeros(1, np.float32)}, {})
     (tmp_path / "there").mkdir()
-    for arguments, complaint in (
+    for wrong, complaint in (
         ([f"--in={tmp_path / 'neither.safetensors'}", f"--out={tmp_path / 'run'}"], "neither a tokenizer"),
         ([f"--in={tmp_path / 'absent.ckpt'}", f"--out={tmp_path / 'run'}"], "no such file"),
         ([f"--in={tokenizer_run}", f"--out={tmp_path / 'there'}"], "exists already"),
@@ -192,7 +233,7 @@ def test_other_wrong_uses_are_one_line(tmp_path, capsys, tokenizer_run, generato
         ([f"--in={tokenizer_run}", f"--out={tmp_path / 'x.npz'}"], "a run becomes a file"),
         ([f"--in={generator_run}", f"--out={tmp_path / 'run'}", "--codebook-size=128"], "is a run of stage"),
     ):
-        assert complaint in refused(arguments, capsys), arguments
+        assert complaint in refused(wrong, capsys), wrong
     with pytest.raises(ValueError, match="holds a generator; this needs a tokenizer"):
         write_tensors(tmp_path / "ar.safetensors", state_dict_of("ar"), {})
         Tokenizer.load(tmp_path / "ar.safetensors")

@@ -245,7 +245,7 @@ def test_every_published_generator_has_these_names_shapes_and_this_many_paramete
         for tensor, shape in entry["tensors"].items()
         for layer in range(entry["config"]["n_layer"] if "{}" in tensor else 1)
     }
-    ours = generator_names._published_shapes(params)
+    ours = generator_names.published_shapes(model)
     assert {f"transformer.{tensor}": shape for tensor, shape in ours.items()} == expected
 
 

@@ -66,7 +66,6 @@ def hub(tmp_path, monkeypatch):
 
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     (tmp_path / "hub" / REPOSITORY).mkdir(parents=True)
     yield handler
     server.shutdown()

@@ -46,10 +46,19 @@ class Checkpoints:
     """The checkpoints of one run, under `directory`.
 
     Keeps the newest `keep_last` and the `keep_best` with the highest `best_metric`, or with "-" before its name the
-    lowest.
+    lowest. What is being written is held a second time, packed: `written_at_once` GB of it at most, which no array may
+    exceed.
     """
 
-    def __init__(self, directory: Path, *, keep_last: int = 1, keep_best: int = 0, best_metric: str = ""):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep_last: int = 1,
+        keep_best: int = 0,
+        best_metric: str = "",
+        written_at_once: int = 96,
+    ):
         self.directory = epath.Path(directory).resolve()
         policies = [LatestN(keep_last)]
         if keep_best:
@@ -65,7 +74,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
+        state = ocp.StandardCheckpointHandler(save_concurrent_gb=written_at_once)
+        handlers = {"state": state, "metadata": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def save(self, step: int, state, metadata: dict, metrics: dict[str, float] | None = None) -> None:

@@ -20,17 +20,24 @@ from ibq_jax.base.loop import Loop, Pace, Stage
 from ibq_jax.base.sharding import abstract_state, create_sharded
 from ibq_jax.base.telemetry import Telemetry
 
+IMPORTED = "imported.json"  # in a run that was made of a file of weights: where they come from
+NETWORKS = ("stage:", "model.", "codebook.")
+BESIDE = ("model.dropout", "model.gamma_init", "model.remat", "model.attention:", "codebook.implementation")
+
 Batches = Generator[Mapping[str, np.ndarray]]
 
 
 def claim(workdir: Path, config: ConfigDict, free_fields: tuple[str, ...]) -> None:
-    """Makes `workdir` this config's, or checks that it is; `free_fields` (names, or beginnings of them) may differ.
+    """Makes `workdir` this config's, or checks that it is; `free_fields` (names, or beginnings) may differ, and of
+    imported weights that were not trained on yet all that does not say what the networks are.
 
     Raises UsageError naming the other fields that differ.
     """
     path = workdir / "config.json"
     if path.exists():
         differing = differences(read_config(path), config, ignore=free_fields)
+        if (workdir / IMPORTED).exists() and not (workdir / "metrics.jsonl").exists():
+            differing = [field for field in differing if field.startswith(NETWORKS) and not field.startswith(BESIDE)]
         if differing:
             raise UsageError(f"{workdir} holds a run of another config ({'; '.join(differing)}); use another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)

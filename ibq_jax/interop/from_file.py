@@ -8,6 +8,7 @@ run/carried.safetensors what the file holds beside them, under its published nam
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from ibq_jax.autoregressive.train import Trainer as GeneratorTrainer
 from ibq_jax.base.checkpoint import WEIGHTS_ONLY, Checkpoints
 from ibq_jax.base.config import save_config
 from ibq_jax.base.files import whole_folder
+from ibq_jax.base.run import IMPORTED
 from ibq_jax.base.sharding import abstract_state, make_mesh
 from ibq_jax.base.tensor_files import TensorFile, open_tensors, write_tensors
 from ibq_jax.data.codes import VERSION
@@ -32,7 +34,7 @@ from ibq_jax.tokenizer.extract import fingerprint
 from ibq_jax.tokenizer.run import restore_run as restore_tokenizer
 from ibq_jax.tokenizer.train import Trainer as TokenizerTrainer
 
-IMPORTED, CARRIED = "imported.json", "carried.safetensors"
+CARRIED = "carried.safetensors"
 OF_TOKENIZER = generator_names.TOKENIZER_PREFIX
 
 
@@ -48,7 +50,7 @@ def import_file(
     """
     file = open_tensors(path)
     contents = recognize(file.shapes, file.about, str(path))
-    config, words = run_config(contents, path.stem, spec, overrides)
+    config, words = run_config(contents, path.stem, spec, overrides, file.about.get("config", ""))
     contents = Contents(contents.stage, architecture(config))
     trainer = _trainer(config)
     check(file.shapes, contents)
@@ -75,7 +77,8 @@ def import_file(
         if contents.stage == GENERATOR:
             manifest = _manifest(config, path, _decoder(carried, partial, out, tokenizer))
             (partial / CODES).write_text(json.dumps(manifest, indent=2) + "\n")
-        checkpoints = Checkpoints(partial / "checkpoints")
+        largest = max(leaf.nbytes for leaf in jax.tree.leaves(state))
+        checkpoints = Checkpoints(partial / "checkpoints", written_at_once=math.ceil(largest / 1e9))
         checkpoints.save(0, state, {"config": config.to_dict(), WEIGHTS_ONLY: True})
         checkpoints.close()
     return words

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.base.errors import UsageError
-from ibq_jax.interop.names import Path, Put, Read, Shapes, as_it_is, check_tensors, shapes_of
+from ibq_jax.interop.names import Path, Put, Read, Shapes, as_it_is, check_tensors, on_host, shapes_of
 
 PREFIX, TOKENIZER_PREFIX = "transformer.", "first_stage_model."
 
@@ -117,15 +117,19 @@ def architecture(config: Mapping) -> dict:
     }
 
 
-def generator_to_torch(params: Mapping, prefix: str = PREFIX) -> dict[str, np.ndarray]:
-    """The parameters under their published names, in PyTorch's layouts."""
+def published_tensors(params: Mapping, prefix: str = PREFIX) -> dict:
+    """The parameters, layer by layer, under their published names and turned as there; whatever kind of array."""
     tensors = {}
     for path, leaf in flatten_dict(params).items():
-        array = np.asarray(leaf)
-        array = array.swapaxes(-1, -2) if path[-1] == "kernel" else array
-        layers = enumerate(array) if "{}" in TABLE[path] else [("", array)]
-        tensors |= {prefix + TABLE[path].format(i): np.array(tensor, order="C") for i, tensor in layers}
+        leaf = leaf.swapaxes(-1, -2) if path[-1] == "kernel" else leaf
+        layers = [leaf[i] for i in range(leaf.shape[0])] if "{}" in TABLE[path] else [leaf]
+        tensors |= {prefix + TABLE[path].format(i): layer for i, layer in enumerate(layers)}
     return tensors
+
+
+def generator_to_torch(params: Mapping, prefix: str = PREFIX) -> dict[str, np.ndarray]:
+    """The parameters under their published names, in PyTorch's layouts."""
+    return on_host(published_tensors(params, prefix))
 
 
 def generator_from_torch(state_dict: Mapping[str, np.ndarray], model: GeneratorModel) -> dict:
@@ -142,8 +146,8 @@ def check_generator(shapes: Shapes, model: GeneratorModel) -> None:
     """Raises UsageError naming whatever is missing, unknown or misshapen; a tokenizer's tensors are not looked at."""
     prefix = name_prefix(shapes)
     own = {name: shape for name, shape in shapes.items() if not name.startswith(TOKENIZER_PREFIX)}
-    published = _published_shapes(flatten_dict(abstract_params(model)))
-    check_tensors(own, {"generator": {prefix + name: shape for name, shape in published.items()}}, wanted="generator")
+    known = {prefix + name: shape for name, shape in published_shapes(model).items()}
+    check_tensors(own, {"generator": known}, wanted="generator")
 
 
 def read_generator(read: Read, prefix: str, model: GeneratorModel, put: Put = as_it_is) -> dict:
@@ -172,9 +176,10 @@ def name_prefix(names: Iterable[str]) -> str:
     return PREFIX if any(name.startswith(PREFIX) for name in names) else ""
 
 
-def _published_shapes(like: Mapping[Path, jax.ShapeDtypeStruct]) -> Shapes:
+def published_shapes(model: GeneratorModel) -> Shapes:
+    """Name, without a prefix, and PyTorch shape of every tensor of the model's file."""
     shapes = {}
-    for path, leaf in like.items():
+    for path, leaf in flatten_dict(abstract_params(model)).items():
         layers, shape = (leaf.shape[0], leaf.shape[1:]) if "{}" in TABLE[path] else (1, leaf.shape)
         shape = shape[::-1] if path[-1] == "kernel" else shape
         shapes |= {TABLE[path].format(i): tuple(shape) for i in range(layers)}

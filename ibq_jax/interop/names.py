@@ -122,33 +122,55 @@ def _value(mapping: Mapping, key: str, where: str = ""):
 # ---- to the published names ------------------------------------------------------------------------------------------
 
 
+def published_tensors(
+    params: Mapping, ema: Mapping | None = None, discriminator: Mapping | None = None, stand_in: bool = True
+) -> dict:
+    """Every tensor that a published file has of these trees, under its name and turned as there, of any kind of array.
+
+    `ema`: the averages of `params`. `discriminator`: {"params", "batch_stats"}; beside averages its weights `stand_in`
+    for its own averages, of which none are kept here: nothing but a strict load looks for them.
+    """
+    tensors = _renamed(params, published_name)
+    if ema is not None:
+        tensors |= _renamed(ema, lambda path: _ema_name(published_name(path)))
+    if discriminator is not None:
+        tensors |= _renamed(discriminator, _discriminator_name)
+        if ema is not None and stand_in:
+            weights = {"params": discriminator["params"]}
+            tensors |= _renamed(weights, lambda path: _ema_name(_discriminator_name(path)))
+    return tensors
+
+
 def tokenizer_to_torch(params: Mapping) -> dict[str, np.ndarray]:
     """The generator's parameters under their published names, in PyTorch's layouts."""
-    return _to_torch(params, published_name)
+    return on_host(published_tensors(params))
 
 
 def ema_to_torch(params: Mapping) -> dict[str, np.ndarray]:
     """The generator's averaged parameters as the published checkpoints keep them, beside the others."""
-    return {_ema_name(name): tensor for name, tensor in tokenizer_to_torch(params).items()}
+    return on_host(_renamed(params, lambda path: _ema_name(published_name(path))))
 
 
 def discriminator_to_torch(variables: Mapping) -> dict[str, np.ndarray]:
     """The discriminator's {"params", "batch_stats"} under their published names, in PyTorch's layouts."""
-    return _to_torch(variables, _discriminator_name)
+    return on_host(_renamed(variables, _discriminator_name))
 
 
-def discriminator_ema_to_torch(params: Mapping) -> dict[str, np.ndarray]:
-    """Averages of the discriminator's {...} params as the published checkpoints keep them."""
-    return {_ema_name(name): tensor for name, tensor in discriminator_to_torch({"params": params}).items()}
+def on_host(tensors: Mapping) -> dict[str, np.ndarray]:
+    """As contiguous NumPy arrays of the types that PyTorch has them in."""
+    return {name: np.array(tensor, dtype=torch_type(tensor.dtype), order="C") for name, tensor in tensors.items()}
 
 
-def _to_torch(tree: Mapping, name_of: Callable[[Path], str]) -> dict[str, np.ndarray]:
-    return {name_of(path): _torch_layout(np.asarray(leaf)) for path, leaf in flatten_dict(tree).items()}
+def torch_type(dtype: np.dtype) -> np.dtype:
+    """Counts are 64 bits wide there."""
+    return np.dtype(np.int64) if dtype == np.int32 else np.dtype(dtype)
 
 
-def _torch_layout(array: np.ndarray) -> np.ndarray:
-    array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
-    return np.array(array, dtype=np.int64 if array.dtype == np.int32 else array.dtype, order="C")
+def _renamed(tree: Mapping, name_of: Callable[[Path], str]) -> dict:
+    return {
+        name_of(path): leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf
+        for path, leaf in flatten_dict(tree).items()
+    }
 
 
 # ---- from the published names ----------------------------------------------------------------------------------------

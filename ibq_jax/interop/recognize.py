@@ -131,30 +131,43 @@ def _count(tensors: Iterable[str], pattern: str) -> int:
 
 
 def run_config(
-    contents: Contents, source: str, spec: str = "", overrides: Sequence[str] = ()
+    contents: Contents, source: str, spec: str = "", overrides: Sequence[str] = (), own: str = ""
 ) -> tuple[ConfigDict, str]:
     """The config of a run with these networks, and in words what they are.
 
-    Sizes are the networks'. All else is of the preset `spec`, FILE.py:PRESET; where that is empty, of the first preset
-    of the same sizes (of several, one whose name has as much of "pretrain" as `source`), or if there is none of one
-    close by. `overrides`, as `load_config` takes them, also say what leaves no trace in shapes. Raises UsageError where
-    there is no such file or preset.
+    Sizes are the networks'. All else is of the preset `spec`, FILE.py:PRESET; where that is empty, as the file's `own`
+    config (JSON) has it; without one, of the first preset of the same sizes (of several, one that has as much of
+    "pretrain" in its name as `source`), or if there is none of a usual one. `overrides`, as `load_config` takes them,
+    also say what leaves no trace in shapes. Raises UsageError where there is no such file or preset.
     """
+    what, sizes = STAGES[contents.stage], describe(contents)
     said = {override.removeprefix(PREFIX).partition("=")[0] for override in overrides}
     fields = {name: value for name, value in _fields(contents).items() if name not in said & UNTOLD}
-    if spec:
-        config = load_config(spec, overrides)
-        if config.stage != contents.stage:
-            raise UsageError(f"--config={spec} is of stage {config.stage!r}, the file holds {STAGES[contents.stage]}")
-        return _with(config, fields), f"{STAGES[contents.stage]}, {describe(contents)}; other fields as in {spec}"
     usual, file = PRESETS[contents.stage]
-    same = sorted(same_presets(contents), key=lambda name: ("pretrain" in name) != ("pretrain" in source.lower()))
-    if not same:
-        config = load_config(f"{CONFIGS / file}:{usual}", overrides)
-        return _with(config, fields), f"{STAGES[contents.stage]} of no preset's size, {describe(contents)}"
-    config = load_config(f"{CONFIGS / file}:{same[0]}", overrides)
-    others = f" (or {' or '.join(same[1:])})" if same[1:] else ""
-    return _with(config, fields), f"{STAGES[contents.stage]}, preset {same[0]}{others}, {describe(contents)}"
+    if spec:
+        words = f"{what}, {sizes}; other fields as in {spec}"
+    elif own:
+        spec, words = f"{CONFIGS / file}:{usual}", f"{what}, {sizes}; other fields as in the run that it was made of"
+        fields = _known(own, load_config(spec)) | fields
+        fields = {name: value for name, value in fields.items() if name not in said}
+    else:
+        same = sorted(same_presets(contents), key=lambda name: ("pretrain" in name) != ("pretrain" in source.lower()))
+        spec = f"{CONFIGS / file}:{(same or [usual])[0]}"
+        others = f" (or {' or '.join(same[1:])})" if same[1:] else ""
+        words = f"{what}, preset {same[0]}{others}, {sizes}" if same else f"{what} of no preset's size, {sizes}"
+    config = load_config(spec, overrides)
+    if config.stage != contents.stage:
+        raise UsageError(f"--config={spec} is of stage {config.stage!r}, the file holds {what}")
+    return _with(config, fields), words
+
+
+def _known(own: str, like: ConfigDict) -> dict[str, object]:
+    """Of a config as JSON, the fields that `like` has too, with values of the same types."""
+    try:
+        fields, known = flatten(json.loads(own)), flatten(like)
+    except (ValueError, AttributeError):
+        return {}
+    return {name: value for name, value in fields.items() if name in known and type(value) is type(known[name])}
 
 
 def architecture(config: ConfigDict) -> dict:

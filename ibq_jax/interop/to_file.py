@@ -16,10 +16,10 @@ import numpy as np
 
 from ibq_jax.autoregressive.run import restore_run as restore_generator
 from ibq_jax.base.checkpoint import Restored
-from ibq_jax.base.run import SavedRun
+from ibq_jax.base.run import IMPORTED, SavedRun
 from ibq_jax.base.tensor_files import open_tensors, read_tensors
 from ibq_jax.interop import generator_names, names
-from ibq_jax.interop.from_file import CARRIED, IMPORTED
+from ibq_jax.interop.from_file import CARRIED
 from ibq_jax.interop.recognize import TOKENIZER, Contents, architecture, check, describe, recognize, same_presets
 from ibq_jax.tokenizer.run import restore_run as restore_tokenizer
 
@@ -85,20 +85,16 @@ def _tokenizer(restored: Restored, decay: float, weights: str, as_found: Mapping
     state = jax.device_get(restored.state)
     if weights != "all":
         return names.tokenizer_to_torch(state.ema if weights == "ema" else state.params)
-    tensors = names.tokenizer_to_torch(state.params)
-    if not as_found or as_found["averages"]:
-        tensors |= names.ema_to_torch(state.ema)
-    if not as_found:
-        tensors |= {
-            "model_ema.decay": np.array(decay, np.float32),
-            "model_ema.num_updates": np.array(restored.step, np.int32),
-        }
+    adversary = None
     if state.adversary is not None and jax.tree.leaves(state.adversary.params):
         adversary = {"params": state.adversary.params, "batch_stats": state.adversary.batch_stats}
-        tensors |= names.discriminator_to_torch(adversary)
-        if not as_found:  # no average of it is kept: its last weights stand in, for a strict load looks for one
-            tensors |= names.discriminator_ema_to_torch(adversary["params"])
-    return tensors
+    if as_found:
+        ema = state.ema if as_found["averages"] else None
+        return names.on_host(names.published_tensors(state.params, ema, adversary, stand_in=False))
+    return names.on_host(names.published_tensors(state.params, state.ema, adversary)) | {
+        "model_ema.decay": np.array(decay, np.float32),
+        "model_ema.num_updates": np.array(restored.step, np.int32),
+    }
 
 
 def _carried(workdir: Path, trained: bool) -> dict[str, np.ndarray]:
