@@ -19,6 +19,7 @@ BY_HEART = (
     "loss.class_dropout=0.0",
     "sample.cfg_scale=1.0",
     "optimizer.ema_decay=0.0",
+    "data.batch_size=16",
     "train.steps=400",
     "log.every=10",
     "evaluate.every=1000",
