@@ -176,7 +176,7 @@ def test_convert_used_wrongly_is_one_line_and_writes_nothing(whole, tmp_path, ca
     run, out = f"--in={whole[0]}", tmp_path / "out"
     for flags, words in (
         ([run, "--codebook-size=64"], "the codebook has 64 codes already"),
-        ([run], "one of the arguments --codebook_size --prune is required"),
+        ([run], "a run becomes a file"),
         ([run, "--prune", "--multiple-of=64"], "rounded up to a multiple of 64 none is to go"),
         ([run, "--codebook-size=128", "--spread=2"], "'2' is no fraction"),
         (["--in=nowhere", "--codebook-size=128"], "nowhere/config.json does not exist"),
