@@ -5,7 +5,7 @@ that is damaged afterwards is moved to `broken/` beside the others, said, and th
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,21 +136,16 @@ class Checkpoints:
         """One step's state and metadata. Raises UsageError when it is of another structure or other shapes."""
         metadata = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
         part = bool(metadata.get(WEIGHTS_ONLY))
-        self._check_shapes(step, abstract_state, part)
-        wanted = self._part(step, abstract_state) if part else abstract_state
+        saved = self._check_shapes(step, abstract_state, part)
+        wanted = _named(abstract_state, saved) if part else abstract_state
         state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))["state"]
         if part:
             leaves = flatten_dict(state, sep="/")
             state = jax.tree_util.tree_map_with_path(lambda path, _: leaves.get(_name(path)), abstract_state)
         return Restored(step, state, metadata)
 
-    def _part(self, step: int, abstract_state) -> dict:
-        """What the checkpoint holds of the state, as nested dictionaries."""
-        saved = _shapes(self._manager.item_metadata(step)["state"].tree)
-        leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_state)
-        return unflatten_dict({_name(path): leaf for path, leaf in leaves if _name(path) in saved}, sep="/")
-
-    def _check_shapes(self, step: int, abstract_state, part: bool) -> None:
+    def _check_shapes(self, step: int, abstract_state, part: bool) -> dict[str, tuple[int, ...]]:
+        """The shapes that were saved; where they are a `part` of the state, what else is asked may be absent."""
         saved = _shapes(self._manager.item_metadata(step)["state"].tree)
         asked = _shapes(abstract_state)
         for name in sorted(saved.keys() if part else saved.keys() | asked.keys()):
@@ -159,6 +154,7 @@ class Checkpoints:
                     f"checkpoint {self.directory / str(step)} is of another model: {name} is "
                     f"{saved.get(name, 'absent')} there and {asked.get(name, 'absent')} here"
                 )
+        return saved
 
     def _set_aside(self, step: int) -> epath.Path:
         broken = self.directory / "broken" / str(step)
@@ -182,6 +178,12 @@ class Checkpoints:
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {_name(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _named(tree, names: Collection[str]) -> dict:
+    """The leaves of these names, as nested dictionaries."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return unflatten_dict({_name(path): leaf for path, leaf in leaves if _name(path) in names}, sep="/")
 
 
 def _name(path) -> str:

@@ -5,7 +5,6 @@ heads a generator has, and for how large pictures a network was made. Where neit
 picture has 16x16 codes and heads 64 channels, or there are as many as layers: all of that holds for all published ones.
 """
 
-import copy
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -206,7 +205,7 @@ def _agrees(config: ConfigDict, fields: Mapping[str, object]) -> bool:
 
 
 def _with(config: ConfigDict, fields: Mapping[str, object]) -> ConfigDict:
-    config = copy.deepcopy(config).unlock()
+    config.unlock()
     config.update_from_flattened_dict(dict(fields))
     if config.stage == TOKENIZER and not _agrees(config, {"data.image_size": config.model.resolution}):
         config.data.image_size = config.data.resize = config.model.resolution

@@ -1,6 +1,7 @@
 """Whether PyTorch computes from a file what JAX computes from where it was made: layer by layer, on real pictures."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +42,6 @@ class Report:
     differences: tuple[Difference, ...]
     agreeing: int
     codes: int
-
-    @property
-    def worst(self) -> Difference:
-        return max(self.differences, key=lambda difference: difference.relative)
 
     @property
     def first_beyond(self) -> Difference | None:
@@ -127,27 +124,23 @@ def _blocks(model: GeneratorModel, params: Mapping, codes: jax.Array, labels: ja
         yield f"blocks.{i}", np.asarray(x)
 
 
-class _outputs:
-    """While it is entered, `outputs` gets what every module of `module` gives, in the order in which they end."""
+@contextmanager
+def _outputs(module: torch.nn.Module, outputs: dict[str, np.ndarray]) -> Iterator[None]:
+    """Inside, `outputs` gets what every module of `module` gives, in the order in which they end."""
 
-    def __init__(self, module: torch.nn.Module, outputs: dict[str, np.ndarray]):
-        self._module, self._outputs = module, outputs
-
-    def __enter__(self):
-        self._handles = [
-            module.register_forward_hook(self._keep(name)) for name, module in self._module.named_modules() if name
-        ]
-
-    def __exit__(self, *_):
-        for handle in self._handles:
-            handle.remove()
-
-    def _keep(self, name: str):
-        def keep(module, arguments, output):
+    def keep(name: str):
+        def hook(_, arguments, output):
             if isinstance(output, torch.Tensor):
-                self._outputs[name] = output.detach().numpy()
+                outputs[name] = output.detach().numpy()
 
-        return keep
+        return hook
+
+    handles = [part.register_forward_hook(keep(name)) for name, part in module.named_modules() if name]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _nhwc(array: np.ndarray) -> np.ndarray:
