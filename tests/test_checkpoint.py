@@ -52,6 +52,21 @@ def test_what_is_saved_comes_back_to_another_mesh(tmp_path):
     np.testing.assert_array_equal(restored.state["weights"], state["weights"])
 
 
+def test_a_large_array_is_written_piece_by_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr("ibq_jax.base.checkpoint.WRITTEN_AT_ONCE", 2**14)
+    checkpoints = saved(tmp_path, [10])
+    sizes = [path.stat().st_size for path in (tmp_path / "10").rglob("*") if path.is_file()]
+    assert max(sizes) <= 2 * 2**14, "an array of 2**17 bytes lies in one file"
+    restored = checkpoints.restore(shapes_of(make_state(0)))
+    np.testing.assert_array_equal(restored.state["weights"], make_state(10)["weights"])
+
+
+def test_what_is_not_wanted_is_not_read(tmp_path):
+    checkpoints = saved(tmp_path, [10])
+    restored = checkpoints.restore(shapes_of(make_state(0)), wanted=lambda name: name == "step")
+    assert restored.state["weights"] is None and int(restored.state["step"]) == 10
+
+
 def test_a_truncated_step_is_said_set_aside_and_the_one_before_it_used(tmp_path):
     saved(tmp_path, [10, 20], keep_last=2).close()
     truncate_largest_file(tmp_path / "20")

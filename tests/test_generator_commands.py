@@ -19,6 +19,7 @@ from small_runs import ROOT, STEPS, generator_arguments, save_run
 from ibq_jax import Generator, Tokenizer
 from ibq_jax.__main__ import main
 from ibq_jax.autoregressive.run import restore_run
+from ibq_jax.base.tensor_files import read_tensors, write_tensors
 from ibq_jax.data.codes import open_codes
 from ibq_jax.evaluate import sample_set
 
@@ -99,6 +100,33 @@ def test_validation_loss_is_that_of_the_public_class(run, codes, tmp_path, capsy
     assert measured["uniform"] == pytest.approx(np.log(64))
     histogram = np.bincount(pictures.reshape(-1)) / pictures.size
     assert measured["order_0"] == pytest.approx(-sum(p * np.log(p) for p in histogram if p))
+
+
+def test_an_imported_generator_is_evaluated_and_trained_on(run, codes, tmp_path, capsys):
+    """From a file that says nothing of itself, as the published ones do."""
+    assert main(["convert", f"--in={run}", f"--out={tmp_path / 'told.safetensors'}"]) == 0
+    file, imported = tmp_path / "weights.safetensors", tmp_path / "imported"
+    write_tensors(file, read_tensors(tmp_path / "told.safetensors"), {})
+    untold = ["--config.model.heads=2", "--config.model.grid=(8, 8)"]
+    assert main(["convert", f"--in={file}", f"--out={imported}", *untold]) == 0
+    assert "give --codes=FOLDER" in refused(["evaluate", f"--run={imported}"], capsys)
+    losses = []
+    for folder in (run, imported):
+        numbers = tmp_path / f"{folder.name}.json"
+        assert main(["evaluate", f"--run={folder}", f"--codes={codes}", f"--json={numbers}"]) == 0
+        losses.append(json.loads(numbers.read_text())["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)  # bfloat16 there, float32 here
+    assert main(generator_arguments(imported, codes, "train.steps=3", "model.kv_heads=2")) == 0
+    assert "continuing from the weights of step 0" in capsys.readouterr().out
+    trained = [row["loss/total"] for row in logged(imported) if "loss/total" in row]
+    assert len(trained) == 3 and abs(trained[0] - losses[0]) < 0.5
+    assert "reads --codes" in refused(["evaluate", f"--run={imported}", "--data=openmoji"], capsys)
+
+
+def test_codes_of_another_kind_are_refused_in_evaluation(run, data_dir, tmp_path, capsys):
+    other = tokenized(save_run(tmp_path / "tok", data_dir, "codebook.size=128"), tmp_path / "codes")
+    said = refused(["evaluate", f"--run={run}", f"--codes={other}"], capsys)
+    assert "model.vocabulary=64, the codes have 128" in said
 
 
 def test_a_complete_run_goes_on_when_it_is_made_longer(run, codes, tmp_path):

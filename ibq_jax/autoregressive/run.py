@@ -128,7 +128,7 @@ def train(
 
 def restore_run(path: Path) -> tuple[Trainer, Restored, dict]:
     """The trainer, the newest whole state of a run's folder (or the state of one step's folder under its
-    `checkpoints/`), and the manifest of its codes. On all devices, whatever mesh the run had.
+    `checkpoints/`), and the manifest of its codes. On all devices, whatever mesh the run had; without moments.
 
     Raises UsageError when there is no run, or nothing saved yet.
     """
@@ -173,6 +173,15 @@ def _open_codes(config: ConfigDict, workdir: Path) -> CodeSource:
     if not config.codes:
         raise UsageError("config.codes is empty: give --config.codes=FOLDER, which tokenize wrote")
     source = open_codes(config.codes, "train")
+    check_fit(config, source)
+    before = read_fields(workdir / CODES) if (workdir / CODES).is_file() else {"imported": ""}
+    if "imported" not in before:  # of an imported run's codes, only what the config says is known
+        check_manifest(source.manifest, _identity(before), where=config.codes, asker=f"the run in {workdir}")
+    return source
+
+
+def check_fit(config: ConfigDict, source: CodeSource) -> None:
+    """Raises UsageError unless these are codes of the kind that the config's model draws."""
     model, classes = config.model, len(source.manifest["data"]["class_names"])
     asked = {
         "model.vocabulary": (model.vocabulary, source.num_codes),
@@ -182,10 +191,6 @@ def _open_codes(config: ConfigDict, workdir: Path) -> CodeSource:
     wrong = [f"{name}={value}, the codes have {has}" for name, (value, has) in asked.items() if value != has]
     if wrong:
         raise UsageError(f"{source} does not fit the config: {'; '.join(wrong)}; override the config's fields")
-    before = read_fields(workdir / CODES) if (workdir / CODES).is_file() else {"imported": ""}
-    if "imported" not in before:  # of an imported run's codes, only what the config says is known
-        check_manifest(source.manifest, _identity(before), where=config.codes, asker=f"the run in {workdir}")
-    return source
 
 
 def _identity(manifest: Mapping) -> dict:

@@ -12,18 +12,26 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from ibq_jax.base.errors import UsageError
 
 WEIGHTS_ONLY = "weights_only"  # in the metadata of a checkpoint that holds part of a state
+WRITTEN_AT_ONCE = 2**26  # bytes of an array, and of a file: larger arrays are cut, so that no second copy is held
+
+
+Wanted = Callable[[str], bool]  # whether a leaf is to be read, by its name: "params/encoder/conv_in/kernel"
+
+
+def everything(name: str) -> bool:
+    return True
 
 
 @dataclass
 class Restored:
-    """A checkpoint: the state's pytree, and what was saved beside it as JSON. Of a checkpoint of weights only, leaves
-    that are not in it are None; `completed` takes them from elsewhere."""
+    """A checkpoint: the state's pytree, and what was saved beside it as JSON. Leaves that were not saved (of weights
+    only), or were not asked for, are None; `completed` takes them from elsewhere."""
 
     step: int
     state: object
@@ -46,19 +54,10 @@ class Checkpoints:
     """The checkpoints of one run, under `directory`.
 
     Keeps the newest `keep_last` and the `keep_best` with the highest `best_metric`, or with "-" before its name the
-    lowest. What is being written is held a second time, packed: `written_at_once` GB of it at most, which no array may
-    exceed.
+    lowest.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        keep_last: int = 1,
-        keep_best: int = 0,
-        best_metric: str = "",
-        written_at_once: int = 96,
-    ):
+    def __init__(self, directory: Path, *, keep_last: int = 1, keep_best: int = 0, best_metric: str = ""):
         self.directory = epath.Path(directory).resolve()
         policies = [LatestN(keep_last)]
         if keep_best:
@@ -74,8 +73,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
-        state = ocp.StandardCheckpointHandler(save_concurrent_gb=written_at_once)
-        handlers = {"state": state, "metadata": ocp.JsonCheckpointHandler()}
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def save(self, step: int, state, metadata: dict, metrics: dict[str, float] | None = None) -> None:
@@ -87,7 +85,8 @@ class Checkpoints:
             return
         self.wait()
         self._check_room(state)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
+        arrays = ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=WRITTEN_AT_ONCE)
+        args = ocp.args.Composite(state=arrays, metadata=ocp.args.JsonSave(metadata))
         try:
             self._manager.save(step, args=args, metrics=metrics)
         except (ValueError, OSError) as error:
@@ -111,16 +110,18 @@ class Checkpoints:
         kept = f"step {whole} is whole and a rerun continues from it" if whole is not None else "none is whole yet"
         return UsageError(f"cannot write a checkpoint under {self.directory} ({_reason(error)}); {kept}")
 
-    def restore(self, abstract_state, say: Callable[[str], None] = print) -> Restored | None:
+    def restore(
+        self, abstract_state, say: Callable[[str], None] = print, wanted: Wanted = everything
+    ) -> Restored | None:
         """The newest whole checkpoint, as `abstract_state` (shapes with shardings) asks; None where there is none.
 
-        Newer ones that are damaged are moved aside and said. Raises UsageError when none of several could be read; then
-        nothing is moved.
+        Read is what is `wanted`. Newer ones that are damaged are moved aside and said. Raises UsageError when none of
+        several could be read; then nothing is moved.
         """
         damaged = []
         for step in reversed(self.steps):
             try:
-                restored = self.restore_step(step, abstract_state)
+                restored = self.restore_step(step, abstract_state, wanted)
             except Exception as error:  # Orbax wraps what TensorStore says of a damaged file in a bare Exception
                 damaged.append((step, _reason(error)))
                 continue
@@ -132,16 +133,20 @@ class Checkpoints:
             raise UsageError(f"no checkpoint under {self.directory} can be read; step {damaged[0][0]}: {damaged[0][1]}")
         return None
 
-    def restore_step(self, step: int, abstract_state) -> Restored:
+    def restore_step(self, step: int, abstract_state, wanted: Wanted = everything) -> Restored:
         """One step's state and metadata. Raises UsageError when it is of another structure or other shapes."""
         metadata = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
         part = bool(metadata.get(WEIGHTS_ONLY))
         saved = self._check_shapes(step, abstract_state, part)
-        wanted = _named(abstract_state, saved) if part else abstract_state
-        state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))["state"]
-        if part:
-            leaves = flatten_dict(state, sep="/")
-            state = jax.tree_util.tree_map_with_path(lambda path, _: leaves.get(_name(path)), abstract_state)
+        asked = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf if wanted(_name(path)) else ocp.PLACEHOLDER,
+            _named(abstract_state, saved) if part else abstract_state,
+        )
+        how = ocp.checkpoint_utils.construct_restore_args(asked)
+        arrays = ocp.args.PyTreeRestore(asked, restore_args=how)
+        state = self._manager.restore(step, args=ocp.args.Composite(state=arrays))["state"]
+        leaves = {name: leaf for name, leaf in _leaves(state).items() if leaf is not ocp.PLACEHOLDER}
+        state = jax.tree_util.tree_map_with_path(lambda path, _: leaves.get(_name(path)), abstract_state)
         return Restored(step, state, metadata)
 
     def _check_shapes(self, step: int, abstract_state, part: bool) -> dict[str, tuple[int, ...]]:
@@ -176,14 +181,17 @@ class Checkpoints:
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_name(path): tuple(leaf.shape) for path, leaf in leaves}
+    return {name: tuple(leaf.shape) for name, leaf in _leaves(tree).items()}
 
 
 def _named(tree, names: Collection[str]) -> dict:
     """The leaves of these names, as nested dictionaries."""
+    return unflatten_dict({name: leaf for name, leaf in _leaves(tree).items() if name in names}, sep="/")
+
+
+def _leaves(tree) -> dict:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return unflatten_dict({_name(path): leaf for path, leaf in leaves if _name(path) in names}, sep="/")
+    return {_name(path): leaf for path, leaf in leaves}
 
 
 def _name(path) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from ibq_jax.base.checkpoint import Checkpoints, Restored
+from ibq_jax.base.checkpoint import Checkpoints, Restored, everything
 from ibq_jax.base.config import differences, read_config, save_config
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.loop import Loop, Pace, Stage
@@ -22,7 +22,14 @@ from ibq_jax.base.telemetry import Telemetry
 
 IMPORTED = "imported.json"  # in a run that was made of a file of weights: where they come from
 NETWORKS = ("stage:", "model.", "codebook.")
-BESIDE = ("model.dropout", "model.gamma_init", "model.remat", "model.attention:", "codebook.implementation")
+BESIDE = (
+    "model.dropout",
+    "model.gamma_init",
+    "model.remat",
+    "model.attention:",
+    "model.codebook_dim",  # where it is of the network, the shapes say so
+    "codebook.implementation",
+)
 
 Batches = Generator[Mapping[str, np.ndarray]]
 
@@ -122,8 +129,9 @@ class SavedRun:
             raise UsageError(f"{workdir} is a run of stage {config.stage!r}; this needs {needed}")
         return cls(workdir, config, step)
 
-    def restore(self, create_state: Callable, mesh: jax.sharding.Mesh) -> Restored:
-        """The saved state on `mesh`, whatever mesh the run had; of weights only, the rest is None.
+    def restore(self, create_state: Callable, mesh: jax.sharding.Mesh, whole: bool = False) -> Restored:
+        """The saved state on `mesh`, whatever mesh the run had: unless it is wanted `whole`, without the optimizers'
+        moments. What is not wanted, or was not saved, is None.
 
         Raises UsageError when nothing is saved yet.
         """
@@ -134,7 +142,14 @@ class SavedRun:
             where = self.workdir if self.step is None else self.workdir / "checkpoints" / str(self.step)
             raise UsageError(f"{where} has no checkpoint; the steps saved are {checkpoints.steps}")
         shapes, _ = abstract_state(create_state, mesh, self.config.seed)
-        return checkpoints.restore(shapes) if self.step is None else checkpoints.restore_step(self.step, shapes)
+        wanted = everything if whole else _no_moment
+        if self.step is None:
+            return checkpoints.restore(shapes, wanted=wanted)
+        return checkpoints.restore_step(self.step, shapes, wanted)
+
+
+def _no_moment(name: str) -> bool:
+    return "optimizer" not in name.split("/")
 
 
 def _checkpoints(workdir: Path, config: ConfigDict) -> Checkpoints:

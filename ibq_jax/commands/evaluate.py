@@ -1,18 +1,23 @@
 """python -m ibq_jax evaluate: measures a trained tokenizer's reconstructions, or a generator's likelihood."""
 
+import copy
 import json
 import math
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
+from ibq_jax.autoregressive.run import check_fit
 from ibq_jax.autoregressive.run import restore_run as restore_generator
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.run import SavedRun
 from ibq_jax.commands.arguments import Parser, count, output_file, positive, underscored
 from ibq_jax.commands.evaluations import likelihood_evaluator, validation_evaluator
+from ibq_jax.data.codes import open_codes
 from ibq_jax.evaluate import likelihood, reconstruction
 from ibq_jax.tokenizer.run import restore_run as restore_tokenizer
 
@@ -51,7 +56,10 @@ def main(argv: list[str]) -> None:
 
 
 def _evaluate_tokenizer(flags: Namespace) -> dict:
+    if flags.codes:
+        raise UsageError(f"--codes is of a generator's run; {flags.run} is a tokenizer's, which reads images: --data")
     trainer, restored = restore_tokenizer(flags.run)
+    trainer = replace(trainer, config=_with_data(trainer.config, flags))
     params = restored.state.ema if flags.weights == "ema" else restored.state.params
     evaluator = validation_evaluator(trainer, flags.examples)
     numbers = {
@@ -72,25 +80,40 @@ def _evaluate_tokenizer(flags: Namespace) -> dict:
     return numbers
 
 
+def _with_data(config: ConfigDict, flags: Namespace) -> ConfigDict:
+    asked = {"name": flags.data, "dir": flags.data_dir, "validation_split": flags.split}
+    config = copy.deepcopy(config)
+    config.data.update({field: value for field, value in asked.items() if value is not None})
+    return config
+
+
 def _evaluate_generator(flags: Namespace) -> dict:
     if flags.pictures:
         raise UsageError(
             f"--pictures is of a tokenizer's run; for a generator's: sample --run={flags.run} --out=FILE.png"
         )
-    trainer, restored, manifest = restore_generator(flags.run)
+    if flags.data or flags.data_dir:
+        raise UsageError(f"--data is of a tokenizer's run; {flags.run} is a generator's, which reads --codes")
+    trainer, restored, _ = restore_generator(flags.run)
     params = restored.state.averaged if flags.weights == "ema" else restored.state.params
-    measured = likelihood_evaluator(trainer, flags.examples)(params)
+    codes, split = flags.codes or trainer.config.codes, flags.split or "validation"
+    if not codes:
+        raise UsageError(f"{flags.run} was imported, without codes: give --codes=FOLDER, which tokenize wrote")
+    source = open_codes(codes, split)
+    check_fit(trainer.config, source)
+    manifest = source.manifest
+    measured = likelihood_evaluator(trainer, source, flags.examples)(params)
     numbers = {
         "run": str(flags.run),
         "step": restored.step,
         "weights": flags.weights,
-        "split": f"{manifest['data']['name']}/validation",
+        "split": f"{manifest['data']['name']}/{split}",
         "protocol": likelihood.PROTOCOL,
         "codes": trainer.config.model.vocabulary,
         "images": measured.images,
         "loss": measured.loss,
         "perplexity": measured.perplexity,
-        "order_0": manifest["splits"]["validation"]["entropy"],
+        "order_0": manifest["splits"][split]["entropy"],
         "uniform": math.log(trainer.config.model.vocabulary),
         "perplexity_by_position": measured.perplexity_by_position.tolist(),
     }
@@ -109,6 +132,10 @@ def _parser() -> Parser:
     parser.add_argument("--run", required=True, type=Path, help="folder of a run, or one of its checkpoints")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last ones")
     parser.add_argument("--examples", type=count, default=0, help="images of the split (default: 0, all)")
+    parser.add_argument("--split", metavar="NAME", help="of the data (default: the config's to validate on)")
+    parser.add_argument("--data", metavar="NAME", help="of a tokenizer: the data set (default: the config's)")
+    parser.add_argument("--data_dir", metavar="DIR", help="where the data sets are (default: the config's)")
+    parser.add_argument("--codes", metavar="DIR", help="of a generator: the token cache (default: the config's)")
     parser.add_argument("--pictures", type=output_file, metavar="PNG", help="write originals beside reconstructions")
     parser.add_argument("--columns", type=positive, default=8, help="images in a row of that PNG (default: 8)")
     parser.add_argument("--rows", type=positive, default=2, help="rows of originals in that PNG (default: 2)")

@@ -12,7 +12,7 @@ from ibq_jax.autoregressive.run import Pictures, TokenizerWeights
 from ibq_jax.autoregressive.sample import Guidance
 from ibq_jax.autoregressive.train import Trainer as GeneratorTrainer
 from ibq_jax.base.sharding import check_batch
-from ibq_jax.data.codes import evaluation_code_batches, open_codes
+from ibq_jax.data.codes import CodeSource, evaluation_code_batches, open_codes
 from ibq_jax.data.pipeline import evaluation_batches, open_split
 from ibq_jax.evaluate.likelihood import LikelihoodEvaluator
 from ibq_jax.evaluate.reconstruction import ReconstructionEvaluator
@@ -61,7 +61,8 @@ def generator_evaluation(
     trainer: GeneratorTrainer, manifest: Mapping, tokenizer: TokenizerWeights | None
 ) -> tuple[EvaluateGenerator, Pictures]:
     """For `ibq_jax.autoregressive.run.train`."""
-    evaluator = likelihood_evaluator(trainer, trainer.config.evaluate.examples)
+    validation = open_codes(trainer.config.codes, "validation")
+    evaluator = likelihood_evaluator(trainer, validation, trainer.config.evaluate.examples)
 
     def evaluate(params: dict) -> dict[str, float | np.ndarray]:
         measured = evaluator(params)
@@ -77,11 +78,10 @@ def generator_evaluation(
     return evaluate, pictures
 
 
-def likelihood_evaluator(trainer: GeneratorTrainer, examples: int) -> LikelihoodEvaluator:
-    """On the validation codes of the trainer's config; `examples` pictures of them, 0 for all."""
+def likelihood_evaluator(trainer: GeneratorTrainer, source: CodeSource, examples: int) -> LikelihoodEvaluator:
+    """On the codes of `source`; `examples` pictures of them, 0 for all."""
     config = trainer.config
     check_batch(config.evaluate.batch_size, trainer.mesh, 1, "evaluate.batch_size")
-    source = open_codes(config.codes, "validation")
 
     def batches():
         return evaluation_code_batches(

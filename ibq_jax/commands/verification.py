@@ -33,7 +33,7 @@ def print_verification(source: Path, written: Path | None, flags: Namespace) -> 
         raise UsageError("--verify needs PyTorch: pip install -r requirements-torch.txt") from error
     use_ema = flags.weights != "raw"
     with _file(source, written, flags.weights) as file:
-        if stage_of(source) == GENERATOR:
+        if stage_of(file) == GENERATOR:
             model, params, _ = load_generator(source, use_ema)
             codes, labels = _codes(model)
             tensors = generator_names.generator_to_torch(params, "")

@@ -8,7 +8,6 @@ run/carried.safetensors what the file holds beside them, under its published nam
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,8 +76,7 @@ def import_file(
         if contents.stage == GENERATOR:
             manifest = _manifest(config, path, _decoder(carried, partial, out, tokenizer))
             (partial / CODES).write_text(json.dumps(manifest, indent=2) + "\n")
-        largest = max(leaf.nbytes for leaf in jax.tree.leaves(state))
-        checkpoints = Checkpoints(partial / "checkpoints", written_at_once=math.ceil(largest / 1e9))
+        checkpoints = Checkpoints(partial / "checkpoints")
         checkpoints.save(0, state, {"config": config.to_dict(), WEIGHTS_ONLY: True})
         checkpoints.close()
     return words

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.autoregressive.run import restore_run as restore_generator
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.run import SavedRun
 from ibq_jax.base.tensor_files import SUFFIXES, TensorFile, open_tensors
 from ibq_jax.interop import generator_names, names
 from ibq_jax.interop.hub import local
@@ -24,9 +23,7 @@ def is_weights_file(path: Path) -> bool:
 
 
 def stage_of(path: Path) -> str:
-    """Of a run, or of what a file holds."""
-    if not is_weights_file(path):
-        return SavedRun.find(path).config.stage
+    """Of what a file holds."""
     file = open_tensors(path)
     return recognize(file.shapes, file.about, str(path)).stage
 
