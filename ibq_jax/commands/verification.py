@@ -66,6 +66,7 @@ def _file(source: Path, written: Path | None, weights: str) -> Iterator[Path]:
     tensors, about = relabel_file(source) if is_weights_file(source) else export_run(source, weights)
     with tempfile.TemporaryDirectory() as folder:
         write_tensors(Path(folder) / "weights.safetensors", tensors, about)
+        del tensors
         yield Path(folder) / "weights.safetensors"
 
 

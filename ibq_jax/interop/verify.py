@@ -34,6 +34,11 @@ class Difference:
     def relative(self) -> float:
         return self.largest / self.magnitude if self.magnitude else self.largest
 
+    def worse(self, other: "Difference") -> "Difference":
+        """Of the two together, as of one tensor."""
+        largest, magnitude = np.maximum((self.largest, self.magnitude), (other.largest, other.magnitude))  # NaN stays
+        return Difference(self.name, float(largest), float(magnitude))
+
 
 @dataclass(frozen=True)
 class Report:
@@ -54,14 +59,21 @@ def verify_tokenizer(model: TokenizerModel, params: Mapping, file: Path, images:
     module = torch_model.load(file)
     model = model.clone(dtype=jnp.float32, mesh=None)
     weights = list(_weights(names.tokenizer_to_torch(params), module))
-    ours, theirs = {}, {}
-    codes = np.array(_captured(model, params, jnp.asarray(images), "encode", ours))
-    with torch.inference_mode(), _outputs(module, theirs):
-        codes_there = module.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
-        _captured(model, params, jnp.asarray(codes), "decode", ours)
-        module.decode(torch.from_numpy(codes).long())
-    layers = [_difference(name, ours[name], _nhwc(array)) for name, array in theirs.items() if name in ours]
-    return Report((*weights, *layers), int((codes == codes_there).sum()), codes.size)
+    encode, decode = _capturing(model, "encode"), _capturing(model, "decode")
+    layers: dict[str, Difference] = {}
+    agreeing = compared = 0
+    for image in np.split(images, len(images)):  # one by one: what every layer gives is held, from both sides
+        ours, theirs = {}, {}
+        codes = np.array(encode(params, jnp.asarray(image), ours))
+        with torch.inference_mode(), _outputs(module, theirs):
+            codes_there = module.encode(torch.from_numpy(image).permute(0, 3, 1, 2)).numpy()
+            module.decode(torch.from_numpy(codes).long())
+        decode(params, jnp.asarray(codes), ours)
+        for name in [name for name in theirs if name in ours]:
+            difference = _difference(name, ours.pop(name), _nhwc(theirs.pop(name)))
+            layers[name] = difference.worse(layers.get(name, difference))
+        agreeing, compared = agreeing + int((codes == codes_there).sum()), compared + codes.size
+    return Report((*weights, *layers.values()), agreeing, compared)
 
 
 def verify_generator(
@@ -97,17 +109,23 @@ def _weights(tensors: Mapping[str, np.ndarray], module: torch.nn.Module) -> Iter
         yield _difference(f"weight {name}", tensor, loaded[name].numpy())
 
 
-def _captured(model: TokenizerModel, params: Mapping, x: jax.Array, method: str, outputs: dict) -> jax.Array:
-    """What `method` returns; `outputs` gets what every module in it gave, under its published name."""
-    result, state = jax.jit(
+def _capturing(model: TokenizerModel, method: str):
+    """`method`, compiled: (params, x, outputs) -> what it returns; `outputs` gets what every module in it gave, under
+    its published name."""
+    apply = jax.jit(
         lambda params, x: model.apply(
             {"params": params}, x, method=method, capture_intermediates=True, mutable=["intermediates"]
         )
-    )(params, x)
-    for path, (output, *_) in flatten_dict(state["intermediates"]).items():
-        if path[-1] == "__call__" and isinstance(output, jax.Array):
-            outputs[names.published_name(path[:-1])] = np.asarray(output)
-    return result
+    )
+
+    def run(params: Mapping, x: jax.Array, outputs: dict[str, np.ndarray]) -> jax.Array:
+        result, state = apply(params, x)
+        for path, (output, *_) in flatten_dict(state["intermediates"]).items():
+            if path[-1] == "__call__" and isinstance(output, jax.Array):
+                outputs[names.published_name(path[:-1])] = np.asarray(output)
+        return result
+
+    return run
 
 
 def _blocks(model: GeneratorModel, params: Mapping, codes: jax.Array, labels: jax.Array):
