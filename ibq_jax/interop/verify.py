@@ -98,9 +98,9 @@ def verify_generator(
     drawn_there = module.sample(
         torch.from_numpy(labels).long(), temperature=0.0, prefix=torch.from_numpy(prefix).long()
     ).numpy()
-    return Report(
-        (*weights, *layers, _difference("logits", expected, logits)), int((drawn == drawn_there).sum()), drawn.size
-    )
+    same = (drawn == drawn_there).reshape(flat.shape)[:, prefix.shape[1] :]
+    differences = (*weights, *layers, _difference("logits", expected, logits))
+    return Report(differences, int(same.sum()), same.size)
 
 
 def _weights(tensors: Mapping[str, np.ndarray], module: torch.nn.Module) -> Iterator[Difference]:
