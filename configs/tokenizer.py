@@ -112,6 +112,8 @@ def _imagenet256(codebook_size: int, epochs: int = 330, drop_epochs: tuple[int, 
     config.evaluate.every = 5_000  # steps between evaluations on the validation split
     config.evaluate.examples = 5_000  # images of it; 0: all
     config.evaluate.batch_size = 256
+    config.evaluate.protocol = "clean"  # or "seed_voken": see ibq_jax/evaluate/protocols.py
+    config.evaluate.judges = ""  # nets that measure too, of "efficientnet,inception,vgg16,alexnet"
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 2_500

@@ -1,7 +1,8 @@
 """Numbers that the released PyTorch code printed (tests/golden/*.npz), and how close is close enough."""
 
 import json
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +46,21 @@ def vgg16() -> Mapping[str, np.ndarray]:
         tensors[f"features.{index}.bias"] = (random.standard_normal(channels) * 0.05).astype(np.float32)
         in_channels = channels
     return tensors
+
+
+def inception() -> dict[str, np.ndarray]:
+    """The tensors that pytorch-fid's network had when it made the golden values, each drawn by a seed from its name."""
+    return {name: _stand_in(name, shape) for name, shape, _ in json.loads(str(load("inception")["state_dict_json"]))}
+
+
+def _stand_in(name: str, shape: Sequence[int]) -> np.ndarray:
+    if name.endswith("num_batches_tracked"):
+        return np.zeros(shape, np.int64)
+    normal = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF).standard_normal(shape)
+    if name.endswith("running_var"):
+        return (1.0 + 0.1 * np.abs(normal)).astype(np.float32)
+    if name.endswith(("running_mean", "bias")):
+        return (0.05 * normal).astype(np.float32)
+    if len(shape) == 1:
+        return (1.0 + 0.1 * normal).astype(np.float32)
+    return normal.astype(np.float32) * np.float32(np.sqrt(2.0 / np.prod(shape[1:])))

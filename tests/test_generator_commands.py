@@ -90,16 +90,16 @@ def test_validation_loss_is_that_of_the_public_class(run, codes, tmp_path, capsy
     numbers = tmp_path / "numbers.json"
     assert main(["evaluate", f"--run={run}", f"--json={numbers}"]) == 0
     out, measured = capsys.readouterr().out, json.loads(numbers.read_text())
-    assert "order 0, the codes alone" in out and "uniform, log of 64" in out
+    assert "order 0, the codes alone" in out and "uniform, log of the number of codes" in out
     generator, source = Generator.load(run), list(open_codes(codes, "validation"))
     pictures = np.stack([image["codes"][0] for image in source]).astype(np.int32)
     logits = generator.logits(pictures, np.array([image["label"] for image in source]))
     log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), pictures.reshape(len(pictures), -1, 1), 2)
     assert measured["images"] == len(pictures) == 40
-    assert measured["loss"] == pytest.approx(-log_p.mean(), rel=1e-5)
-    assert measured["uniform"] == pytest.approx(np.log(64))
+    assert measured["metrics"]["loss"] == pytest.approx(-log_p.mean(), rel=1e-5)
+    assert measured["metrics"]["uniform"] == pytest.approx(np.log(64))
     histogram = np.bincount(pictures.reshape(-1)) / pictures.size
-    assert measured["order_0"] == pytest.approx(-sum(p * np.log(p) for p in histogram if p))
+    assert measured["metrics"]["order_0"] == pytest.approx(-sum(p * np.log(p) for p in histogram if p))
 
 
 def test_an_imported_generator_is_evaluated_and_trained_on(run, codes, tmp_path, capsys):
@@ -114,7 +114,7 @@ def test_an_imported_generator_is_evaluated_and_trained_on(run, codes, tmp_path,
     for folder in (run, imported):
         numbers = tmp_path / f"{folder.name}.json"
         assert main(["evaluate", f"--run={folder}", f"--codes={codes}", f"--json={numbers}"]) == 0
-        losses.append(json.loads(numbers.read_text())["loss"])
+        losses.append(json.loads(numbers.read_text())["metrics"]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)  # bfloat16 there, float32 here
     assert main(generator_arguments(imported, codes, "train.steps=3", "model.kv_heads=2")) == 0
     assert "continuing from the weights of step 0" in capsys.readouterr().out

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import make_mesh
+from ibq_jax.evaluate.protocols import PROTOCOLS
 from ibq_jax.evaluate.reconstruction import ReconstructionEvaluator, to_uint8
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (13, 16, 16, 3), np.uint8)
@@ -55,6 +57,29 @@ def test_the_numbers_are_scikit_images():
 def test_padding_and_devices_change_nothing(size, devices):
     one, other = dict(evaluator(1)(PARAMS)), dict(evaluator(size, devices)(PARAMS))
     assert one == pytest.approx(other, rel=1e-6)
+
+
+def test_the_released_protocol_is_what_its_code_computes():
+    """Both truncated from float32, PSNR and SSIM averaged over batches of four and then over batches."""
+    mesh = make_mesh({"data": -1})
+    protocol = PROTOCOLS["seed_voken"]
+    numbers = dict(ReconstructionEvaluator(darker, 256, mesh, batches_of(8), protocol=protocol)(PARAMS))
+    originals = (IMAGES / 127.5 - 1.0).astype(np.float32)
+    reconstructions = np.asarray(darker(PARAMS, jnp.asarray(IMAGES))[0])
+    a, b = (((x + 1) / 2 * 255.0).astype(np.uint8).astype(np.float32) / 255.0 for x in (originals, reconstructions))
+    pairs = list(zip(a, b, strict=True))
+    for name, values in (
+        ("psnr", [peak_signal_noise_ratio(x, y) for x, y in pairs]),
+        ("ssim", [structural_similarity(y, x, data_range=1.0, channel_axis=-1) for x, y in pairs]),
+    ):
+        batches = [np.mean(values[start : start + 4]) for start in range(0, 13, 4)]
+        assert numbers[name] == pytest.approx(np.mean(batches), rel=1e-6)
+        assert numbers[name] != pytest.approx(np.mean(values), rel=1e-6)
+
+
+def test_an_empty_split_is_one_line():
+    with pytest.raises(UsageError, match="the split is empty"):
+        dict(ReconstructionEvaluator(darker, 256, make_mesh({"data": -1}), lambda examples: iter(()))(PARAMS))
 
 
 def test_fewer_examples_are_measured_when_asked_for():

@@ -85,6 +85,9 @@ def test_a_run_says_and_leaves_what_it_should(whole, data_dir, tmp_path, capsys)
     assert "PSNR" in capsys.readouterr().out
     measured = json.loads(numbers.read_text())
     assert measured["step"] == STEPS and measured["images"] == 189 and measured["weights"] == "ema"
+    assert measured["protocol"]["name"] == "clean" and "rounded to uint8" in measured["protocol"]["description"]
+    assert "FD-EfficientNetLite0 (1,280 features) of 189 images: unreliable" in measured["marks"][0]
+    assert json.loads((workdir / "evaluations" / "0000012-ema-clean-openmoji_validation.json").read_text()) == measured
     with Image.open(picture) as image:
         assert image.size == (3 * 96, 4 * 96)
 
@@ -165,7 +168,7 @@ def test_a_run_continues_with_more_codes_and_with_fewer(whole, data_dir, cache, 
     results = []
     for run in (grown, pruned):
         assert main(["evaluate", f"--run={run}", f"--json={numbers}"]) == 0
-        results.append(json.loads(numbers.read_text()))
+        results.append(json.loads(numbers.read_text())["metrics"])
     assert results[1]["usage"] == 1.0  # of what is left every code is used
     assert results[1]["psnr"] == pytest.approx(results[0]["psnr"], rel=1e-5)
     assert results[1]["perplexity"] == pytest.approx(results[0]["perplexity"], rel=1e-5)

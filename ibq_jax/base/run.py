@@ -135,17 +135,26 @@ class SavedRun:
 
         Raises UsageError when nothing is saved yet.
         """
+        checkpoints = self._checkpoints()
+        shapes, _ = abstract_state(create_state, mesh, self.config.seed)
+        wanted = everything if whole else _no_moment
+        if self.step is None:
+            return checkpoints.restore(shapes, wanted=wanted)
+        return checkpoints.restore_step(self.step, shapes, wanted)
+
+    def saved_step(self) -> int:
+        """The step asked for, or the newest. Raises UsageError when nothing is saved yet."""
+        steps = self._checkpoints().steps
+        return steps[-1] if self.step is None else self.step
+
+    def _checkpoints(self) -> Checkpoints:
         if not (self.workdir / "checkpoints").is_dir():
             raise UsageError(f"{self.workdir} has no checkpoint yet")
         checkpoints = _checkpoints(self.workdir, self.config)
         if not checkpoints.steps or (self.step is not None and self.step not in checkpoints.steps):
             where = self.workdir if self.step is None else self.workdir / "checkpoints" / str(self.step)
             raise UsageError(f"{where} has no checkpoint; the steps saved are {checkpoints.steps}")
-        shapes, _ = abstract_state(create_state, mesh, self.config.seed)
-        wanted = everything if whole else _no_moment
-        if self.step is None:
-            return checkpoints.restore(shapes, wanted=wanted)
-        return checkpoints.restore_step(self.step, shapes, wanted)
+        return checkpoints
 
 
 def _no_moment(name: str) -> bool:

@@ -1,7 +1,6 @@
-"""python -m ibq_jax evaluate: measures a trained tokenizer's reconstructions, or a generator's likelihood."""
+"""python -m ibq_jax evaluate: measures a tokenizer, a generator's likelihood, or generated pictures."""
 
 import copy
-import json
 import math
 from argparse import Namespace
 from dataclasses import replace
@@ -17,24 +16,14 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.base.run import SavedRun
 from ibq_jax.commands.arguments import Parser, count, output_file, positive, underscored
 from ibq_jax.commands.evaluations import likelihood_evaluator, validation_evaluator
+from ibq_jax.commands.generation import evaluate_drawn, evaluate_set
+from ibq_jax.commands.records import keep, record, show
 from ibq_jax.data.codes import open_codes
-from ibq_jax.evaluate import likelihood, reconstruction
+from ibq_jax.data.pipeline import open_split
+from ibq_jax.evaluate import likelihood
+from ibq_jax.evaluate.judges import KINDS, find_judges
+from ibq_jax.evaluate.protocols import PROTOCOLS
 from ibq_jax.tokenizer.run import restore_run as restore_tokenizer
-
-REPORT = """{split}: {images:.0f} images, step {step}, {weights} weights
-({protocol})
-  PSNR        {psnr:.2f} dB
-  SSIM        {ssim:.4f}
-  L1          {l1:.4f}
-  usage       {usage:.1%} of {codes} codes
-  perplexity  {perplexity:.0f}"""
-
-LIKELIHOOD_REPORT = """{split}: {images} pictures, step {step}, {weights} weights
-({protocol})
-  loss                       {loss:.4f} nats a code, perplexity {perplexity:.1f}
-  order 0, the codes alone   {order_0:.4f} nats
-  uniform, log of {codes:<8}   {uniform:.4f} nats
-  perplexity by rows of the picture, top to bottom: {rows}"""
 
 SMALLEST_SHOWN = 96  # pixels of an image's side in a picture; smaller ones are enlarged a whole number of times
 
@@ -43,41 +32,67 @@ def main(argv: list[str]) -> None:
     """Runs the command; `argv` is what follows the word "evaluate".
 
     Raises:
-        UsageError: wrong flags, no run or nothing saved in it, or its data are not on this machine.
+        UsageError: wrong flags, no run or nothing saved in it, its data, codes or pictures are not on this machine, or
+            a file of weights or of references is not what it should be.
     """
     flags = _parser().parse_args(underscored(argv))
-    if SavedRun.find(flags.run).config.stage == "autoregressive":
-        numbers = _evaluate_generator(flags)
+    if (flags.run is None) == (flags.samples is None):
+        raise UsageError("give either --run=RUN or --samples=FILE.npz with --reference=FILE.npz")
+    if flags.samples is not None:
+        evaluate_set(flags)
+        return
+    generator = SavedRun.find(flags.run).config.stage == "autoregressive"
+    _refuse(flags, generator)
+    if not generator:
+        _evaluate_tokenizer(flags)
+    elif flags.num is not None:
+        evaluate_drawn(flags)
     else:
-        numbers = _evaluate_tokenizer(flags)
-    if flags.json:
-        flags.json.write_text(json.dumps(numbers, indent=2) + "\n")
-        print(f"wrote {flags.json}")
+        _evaluate_generator(flags)
 
 
-def _evaluate_tokenizer(flags: Namespace) -> dict:
-    if flags.codes:
+def _refuse(flags: Namespace, generator: bool) -> None:
+    """Flags of the other stage."""
+    if generator and flags.pictures:
+        raise UsageError(
+            f"--pictures is of a tokenizer's run; for a generator's: sample --run={flags.run} --out=FILE.png"
+        )
+    if generator and (flags.data or flags.data_dir):
+        raise UsageError(f"--data is of a tokenizer's run; {flags.run} is a generator's, which reads --codes")
+    if not generator and flags.codes:
         raise UsageError(f"--codes is of a generator's run; {flags.run} is a tokenizer's, which reads images: --data")
+    if not generator and (flags.num is not None or flags.reference is not None):
+        raise UsageError(f"--num and --reference are of generated pictures; {flags.run} is a tokenizer's run")
+
+
+def _evaluate_tokenizer(flags: Namespace) -> None:
     trainer, restored = restore_tokenizer(flags.run)
     trainer = replace(trainer, config=_with_data(trainer.config, flags))
+    data, protocol = trainer.config.data, PROTOCOLS[flags.protocol or "clean"]
+    judges = find_judges(KINDS, vars(flags))
+    for sentence in judges.absent:
+        print(sentence)
+    evaluator = validation_evaluator(trainer, flags.examples, protocol, judges)
     params = restored.state.ema if flags.weights == "ema" else restored.state.params
-    evaluator = validation_evaluator(trainer, flags.examples)
-    numbers = {
-        "run": str(flags.run),
-        "step": restored.step,
-        "weights": flags.weights,
-        "split": f"{trainer.config.data.name}/{trainer.config.data.validation_split}",
-        "protocol": reconstruction.PROTOCOL,
-        "codes": trainer.config.codebook.size,
-        **dict(evaluator(params)),
-    }
-    print(REPORT.format_map(numbers))
+    metrics = dict(evaluator(params))
+    images = int(metrics["images"])
+    available = len(open_split(data.name, data.dir, data.validation_split))
+    found = record(
+        stage="tokenizer",
+        run=flags.run,
+        step=restored.step,
+        weights=flags.weights,
+        split=f"{data.name}/{data.validation_split}",
+        protocol=protocol,
+        marks=[*protocol.marks(images, available, data.image_size), *judges.marks(images)],
+        metrics=metrics,
+        codes=trainer.config.codebook.size,
+    )
+    show(found)
+    keep(found, SavedRun.find(flags.run).workdir, f"{protocol.name}-{found['split']}", flags.json)
     if flags.pictures:
-        _write_picture(
-            evaluator.picture(params, flags.columns, flags.rows), trainer.config.data.image_size, flags.pictures
-        )
+        _write_picture(evaluator.picture(params, flags.columns, flags.rows), data.image_size, flags.pictures)
         print(f"wrote {flags.pictures} (originals above, reconstructions below)")
-    return numbers
 
 
 def _with_data(config: ConfigDict, flags: Namespace) -> ConfigDict:
@@ -87,13 +102,7 @@ def _with_data(config: ConfigDict, flags: Namespace) -> ConfigDict:
     return config
 
 
-def _evaluate_generator(flags: Namespace) -> dict:
-    if flags.pictures:
-        raise UsageError(
-            f"--pictures is of a tokenizer's run; for a generator's: sample --run={flags.run} --out=FILE.png"
-        )
-    if flags.data or flags.data_dir:
-        raise UsageError(f"--data is of a tokenizer's run; {flags.run} is a generator's, which reads --codes")
+def _evaluate_generator(flags: Namespace) -> None:
     trainer, restored, _ = restore_generator(flags.run)
     params = restored.state.averaged if flags.weights == "ema" else restored.state.params
     codes, split = flags.codes or trainer.config.codes, flags.split or "validation"
@@ -101,25 +110,30 @@ def _evaluate_generator(flags: Namespace) -> dict:
         raise UsageError(f"{flags.run} was imported, without codes: give --codes=FOLDER, which tokenize wrote")
     source = open_codes(codes, split)
     check_fit(trainer.config, source)
-    manifest = source.manifest
     measured = likelihood_evaluator(trainer, source, flags.examples)(params)
-    numbers = {
-        "run": str(flags.run),
-        "step": restored.step,
-        "weights": flags.weights,
-        "split": f"{manifest['data']['name']}/{split}",
-        "protocol": likelihood.PROTOCOL,
-        "codes": trainer.config.model.vocabulary,
-        "images": measured.images,
-        "loss": measured.loss,
-        "perplexity": measured.perplexity,
-        "order_0": manifest["splits"][split]["entropy"],
-        "uniform": math.log(trainer.config.model.vocabulary),
-        "perplexity_by_position": measured.perplexity_by_position.tolist(),
-    }
+    available = len(source)
+    found = record(
+        stage="autoregressive",
+        run=flags.run,
+        step=restored.step,
+        weights=flags.weights,
+        split=f"{source.manifest['data']['name']}/{split}",
+        protocol={"name": "likelihood", "description": likelihood.PROTOCOL, "images": 0},
+        marks=[f"{measured.images:,} images of {available:,}"] if measured.images != available else [],
+        metrics={
+            "loss": measured.loss,
+            "perplexity": measured.perplexity,
+            "order_0": source.manifest["splits"][split]["entropy"],
+            "uniform": math.log(trainer.config.model.vocabulary),
+            "images": measured.images,
+        },
+        codes=trainer.config.model.vocabulary,
+        perplexity_by_position=measured.perplexity_by_position.tolist(),
+    )
+    show(found)
     rows = np.exp(measured.by_position.mean(axis=1))
-    print(LIKELIHOOD_REPORT.format_map(numbers | {"rows": " ".join(f"{row:.0f}" for row in rows)}))
-    return numbers
+    print(f"  perplexity by rows of the picture, top to bottom: {' '.join(f'{row:.0f}' for row in rows)}")
+    keep(found, SavedRun.find(flags.run).workdir, f"likelihood-{found['split']}", flags.json)
 
 
 def _write_picture(picture: np.ndarray, image_size: int, path: Path) -> None:
@@ -129,13 +143,29 @@ def _write_picture(picture: np.ndarray, image_size: int, path: Path) -> None:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m ibq_jax evaluate", description=__doc__.partition(": ")[2])
-    parser.add_argument("--run", required=True, type=Path, help="folder of a run, or one of its checkpoints")
+    parser.add_argument("--run", type=Path, help="folder of a run, or one of its checkpoints")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last ones")
+    parser.add_argument("--protocol", choices=tuple(PROTOCOLS), help="how (default: clean; of an .npz: adm)")
     parser.add_argument("--examples", type=count, default=0, help="images of the split (default: 0, all)")
     parser.add_argument("--split", metavar="NAME", help="of the data (default: the config's to validate on)")
     parser.add_argument("--data", metavar="NAME", help="of a tokenizer: the data set (default: the config's)")
     parser.add_argument("--data_dir", metavar="DIR", help="where the data sets are (default: the config's)")
     parser.add_argument("--codes", metavar="DIR", help="of a generator: the token cache (default: the config's)")
+    parser.add_argument("--num", type=positive, metavar="N", help="of a generator: draw N pictures, and judge those")
+    parser.add_argument("--samples", type=Path, metavar="NPZ", help="pictures to judge, as sample --num writes them")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="NPZ",
+        help="pictures or statistics (default: a run's own originals)",
+    )
+    parser.add_argument("--batch_size", type=positive, default=32, help="pictures of --samples at once (default: 32)")
+    for kind, what in (
+        ("inception", "pytorch-fid's Inception-v3"),
+        ("vgg16", "torchvision's VGG16"),
+        ("alexnet", "torchvision's AlexNet"),
+    ):
+        parser.add_argument(f"--{kind}", default="", metavar="FILE", help=f"{what}, if not where it is looked for")
     parser.add_argument("--pictures", type=output_file, metavar="PNG", help="write originals beside reconstructions")
     parser.add_argument("--columns", type=positive, default=8, help="images in a row of that PNG (default: 8)")
     parser.add_argument("--rows", type=positive, default=2, help="rows of originals in that PNG (default: 2)")

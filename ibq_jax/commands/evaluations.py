@@ -14,7 +14,9 @@ from ibq_jax.autoregressive.train import Trainer as GeneratorTrainer
 from ibq_jax.base.sharding import check_batch
 from ibq_jax.data.codes import CodeSource, evaluation_code_batches, open_codes
 from ibq_jax.data.pipeline import evaluation_batches, open_split
+from ibq_jax.evaluate.judges import NOBODY, Judges, find_judges
 from ibq_jax.evaluate.likelihood import LikelihoodEvaluator
+from ibq_jax.evaluate.protocols import PROTOCOLS, Protocol, find_protocol
 from ibq_jax.evaluate.reconstruction import ReconstructionEvaluator
 from ibq_jax.evaluate.sheet import contact_sheet
 from ibq_jax.tokenizer import run
@@ -25,7 +27,11 @@ PICTURES_A_CLASS = 4  # in a training run's sheets
 
 def tokenizer_evaluation(trainer: Trainer) -> tuple[run.Evaluate, run.Picture]:
     """For `ibq_jax.tokenizer.run.train`."""
-    evaluator = validation_evaluator(trainer, trainer.config.evaluate.examples)
+    asked = trainer.config.evaluate
+    judges = find_judges([kind for kind in asked.judges.split(",") if kind], {})
+    for sentence in judges.absent:
+        print(sentence)
+    evaluator = validation_evaluator(trainer, asked.examples, find_protocol(asked.protocol), judges)
 
     def evaluate(params: dict) -> dict[str, float]:
         return {f"validation/{name}": value for name, value in evaluator(params)}
@@ -36,7 +42,9 @@ def tokenizer_evaluation(trainer: Trainer) -> tuple[run.Evaluate, run.Picture]:
     return evaluate, picture
 
 
-def validation_evaluator(trainer: Trainer, examples: int) -> ReconstructionEvaluator:
+def validation_evaluator(
+    trainer: Trainer, examples: int, protocol: Protocol = PROTOCOLS["clean"], judges: Judges = NOBODY
+) -> ReconstructionEvaluator:
     """On the validation split of the trainer's config; `examples` of it, 0 for all."""
     config = trainer.config
     check_batch(config.evaluate.batch_size, trainer.mesh, 1, "evaluate.batch_size")
@@ -51,10 +59,13 @@ def validation_evaluator(trainer: Trainer, examples: int) -> ReconstructionEvalu
             examples=count,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            antialias=protocol.antialias,
             threads=config.data.threads,
         )
 
-    return ReconstructionEvaluator(trainer.reconstruct, config.codebook.size, trainer.mesh, batches, examples)
+    return ReconstructionEvaluator(
+        trainer.reconstruct, config.codebook.size, trainer.mesh, batches, examples, protocol, judges
+    )
 
 
 def generator_evaluation(

@@ -1,23 +1,28 @@
-"""How well a tokenizer reconstructs a split: PSNR, SSIM, mean absolute error, and the use of its codebook.
+"""How well a tokenizer reconstructs a split: PSNR, SSIM, LPIPS, Frechet distances, and the use of its codebook.
 
-Protocol: centre crops of the split, reconstructions rounded to uint8 (for L1 not), each metric the mean over images,
-not over batches. Usage is the share of the codebook the images chose among them; perplexity, of their codes' counts.
+The protocol says how. Every number is taken image by image on the devices and put together on the host in the split's
+order, in float64: it does not depend on how images were batched or spread over devices and processes.
 
 Shapes: images uint8 [B, H, W, 3]; codes [B, h, w]; mask bool [B], False on the rows that only fill a batch up.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import batch_sharding, global_batch, replicated
+from ibq_jax.evaluate.gather import of_all_processes, own_rows
 from ibq_jax.evaluate.image_metrics import psnr, ssim
-from ibq_jax.tokenizer.train import to_uint8
-from ibq_jax.tokenizer.watch import count_codes, perplexity
-
-PROTOCOL = "centre crops, antialiased resize, rounded to uint8, mean over images"
+from ibq_jax.evaluate.judges import DIMS, FID, LPIPS_NETS, NOBODY, Judges, features_of
+from ibq_jax.evaluate.protocols import PROTOCOLS, Protocol
+from ibq_jax.evaluate.statistics import FeatureStatistics
+from ibq_jax.tokenizer.perceptual import lpips
+from ibq_jax.tokenizer.train import to_float, to_uint8
+from ibq_jax.tokenizer.watch import count_codes
 
 # (parameters, images uint8) -> (reconstructions float [-1, 1], codes): `Trainer.reconstruct`.
 Reconstruct = Callable[[dict, jax.Array], tuple[jax.Array, jax.Array]]
@@ -37,35 +42,61 @@ class ReconstructionEvaluator:
         mesh: jax.sharding.Mesh,
         batches: Callable[[int], Iterable[Mapping[str, np.ndarray]]],
         examples: int = 0,
+        protocol: Protocol = PROTOCOLS["clean"],
+        judges: Judges = NOBODY,
     ):
         self._batches, self._examples, self._mesh, self._num_codes = batches, examples, mesh, num_codes
-        self._sums = jax.jit(lambda *args: _sums(reconstruct, num_codes, *args), out_shardings=replicated(mesh))
+        self.protocol, self._distances = protocol, judges.distances
+        self._weights = jax.device_put(dict(judges.weights), replicated(mesh))
+        self._measure = jax.jit(
+            lambda *arguments: _measure(reconstruct, num_codes, protocol, *arguments), out_shardings=replicated(mesh)
+        )
         self._reconstruct = jax.jit(
             lambda params, images: to_uint8(reconstruct(params, images)[0]), out_shardings=batch_sharding(mesh)
         )
 
     def __call__(self, params: dict) -> Iterator[tuple[str, float]]:
-        """Yields (name, value): psnr (dB), ssim, l1 (of [-1, 1] values), usage, perplexity, images."""
-        totals, histogram = self._totals(params)
-        images = totals.pop("images")
-        yield from ((name, total / images) for name, total in totals.items())
-        yield "usage", float(np.mean(histogram > 0))
-        yield "perplexity", float(perplexity(jnp.asarray(histogram, jnp.float32)))
-        yield "images", images
+        """Yields (name, value): psnr (dB), ssim, l1 (of [-1, 1] values), lpips_vgg16 and lpips_alexnet, Frechet
+        distances (FID as "rFID"), usage, perplexity and entropy (nats) of the codes, images; what there are nets for.
+
+        Raises UsageError when the split is empty.
+        """
+        tally = _Tally(self._num_codes, self._distances)
+        for measured in self._measured(params):
+            tally.add(measured)
+        if not tally.images:
+            raise UsageError("there is no image to evaluate on: the split is empty")
+        for name, parts in tally.values.items():
+            value = np.concatenate(parts).astype(np.float64)
+            yield name, self.protocol.mean(value) if name in ("psnr", "ssim") else float(value.mean())
+        for name, (originals, reconstructions) in tally.statistics.items():
+            distance = of_all_processes(originals).frechet(of_all_processes(reconstructions))
+            yield ("rFID" if name == FID else name), distance
+        share = tally.histogram[tally.histogram > 0] / tally.histogram.sum()
+        entropy = float(-np.sum(share * np.log(share)))
+        yield "usage", float(np.mean(tally.histogram > 0))
+        yield "perplexity", float(np.exp(entropy))
+        yield "entropy", entropy
+        yield "images", float(tally.images)
 
     def histogram(self, params: dict) -> np.ndarray:
         """How often the images choose each code: float [K]."""
-        return self._totals(params)[1]
+        tally = _Tally(self._num_codes, ())
+        for measured in self._measured(params):
+            tally.add(measured)
+        return tally.histogram
 
-    def _totals(self, params: dict) -> tuple[dict[str, float], np.ndarray]:
-        totals = {"psnr": 0.0, "ssim": 0.0, "l1": 0.0, "images": 0.0}
-        histogram = np.zeros(self._num_codes)
+    def _measured(self, params: dict) -> Iterator[dict]:
+        """What `_measure` gives of every batch, on the host, while the devices are at the next one."""
+        ahead = None
         for batch in self._batches(self._examples):
             arrays = global_batch({"image": batch["image"], "mask": batch["mask"]}, self._mesh)
-            sums, counts = jax.device_get(self._sums(params, arrays["image"], arrays["mask"]))
-            totals = {name: total + float(sums[name]) for name, total in totals.items()}
-            histogram += counts
-        return totals, histogram
+            queued = self._measure(params, self._weights, arrays["image"], arrays["mask"])
+            if ahead is not None:
+                yield jax.device_get(ahead)
+            ahead = queued
+        if ahead is not None:
+            yield jax.device_get(ahead)
 
     def picture(self, params: dict, columns: int, rows: int = 1) -> np.ndarray:
         """A row of originals above a row of their reconstructions, `rows` times: uint8 [2 rows H, columns W, 3].
@@ -86,14 +117,47 @@ class ReconstructionEvaluator:
         return grid.reshape(rows * two * height, columns * width, channels)
 
 
-def _sums(reconstruct: Reconstruct, num_codes: int, params: dict, images: jax.Array, mask: jax.Array):
+class _Tally:
+    """What was measured so far."""
+
+    def __init__(self, num_codes: int, distances: Iterable[str]):
+        self.values: dict[str, list[np.ndarray]] = defaultdict(list)
+        self.histogram = np.zeros(num_codes)
+        self.statistics = {name: (FeatureStatistics(DIMS[name]), FeatureStatistics(DIMS[name])) for name in distances}
+        self.images = 0
+
+    def add(self, measured: Mapping) -> None:
+        mask = measured["mask"]
+        self.images += int(mask.sum())
+        self.histogram += measured["counts"]
+        for name, value in measured["values"].items():
+            self.values[name].append(value[mask])
+        for name, pair in self.statistics.items():
+            for statistics, features in zip(pair, measured["features"], strict=True):
+                statistics.update(features[name], own_rows(mask))
+
+
+def _measure(
+    reconstruct: Reconstruct,
+    num_codes: int,
+    protocol: Protocol,
+    params: dict,
+    weights: Mapping[str, dict],
+    images: jax.Array,
+    mask: jax.Array,
+) -> dict:
+    """Of a batch: values [B] by name, features of originals and of reconstructions, counts of codes [K], the mask."""
     reconstructions, codes = reconstruct(params, images)
-    original, shown = images.astype(jnp.float32) / 255.0, to_uint8(reconstructions).astype(jnp.float32) / 255.0
-    error = jnp.mean(jnp.abs(reconstructions - (original * 2.0 - 1.0)), axis=(1, 2, 3))
-    values = {"psnr": psnr(original, shown), "ssim": ssim(original, shown), "l1": error, "images": jnp.ones(mask.shape)}
-    sums = {name: jnp.sum(jnp.where(mask, value, 0.0)) for name, value in values.items()}
+    originals, clipped = to_float(images), jnp.clip(reconstructions, -1.0, 1.0)
+    shown = [array.astype(jnp.float32) / 255.0 for array in protocol.as_shown(images, reconstructions)]
+    error = jnp.mean(jnp.abs(reconstructions - originals), axis=(1, 2, 3))
+    values = {"psnr": psnr(*shown), "ssim": ssim(*shown), "l1": error}
+    for net in LPIPS_NETS:
+        if net in weights:
+            values[f"lpips_{net}"] = lpips(weights[net], originals, clipped, net=net)
+    features = [features_of(weights, protocol.as_seen(pictures), protocol) for pictures in (images, clipped)]
     counted = jnp.where(mask[:, None, None], codes, num_codes)  # padding is out of range, which a scatter drops
-    return sums, count_codes(counted, num_codes)
+    return {"values": values, "features": features, "counts": count_codes(counted, num_codes), "mask": mask}
 
 
 def _first_copies(array: jax.Array) -> list:

@@ -1,0 +1,124 @@
+"""What `evaluate` does with generated pictures: of an .npz, or drawn from a generator's run."""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ibq_jax.autoregressive.run import CODES
+from ibq_jax.base.errors import UsageError
+from ibq_jax.base.run import SavedRun
+from ibq_jax.base.sharding import check_batch, make_mesh
+from ibq_jax.commands import sample
+from ibq_jax.commands.records import keep, record, show
+from ibq_jax.data.codes import read_fields
+from ibq_jax.data.pipeline import evaluation_batches, open_split
+from ibq_jax.evaluate.generation import PictureJudge, PictureSet, Seen, compare, read_moments
+from ibq_jax.evaluate.judges import find_judges
+from ibq_jax.evaluate.protocols import PROTOCOLS
+
+NETS = ("inception", "efficientnet")
+SETS = "samples"  # of a run: the sets that were drawn to be judged
+
+
+def evaluate_drawn(flags: Namespace) -> None:
+    """Of a generator's run: draws --num pictures, or goes on drawing them, and judges them."""
+    saved = SavedRun.find(flags.run)
+    step = saved.saved_step()
+    checkpoint = saved.workdir / "checkpoints" / str(step)
+    (saved.workdir / SETS).mkdir(exist_ok=True)
+    flags.samples = saved.workdir / SETS / f"{step:07}-{flags.weights}-{flags.num}.npz"
+    if not flags.samples.exists():
+        drawing = [f"--run={checkpoint}", f"--out={flags.samples}", f"--num={flags.num}", f"--weights={flags.weights}"]
+        sample.main(drawing)
+    _evaluate(flags, saved, step)
+
+
+def evaluate_set(flags: Namespace) -> None:
+    """Of an .npz of pictures."""
+    if flags.reference is None:
+        raise UsageError("--samples needs --reference=FILE.npz: pictures, or their statistics (mu and sigma)")
+    _evaluate(flags, None, None)
+
+
+def _evaluate(flags: Namespace, saved: SavedRun | None, step: int | None) -> None:
+    protocol = PROTOCOLS[flags.protocol or "adm"]
+    mesh = make_mesh({"data": -1})
+    check_batch(flags.batch_size, mesh, 1, "--batch_size")
+    pictures = PictureSet(flags.samples)
+    judges = find_judges(NETS, vars(flags))
+    for sentence in judges.absent:
+        print(sentence)
+    judge = PictureJudge(judges, protocol, mesh)
+    where, reference = _reference(flags, saved, judge)
+    generated = judge(pictures.batches(flags.batch_size))
+    metrics = dict(compare(generated, reference, protocol))
+    if len(metrics) == 1:
+        raise UsageError(f"{where} has no statistics of a net whose weights are here: nothing can be computed")
+    marks = [
+        *protocol.marks(generated.images, generated.images, generated.side),
+        *judges.marks(generated.images),
+        *([f"against {where}, not {protocol.reference}"] if saved is not None and flags.reference is None else []),
+    ]
+    found = record(
+        stage="autoregressive",
+        run=flags.run,
+        step=step,
+        weights=flags.weights if saved else "",
+        split=str(flags.samples.name),
+        protocol=protocol,
+        marks=marks,
+        metrics=metrics,
+        reference=where,
+        samples=_described(flags.samples),
+    )
+    show(found)
+    print(f"  against {where}")
+    keep(found, saved and saved.workdir, f"{protocol.name}-{flags.samples.stem}", flags.json)
+
+
+def _reference(flags: Namespace, saved: SavedRun | None, judge: PictureJudge) -> tuple[str, Seen]:
+    """(which pictures in words, what the nets saw of them)."""
+    if flags.reference is None:
+        where, batches = _originals(saved, flags.batch_size)
+        return where, judge(batches)
+    moments = read_moments(flags.reference)
+    try:
+        pictures = PictureSet(flags.reference)
+    except UsageError:
+        if not moments:
+            raise
+        return flags.reference.name, Seen(statistics=moments)
+    seen = judge(pictures.batches(flags.batch_size))
+    seen.statistics |= moments
+    return flags.reference.name, seen
+
+
+def _originals(saved: SavedRun, batch_size: int) -> tuple[str, Iterable[Mapping[str, np.ndarray]]]:
+    """The pictures whose codes the run was trained on."""
+    manifest = read_fields(saved.workdir / CODES)
+    if "dir" not in manifest["data"]:
+        raise UsageError(f"{saved.workdir} was imported, without its data: give --reference=FILE.npz")
+    data, made = manifest["data"], manifest["preprocessing"]
+    split = data["splits"]["train"]["source"]
+    batches = evaluation_batches(
+        open_split(data["name"], data["dir"], split),
+        image_size=made["image_size"],
+        resize=made["resize"],
+        batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return f"the originals of {data['name']}/{split}", batches
+
+
+def _described(samples: Path) -> dict:
+    """How a set was drawn, as `sample` wrote it beside it; empty where it says nothing."""
+    beside = samples.with_suffix(".json")
+    try:
+        return json.loads(beside.read_text()) if beside.is_file() else {}
+    except json.JSONDecodeError:
+        return {}

