@@ -48,9 +48,10 @@ def vgg16() -> Mapping[str, np.ndarray]:
     return tensors
 
 
-def inception() -> dict[str, np.ndarray]:
-    """The tensors that pytorch-fid's network had when it made the golden values, each drawn by a seed from its name."""
-    return {name: _stand_in(name, shape) for name, shape, _ in json.loads(str(load("inception")["state_dict_json"]))}
+def stand_ins(listing: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors that a public network had when it made golden values, each drawn by a seed from its name; `listing`
+    is JSON, [[name, shape, type], ...]."""
+    return {name: _stand_in(name, shape) for name, shape, _ in json.loads(str(listing))}
 
 
 def _stand_in(name: str, shape: Sequence[int]) -> np.ndarray:

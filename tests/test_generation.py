@@ -28,7 +28,7 @@ def saved(path, pictures):
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("inception") / inception.FILES[1]
-    save_file(released.inception(), path)
+    save_file(released.stand_ins(released.load("inception")["state_dict_json"]), path)
     yield path
     path.unlink()
 

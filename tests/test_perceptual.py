@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.tokenizer import perceptual
-from ibq_jax.tokenizer.perceptual import find_weights, load_weights, lpips
+from ibq_jax.tokenizer.perceptual import load_weights, lpips, weight_shapes
 
 
 @pytest.fixture(scope="module")
@@ -96,26 +96,51 @@ def test_another_file_is_refused_by_the_name_of_the_tensor(tmp_path, change, mes
         load_weights(path)
 
 
-def test_weights_are_looked_for_in_the_config_then_the_environment_then_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("IBQ_VGG16", raising=False)
-    assert find_weights("") is None
-    cache = tmp_path / ".cache" / "ibq_jax"
-    cache.mkdir(parents=True)
-    files = {name: cache / f"vgg16-397923af.{name}" for name in ("safetensors", "pth")}
-    for file in files.values():
-        file.touch()
-        assert find_weights("") == file
-    mine, yours = tmp_path / "mine.pth", tmp_path / "yours.pth"
-    mine.touch(), yours.touch()
-    monkeypatch.setenv("IBQ_VGG16", str(mine))
-    assert find_weights("") == mine
-    assert find_weights(str(yours)) == yours
+# ---- both nets, against the lpips package ------------------------------------------------------------------------
+
+NETS = released.load("lpips_nets")
+KEYS = {"vgg16": "vgg", "alexnet": "alex"}
 
 
-def test_a_file_that_was_asked_for_has_to_exist(tmp_path, monkeypatch):
-    monkeypatch.setenv("IBQ_VGG16", str(tmp_path / "absent.pth"))
-    with pytest.raises(UsageError, match=r"\$IBQ_VGG16 is .*absent.pth, which does not exist"):
-        find_weights("")
-    with pytest.raises(UsageError, match=r"loss.perceptual_file is nowhere.pth, which does not exist"):
-        find_weights("nowhere.pth")
+@pytest.fixture(scope="module", params=KEYS)
+def net(request, tmp_path_factory) -> tuple[str, dict]:
+    """(its name, its weights as they are read from a file)."""
+    path = tmp_path_factory.mktemp("nets") / f"{request.param}.safetensors"
+    save_file(released.stand_ins(NETS[f"{KEYS[request.param]}_trunk_json"]), path)
+    return request.param, load_weights(path, request.param)
+
+
+def test_distances_are_those_of_the_lpips_package(net):
+    name, weights = net
+    x, y = (jnp.asarray(NETS[side] / 127.5 - 1, jnp.float32) for side in ("in0", "in1"))
+    value = jax.jit(lambda x, y: lpips(weights, x, y, net=name))(x, y)
+    np.testing.assert_allclose(value, NETS[f"{KEYS[name]}_value"], rtol=1e-5)
+    same = jax.jit(lambda x: lpips(weights, x, x, net=name))(x)
+    np.testing.assert_allclose(same, 0, atol=1e-7)
+
+
+def test_every_tap_is_the_lpips_packages(net):
+    name, weights = net
+    taps = perceptual._taps(weights, jnp.asarray(NETS["in0"] / 127.5 - 1, jnp.float32), jnp.float32, name)
+    means = np.stack([np.asarray(tap).mean(axis=(1, 2, 3)) for tap in taps], axis=1)
+    np.testing.assert_allclose(means, NETS[f"{KEYS[name]}_tap_mean"], rtol=1e-5)
+
+
+def test_shapes_are_known_without_the_file(net):
+    name, weights = net
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), weight_shapes(name))
+    assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), weights)
+
+
+def test_too_small_an_image_is_said(net):
+    name, weights = net
+    side = {"vgg16": 16, "alexnet": 31}[name]
+    assert np.isfinite(lpips(weights, *jnp.zeros((2, 1, side, side, 3)), net=name)).all()
+    with pytest.raises(ValueError, match=f"at least {side}x{side} pixels"):
+        lpips(weights, *jnp.zeros((2, 1, side - 1, side, 3)), net=name)
+
+
+def test_one_nets_file_is_not_the_others(tmp_path):
+    save_file(released.stand_ins(NETS["alex_trunk_json"]), tmp_path / "alexnet.safetensors")
+    with pytest.raises(UsageError, match="not torchvision's VGG16, for features.0.weight has shape"):
+        load_weights(tmp_path / "alexnet.safetensors")

@@ -12,10 +12,11 @@ from ibq_jax.base.checkpoint import WEIGHTS_ONLY, Restored
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.run import SavedRun, claim, train_to_the_end
 from ibq_jax.base.sharding import create_sharded, make_mesh
+from ibq_jax.base.weight_files import absence, find
 from ibq_jax.data.pipeline import open_split, training_batches
 from ibq_jax.tokenizer.check import check_config
 from ibq_jax.tokenizer.compile import jit_train_step
-from ibq_jax.tokenizer.perceptual import find_weights, load_weights
+from ibq_jax.tokenizer.perceptual import load_weights
 from ibq_jax.tokenizer.train import TokenizerState, Trainer
 from ibq_jax.tokenizer.watch import check_collapse
 
@@ -136,13 +137,11 @@ def _batch_fields(config: ConfigDict) -> dict:
 
 
 def _perceptual_weights(config: ConfigDict) -> dict | None:
-    path = find_weights(config.loss.perceptual_file) if config.loss.perceptual_weight else None
-    if path is not None:
-        print(f"perceptual loss: LPIPS with VGG16 from {path}")
-        return load_weights(path)
-    if config.loss.perceptual_weight:
-        print(
-            "perceptual loss: OFF, because torchvision's vgg16-397923af.pth is not here; "
-            "set loss.perceptual_file or $IBQ_VGG16, or put it into ~/.cache/ibq_jax/"
-        )
-    return None
+    if not config.loss.perceptual_weight:
+        return None
+    path = find("vgg16", config.loss.perceptual_file, "loss.perceptual_file")
+    if path is None:
+        print(f"perceptual loss: OFF, because {absence('vgg16', 'loss.perceptual_file')}")
+        return None
+    print(f"perceptual loss: LPIPS with VGG16 from {path}")
+    return load_weights(path)
