@@ -142,5 +142,5 @@ def test_too_small_an_image_is_said(net):
 
 def test_one_nets_file_is_not_the_others(tmp_path):
     save_file(released.stand_ins(NETS["alex_trunk_json"]), tmp_path / "alexnet.safetensors")
-    with pytest.raises(UsageError, match="not torchvision's VGG16, for features.0.weight has shape"):
+    with pytest.raises(UsageError, match=r"not torchvision's VGG16, for features.0.weight has shape"):
         load_weights(tmp_path / "alexnet.safetensors")

@@ -1,9 +1,10 @@
-"""Numbers about sets of features: Frechet distance (FID), Inception Score, precision and recall. NumPy float64, on the host.
+"""Numbers about sets of features: Frechet distance (FID), Inception Score, precision and recall; float64, on the host.
 
 Shapes: features [N, D], logits [N, C], mask bool [N], False on the rows that only fill a batch up. Everything that
 np.asarray takes is taken. What is wrong with an argument is said in a UsageError.
 """
 
+import itertools
 import zipfile
 import zlib
 from pathlib import Path
@@ -245,7 +246,7 @@ def inception_score(logits, splits: int = 1, *, split_rows: int | None = None) -
         if splits != 1 or split_rows < 1:
             raise UsageError(f"give split_rows of 1 or more, or splits; not {split_rows} and {splits}")
         bounds = [*range(0, len(logits), split_rows), len(logits)]
-    scores = [_score(logits[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    scores = [_score(logits[start:stop]) for start, stop in itertools.pairwise(bounds)]
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -305,7 +306,7 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 def _score(logits: np.ndarray) -> float:
-    """With p_n of the rows and m their mean, mean_n sum p_n (log p_n - log m) = mean_n sum p_n log p_n - sum m log m."""
+    """Of rows p_n and their mean m: mean_n sum p_n (log p_n - log m) = mean_n sum p_n log p_n - sum m log m."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
     probabilities = np.exp(shifted)
