@@ -1,5 +1,10 @@
 """Generated pictures judged: sets read from files, distances, scores, and what they do not depend on."""
 
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -74,6 +79,28 @@ def test_devices_and_batches_change_nothing(tmp_path, devices, batch):
     same, same_others = (judged(set_, tmp_path / "other.npz", devices, batch) for set_ in (SMOOTH, NOISE))
     expected = dict(compare(one, others, PROTOCOLS["adm"]))
     assert dict(compare(same, same_others, PROTOCOLS["adm"])) == pytest.approx(expected, rel=1e-6)
+
+
+def test_two_processes_find_what_one_does(tmp_path):
+    """Each counts its own pictures, and both get the statistics of all."""
+    paths = [saved(tmp_path / f"{name}.npz", set_) for name, set_ in (("set", SMOOTH[:21]), ("reference", NOISE[:21]))]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).with_name("judge_in_processes.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(port), str(index), "2", *map(str, paths)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        for index in range(2)
+    ]
+    said = [process.communicate(timeout=240)[0].split("found ")[1].split() for process in processes]
+    assert said[0] == said[1] and said[0][0] == "21"
+    seen, reference = (judged(set_[:21], tmp_path / "one.npz", batch=8) for set_ in (SMOOTH, NOISE))
+    assert float(said[0][1]) == pytest.approx(dict(compare(seen, reference, PROTOCOLS["adm"]))[FD], rel=1e-6)
 
 
 def test_the_inception_gives_all_metrics_and_its_statistics_stand_for_pictures(tmp_path, inception_file):
