@@ -16,8 +16,9 @@ COMMANDS = {
     "prepare": "makes a data set: openmoji, a folder of images, tar shards, ImageNet",
     "train": "trains a config in a work folder, or continues what is there",
     "sample": "draws pictures from a trained generator: a sheet to look at, or a set to evaluate",
-    "evaluate": "measures a trained tokenizer's reconstructions, or a generator's likelihood, on validation data",
-    "convert": "makes a run of another codebook size from a trained one",
+    "evaluate": "measures a tokenizer's reconstructions, a generator's likelihood or generated pictures",
+    "report": "one HTML page of a run, or of several side by side: curves, pictures, numbers, what to try",
+    "convert": "weights from PyTorch and to PyTorch, and runs of another codebook size",
     "tokenize": "stores the codes that a tokenizer gives a data set's images, to train a generator on",
     "plan": "compiles a config's training step for TPUs that are not here: memory, time at best, collectives",
 }

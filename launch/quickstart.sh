@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to pictures: sets up .venv, builds a data set of 1,898 pictures, trains a tokenizer and a generator of its
-# codes, measures both and draws. Killed? The same command goes on where it stopped.
+# codes, measures both, draws, and makes a page of each. Killed? The same command goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=runs/quickstart
@@ -14,7 +14,8 @@ ibq tokenize --tokenizer="$run/tokenizer" --out="$run/codes"
 ibq train --config=configs/autoregressive.py:openmoji32 --config.codes="$run/codes" --workdir="$run/generator"
 ibq evaluate --run="$run/generator" --json="$run/generator.json"
 ibq sample --run="$run/generator" --out="$run/samples.png"
+for part in tokenizer generator; do ibq report --workdir="$run/$part" --out="$run/$part.html" --overwrite; done
 echo
-echo "Look at $run/reconstructions.png (originals above, reconstructions below) and $run/samples.png (a class a row)."
+echo "Look at $run/tokenizer.html and $run/generator.html in a browser: curves, pictures, numbers, what to try."
 echo "Next, a larger codebook in another work folder:"
 echo "  .venv/bin/python -m ibq_jax train --config=configs/tokenizer.py:openmoji32 --workdir=runs/codes8192 --config.codebook.size=8192"

@@ -7,6 +7,7 @@ ones, and PyTorch itself, run again on another machine, ends 6e-2 away. In float
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -20,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import released
+from safetensors.numpy import save_file
 
 from ibq_jax.base.config import load_config
 from ibq_jax.base.sharding import create_sharded, make_mesh
 from ibq_jax.interop import names
-from ibq_jax.tokenizer.perceptual import HEADS_FILE, STAGES
+from ibq_jax.tokenizer.perceptual import load_weights
 from ibq_jax.tokenizer.train import Trainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -58,13 +60,9 @@ def config_of(published: dict, recorded: dict[str, np.ndarray]):
 
 def vgg16() -> dict:
     """The stand-in for VGG16 with the real LPIPS heads, as the train step takes them."""
-    tensors, stages = released.vgg16(), []
-    for stage in STAGES:
-        kernels = [tensors[f"features.{index}.weight"].transpose(2, 3, 1, 0) for index, _ in stage]
-        biases = [tensors[f"features.{index}.bias"] for index, _ in stage]
-        stages.append([{"kernel": kernel, "bias": bias} for kernel, bias in zip(kernels, biases, strict=True)])
-    heads = np.load(HEADS_FILE)
-    weights = {"stages": stages, "heads": [heads[f"lin{i}"].reshape(-1) for i in range(5)]}
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(dict(released.vgg16()), f"{folder}/vgg16.safetensors")
+        weights = load_weights(f"{folder}/vgg16.safetensors")
     return jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), weights)
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from ibq_jax.__main__ import main
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import make_mesh
-from ibq_jax.evaluate import inception
+from ibq_jax.base.weight_files import WEIGHT_FILES
 from ibq_jax.evaluate.generation import PictureJudge, PictureSet, compare, read_moments
 from ibq_jax.evaluate.judges import FD, FID, LOGITS, SFID, find_judges
 from ibq_jax.evaluate.protocols import PROTOCOLS
@@ -32,7 +32,7 @@ def saved(path, pictures):
 
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("inception") / inception.FILES[1]
+    path = tmp_path_factory.mktemp("inception") / WEIGHT_FILES["inception"].names[1]
     save_file(released.stand_ins(released.load("inception")["state_dict_json"]), path)
     yield path
     path.unlink()

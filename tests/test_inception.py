@@ -12,7 +12,8 @@ import released
 from safetensors.numpy import save_file
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.evaluate.inception import FILES, Features, Inception, features, load_weights, resize_bilinear
+from ibq_jax.base.weight_files import WEIGHT_FILES
+from ibq_jax.evaluate.inception import Features, Inception, features, load_weights, resize_bilinear
 
 GOLDEN = released.load("inception")
 SHAPES = {name: tuple(shape) for name, shape, _ in json.loads(str(GOLDEN["state_dict_json"]))}
@@ -26,7 +27,7 @@ def tensors() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def weights(tensors, tmp_path_factory) -> dict:
-    path = tmp_path_factory.mktemp("inception") / FILES[1]
+    path = tmp_path_factory.mktemp("inception") / WEIGHT_FILES["inception"].names[1]
     save_file(tensors, path)
     loaded = load_weights(path)
     path.unlink()  # 96 MB that pytest would keep
@@ -123,7 +124,7 @@ def test_resizing_agrees_with_pytorch(height, width):
 
 def test_a_pickled_file_without_batch_counts_gives_the_same_weights(weights, tensors, tmp_path):
     torch = pytest.importorskip("torch")
-    path = tmp_path / FILES[0]
+    path = tmp_path / WEIGHT_FILES["inception"].names[0]
     published = {name: torch.from_numpy(x) for name, x in tensors.items() if "num_batches" not in name}
     torch.save(published, path, _use_new_zipfile_serialization=False)
     loaded = load_weights(path)

@@ -1,4 +1,4 @@
-"""LPIPS against the released code on a stand-in VGG16, and how the user's VGG16 file is found and read."""
+"""LPIPS against the released code and the lpips package, on stand-in trunks; how the user's files are read."""
 
 from pathlib import Path
 
@@ -39,13 +39,6 @@ def test_value_and_gradient_agree_with_the_released_code(weights):
     value, gradient = value_and_gradient(weights, x, y)
     released.assert_close(value, golden["value"].reshape(-1))
     released.assert_close(gradient, released.nhwc(golden["grad_y"]))
-
-
-def test_shipped_heads_are_those_of_the_lpips_package(weights):
-    golden = released.load("lpips")
-    for i, head in enumerate(weights["heads"]):
-        np.testing.assert_array_equal(head, golden[f"lin{i}"].reshape(-1))
-    assert sum(head.size for head in weights["heads"]) == 1472
 
 
 def test_equal_images_are_at_no_distance_with_a_finite_gradient(weights):
@@ -110,6 +103,13 @@ def net(request, tmp_path_factory) -> tuple[str, dict]:
     return request.param, load_weights(path, request.param)
 
 
+def test_shipped_heads_are_those_of_the_lpips_package(net):
+    name, weights = net
+    for i, head in enumerate(weights["heads"]):
+        np.testing.assert_array_equal(head, NETS[f"{KEYS[name]}_lin{i}"])
+    assert sum(head.size for head in weights["heads"]) == {"vgg16": 1472, "alexnet": 1152}[name]
+
+
 def test_distances_are_those_of_the_lpips_package(net):
     name, weights = net
     x, y = (jnp.asarray(NETS[side] / 127.5 - 1, jnp.float32) for side in ("in0", "in1"))
@@ -117,6 +117,13 @@ def test_distances_are_those_of_the_lpips_package(net):
     np.testing.assert_allclose(value, NETS[f"{KEYS[name]}_value"], rtol=1e-5)
     same = jax.jit(lambda x: lpips(weights, x, x, net=name))(x)
     np.testing.assert_allclose(same, 0, atol=1e-7)
+
+
+def test_every_taps_term_is_the_lpips_packages(net):
+    name, weights = net
+    x, y = (jnp.asarray(NETS[side] / 127.5 - 1, jnp.float32) for side in ("in0", "in1"))
+    terms = jax.jit(lambda x, y: jnp.stack(list(perceptual._terms(weights, x, y, jnp.float32, name)), axis=1))(x, y)
+    np.testing.assert_allclose(terms, NETS[f"{KEYS[name]}_per_layer"], rtol=1e-5)
 
 
 def test_every_tap_is_the_lpips_packages(net):
@@ -136,11 +143,17 @@ def test_too_small_an_image_is_said(net):
     name, weights = net
     side = {"vgg16": 16, "alexnet": 31}[name]
     assert np.isfinite(lpips(weights, *jnp.zeros((2, 1, side, side, 3)), net=name)).all()
-    with pytest.raises(ValueError, match=f"at least {side}x{side} pixels"):
+    with pytest.raises(UsageError, match=f"at least {side}x{side} pixels, not {side - 1}x{side}$"):
         lpips(weights, *jnp.zeros((2, 1, side - 1, side, 3)), net=name)
 
 
-def test_one_nets_file_is_not_the_others(tmp_path):
-    save_file(released.stand_ins(NETS["alex_trunk_json"]), tmp_path / "alexnet.safetensors")
+def test_one_nets_file_is_not_the_others(vgg16_file, tmp_path):
+    alexnet_file, tensors = tmp_path / "alexnet.safetensors", released.stand_ins(NETS["alex_trunk_json"])
+    save_file(tensors, alexnet_file)
     with pytest.raises(UsageError, match=r"not torchvision's VGG16, for features.0.weight has shape"):
-        load_weights(tmp_path / "alexnet.safetensors")
+        load_weights(alexnet_file, "vgg16")
+    with pytest.raises(UsageError, match=r"not torchvision's AlexNet, for features.0.weight has shape"):
+        load_weights(vgg16_file, "alexnet")
+    save_file({name: array for name, array in tensors.items() if name != "features.8.bias"}, alexnet_file)
+    with pytest.raises(UsageError, match=r"not torchvision's AlexNet, for it has no tensor features.8.bias"):
+        load_weights(alexnet_file, "alexnet")

@@ -73,11 +73,11 @@ def test_from_the_corner_is_tensorflow_ones_bilinear():
 def test_a_number_of_fewer_images_is_marked():
     assert PROTOCOLS["adm"].marks(50_000, 50_000, 256) == []
     assert PROTOCOLS["adm"].marks(190, 190, 32) == [
-        "190 images, the protocol has 50,000",
-        "images of 32 pixels, the protocol has 256",
+        "not comparable: 190 images, the protocol has 50,000",
+        "not comparable: images of 32 pixels, the protocol has 256",
     ]
     assert PROTOCOLS["clean"].marks(190, 190, 32) == []
-    assert PROTOCOLS["clean"].marks(100, 190, 32) == ["100 images, the protocol has 190"]
+    assert PROTOCOLS["clean"].marks(100, 190, 32) == ["not comparable: 100 images, the protocol has 190"]
 
 
 def test_every_protocol_is_found_by_its_name_and_described():

@@ -31,7 +31,7 @@ def test_files_are_looked_for_as_configured_then_in_the_environment_then_in_the_
 
 def test_a_file_that_was_asked_for_has_to_exist(home, monkeypatch):
     monkeypatch.setenv("IBQ_VGG16", str(home / "absent.pth"))
-    with pytest.raises(UsageError, match=r"\$IBQ_VGG16 is .*absent.pth, which does not exist; it names torchvision's"):
+    with pytest.raises(UsageError, match=r"\$IBQ_VGG16 is .*absent.pth, which does not exist; it names .* VGG16 file"):
         find("vgg16", "", "loss.perceptual_file")
     with pytest.raises(UsageError, match=r"loss.perceptual_file is nowhere.pth, which does not exist"):
         find("vgg16", "nowhere.pth", "loss.perceptual_file")
@@ -39,5 +39,9 @@ def test_a_file_that_was_asked_for_has_to_exist(home, monkeypatch):
 
 def test_an_absence_names_the_file_its_origin_and_every_way_to_give_it():
     said = absence("inception", "--inception")
-    for part in ("pt_inception-2015-12-05-6726825d.pth", "pytorch-fid", "--inception", "$IBQ_INCEPTION", "~/.cache"):
+    for part in ("pt_inception-2015-12-05-6726825d.pth", "release fid_weights", "--inception", "$IBQ_INCEPTION"):
         assert part in said
+    assert absence("vgg16", "loss.perceptual_file") == (
+        "torchvision's vgg16-397923af.pth is not here; "
+        "set loss.perceptual_file or $IBQ_VGG16, or put it into ~/.cache/ibq_jax/"
+    )

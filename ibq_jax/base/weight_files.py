@@ -13,11 +13,18 @@ from ibq_jax.base.errors import UsageError
 
 @dataclass(frozen=True)
 class WeightFile:
-    """`stem` of the names that it has, as .pth or .safetensors; `origin` says whose file that is."""
+    """`owner`'s weights of `net`. `stem` of the names that the file has, as .pth or .safetensors; `page`: where it is
+    to be had, where the owner's name alone does not say."""
 
     stem: str
-    origin: str
+    owner: str
+    net: str
     environment: str
+    page: str = ""
+
+    @property
+    def origin(self) -> str:
+        return f"{self.owner}'s {self.net}"
 
     @property
     def names(self) -> tuple[str, str]:
@@ -25,12 +32,14 @@ class WeightFile:
 
 
 WEIGHT_FILES = {
-    "vgg16": WeightFile("vgg16-397923af", "torchvision's VGG16", "IBQ_VGG16"),
-    "alexnet": WeightFile("alexnet-owt-7be5be79", "torchvision's AlexNet", "IBQ_ALEXNET"),
+    "vgg16": WeightFile("vgg16-397923af", "torchvision", "VGG16", "IBQ_VGG16"),
+    "alexnet": WeightFile("alexnet-owt-7be5be79", "torchvision", "AlexNet", "IBQ_ALEXNET"),
     "inception": WeightFile(
         "pt_inception-2015-12-05-6726825d",
-        "pytorch-fid's Inception-v3 (github.com/mseitzer/pytorch-fid, release fid_weights)",
+        "pytorch-fid",
+        "Inception-v3",
         "IBQ_INCEPTION",
+        page="github.com/mseitzer/pytorch-fid, release fid_weights",
     ),
 }
 
@@ -45,7 +54,7 @@ def find(kind: str, configured: str, option: str) -> Path | None:
     for asker, path in ((option, configured), (f"${file.environment}", os.environ.get(file.environment, ""))):
         if path:
             if not Path(path).expanduser().is_file():
-                raise UsageError(f"{asker} is {path}, which does not exist; it names {file.origin}")
+                raise UsageError(f"{asker} is {path}, which does not exist; it names {file.origin} file")
             return Path(path).expanduser()
     cache = Path.home() / ".cache" / "ibq_jax"
     return next((cache / name for name in file.names if (cache / name).is_file()), None)
@@ -54,7 +63,8 @@ def find(kind: str, configured: str, option: str) -> Path | None:
 def absence(kind: str, option: str) -> str:
     """Which file is missing, whose it is, and the ways to give it: the end of a sentence."""
     file = WEIGHT_FILES[kind]
+    page = f" ({file.page})" if file.page else ""
     return (
-        f"{file.names[0]}, {file.origin}, is not here; set {option} or ${file.environment}, "
+        f"{file.owner}'s {file.names[0]}{page} is not here; set {option} or ${file.environment}, "
         "or put it into ~/.cache/ibq_jax/"
     )

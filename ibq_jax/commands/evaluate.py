@@ -119,7 +119,7 @@ def _evaluate_generator(flags: Namespace) -> None:
         weights=flags.weights,
         split=f"{source.manifest['data']['name']}/{split}",
         protocol={"name": "likelihood", "description": likelihood.PROTOCOL, "images": 0},
-        marks=[f"{measured.images:,} images of {available:,}"] if measured.images != available else [],
+        marks=[f"not comparable: {measured.images:,} images of {available:,}"] if measured.images != available else [],
         metrics={
             "loss": measured.loss,
             "perplexity": measured.perplexity,

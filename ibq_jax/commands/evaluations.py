@@ -84,7 +84,7 @@ def generator_evaluation(
         }
 
     def pictures(params: dict) -> dict[str, np.ndarray]:
-        return {} if tokenizer is None else {"samples": _samples(trainer, params, manifest, tokenizer)}
+        return {} if tokenizer is None else {"samples": class_samples(trainer, params, manifest, tokenizer)}
 
     return evaluate, pictures
 
@@ -107,7 +107,9 @@ def likelihood_evaluator(trainer: GeneratorTrainer, source: CodeSource, examples
     return LikelihoodEvaluator(trainer.code_losses, source.grid, trainer.mesh, batches)
 
 
-def _samples(trainer: GeneratorTrainer, params: dict, manifest: Mapping, tokenizer: TokenizerWeights) -> np.ndarray:
+def class_samples(
+    trainer: GeneratorTrainer, params: dict, manifest: Mapping, tokenizer: TokenizerWeights
+) -> np.ndarray:
     """A sheet of pictures of the first classes, the same numbers of the same seed each time."""
     config = trainer.config
     settings = {

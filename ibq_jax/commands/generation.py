@@ -58,11 +58,9 @@ def _evaluate(flags: Namespace, saved: SavedRun | None, step: int | None) -> Non
     metrics = dict(compare(generated, reference, protocol))
     if len(metrics) == 1:
         raise UsageError(f"{where} has no statistics of a net whose weights are here: nothing can be computed")
-    marks = [
-        *protocol.marks(generated.images, generated.images, generated.side),
-        *judges.marks(generated.images),
-        *([f"against {where}, not {protocol.reference}"] if saved is not None and flags.reference is None else []),
-    ]
+    marks = [*protocol.marks(generated.images, generated.images, generated.side), *judges.marks(generated.images)]
+    if flags.reference is None:
+        marks.append(f"not comparable: against {where}, not {protocol.reference}")
     found = record(
         stage="autoregressive",
         run=flags.run,

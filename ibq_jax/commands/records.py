@@ -1,13 +1,13 @@
 """What an evaluation found, with all that it takes to compare it: printed, and kept in the run's folder.
 
 RUN/evaluations/STEP-WEIGHTS-WHAT.json is one evaluation: {"stage", "run", "step", "weights", "split", "images",
-"protocol": {"name", "description", "images"}, "marks": why these are not that protocol's numbers, "metrics"}.
+"protocol": {"name", "description", "images"}, "marks": what to mind, such as why these are not comparable, "metrics"}.
 """
 
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ibq_jax.evaluate.protocols import Protocol
@@ -69,13 +69,21 @@ def show(found: Mapping) -> None:
     step = "" if found["step"] is None else f", step {found['step']}, {found['weights']} weights"
     print(f"{found['split']}: {found['images']:,} images{step}")
     print(f"protocol {found['protocol']['name']}: {found['protocol']['description']}")
-    labels = {name: SHOWN.get(name, (name, DISTANCE)) for name in found["metrics"]}
-    width = max(len(label) for label, _ in labels.values())
-    for name, value in found["metrics"].items():
-        label, form = labels[name]
-        print(f"  {label:<{width}}  {form.format(value) if math.isfinite(value) else value}")
+    words = list(words_of(found))
+    width = max(len(label) for label, _ in words)
+    for label, value in words:
+        print(f"  {label:<{width}}  {value}")
     for mark in found["marks"]:
-        print(f"  not the protocol's numbers: {mark}")
+        print(f"  {mark}")
+
+
+def words_of(found: Mapping) -> Iterator[tuple[str, str]]:
+    """Yields (what a metric is called, its value) of an evaluation."""
+    order = list(SHOWN)
+    for name in sorted(found["metrics"], key=lambda name: order.index(name) if name in SHOWN else len(order)):
+        value = found["metrics"][name]
+        label, form = SHOWN.get(name, (name, DISTANCE))
+        yield label, form.format(value) if math.isfinite(value) else str(value)
 
 
 def keep(found: Mapping, run: Path | None, what: str, file: Path | None) -> None:

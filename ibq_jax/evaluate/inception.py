@@ -20,7 +20,6 @@ from flax import linen as nn
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.tensor_files import TensorFile, open_tensors
 
-FILES = ("pt_inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.safetensors")  # pytorch-fid's name
 SIDE = 299  # pixels that the network sees
 CLASSES = 1008
 SPATIAL_CHANNELS = 7  # of Mixed_6d, whose 17x17 places make 2023 numbers: about as many as the pool features are

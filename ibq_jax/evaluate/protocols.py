@@ -70,9 +70,9 @@ class Protocol:
         """Why numbers of so many images, of those that the split has, are not this protocol's; none where they are."""
         asked, marks = self.images or available, []
         if images != asked:
-            marks.append(f"{images:,} images, the protocol has {asked:,}")
+            marks.append(f"not comparable: {images:,} images, the protocol has {asked:,}")
         if self.side not in (0, side):
-            marks.append(f"images of {side} pixels, the protocol has {self.side}")
+            marks.append(f"not comparable: images of {side} pixels, the protocol has {self.side}")
         return marks
 
 

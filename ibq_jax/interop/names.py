@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ibq_jax.base.errors import UsageError
 from ibq_jax.tokenizer.discriminator import PatchDiscriminator
 from ibq_jax.tokenizer.model import TokenizerModel
-from ibq_jax.tokenizer.perceptual import STAGES
+from ibq_jax.tokenizer.perceptual import TRUNKS
 
 Path = tuple[str, ...]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -272,8 +272,8 @@ def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _perceptual_shapes() -> Shapes:
     prefix, in_channels = "loss.perceptual_loss.", 3
     shapes = {f"{prefix}scaling_layer.{name}": (1, 3, 1, 1) for name in ("shift", "scale")}
-    for i, stage in enumerate(STAGES):
-        for index, channels in stage:
+    for i, stage in enumerate(TRUNKS["vgg16"].stages):
+        for index, channels, *_ in stage:
             shapes[f"{prefix}net.slice{i + 1}.{index}.weight"] = (channels, in_channels, 3, 3)
             shapes[f"{prefix}net.slice{i + 1}.{index}.bias"] = (channels,)
             in_channels = channels

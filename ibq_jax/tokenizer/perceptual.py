@@ -133,18 +133,22 @@ def _tensor(tensors: dict, name: str, shape: tuple[int, ...], path: str | Path, 
 def lpips(weights: dict, x: jax.Array, y: jax.Array, dtype: jnp.dtype = jnp.float32, net: str = "vgg16") -> jax.Array:
     """Distances [B] float32 between images x and y [B, H, W, 3] in [-1, 1]; 0 up to rounding for equal ones.
 
-    `weights` are load_weights's of the `net`. Convolutions compute in `dtype`, the rest in float32. Raises ValueError
-    for images that are too small: 16 pixels for VGG16, 31 for AlexNet.
+    `weights` are load_weights's of the `net`, which is static under jit. Convolutions compute in `dtype`, the rest in
+    float32. Raises UsageError for images with a side below the net's `smallest`.
     """
-    smallest = TRUNKS[net].smallest
-    if min(x.shape[1:3]) < smallest:
-        raise ValueError(f"LPIPS on {net} needs images of at least {smallest}x{smallest} pixels, not {x.shape[1:3]}")
-    total = jnp.zeros(x.shape[0], jnp.float32)
+    return sum(_terms(weights, x, y, dtype, net), jnp.zeros(x.shape[0], jnp.float32))
+
+
+def _terms(weights: dict, x: jax.Array, y: jax.Array, dtype: jnp.dtype, net: str) -> Iterator[jax.Array]:
+    """What each tap adds to the distances, [B]."""
+    (height, width), smallest = x.shape[1:3], TRUNKS[net].smallest
+    if min(height, width) < smallest:
+        name = WEIGHT_FILES[net].net
+        raise UsageError(f"LPIPS on {name} needs images of at least {smallest}x{smallest} pixels, not {height}x{width}")
     taps = (_taps(weights, images, dtype, net) for images in (x, y))
     for head, tap_x, tap_y in zip(weights["heads"], *taps, strict=True):
         difference = (_unit(tap_x) - _unit(tap_y)) ** 2
-        total += jnp.mean(jnp.einsum("bhwc,c->bhw", difference, head), axis=(1, 2))
-    return total
+        yield jnp.mean(jnp.einsum("bhwc,c->bhw", difference, head), axis=(1, 2))
 
 
 def _taps(weights: dict, images: jax.Array, dtype: jnp.dtype, net: str) -> list[jax.Array]:

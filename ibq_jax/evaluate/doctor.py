@@ -1,0 +1,227 @@
+"""What a run's numbers say about its health, in plain words: what was seen, and what to try.
+
+Every threshold is a rule of thumb, named here with its reason. A finding tells its figures, so that a reader can
+disagree.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ibq_jax.evaluate.history import History
+
+FALLEN = 0.8  # of its highest: usage moves by some hundredths from batch to batch, not by a fifth
+LITTLE_USED = 0.5  # published IBQ codebooks use 84% and more of their codes (arXiv 2412.02692)
+UNEVEN = 0.2  # perplexity over used codes: half the mass on a tenth of the codes lies about here
+SATURATED = 0.9  # mean largest probability: the soft assignment's gradient falls with p (1 - p)
+GAIN_DB = 0.1  # PSNR in the last third that is worth training on for; what one sees begins at a few tenths
+LOST_DB = 0.2  # below the best
+D_WINS, CHANCE = 0.05, 1.0  # hinge loss: 0 is a discriminator never wrong; 1 is one that always answers 0
+NEAR_CHANCE = 0.02
+SPIKE = 10.0  # times the median gradient norm
+ALWAYS_CLIPPED = 0.9  # of the steps: then the clip sets the step's size
+LEARNT_NOTHING = 0.05  # nats below the entropy of the codes' frequencies
+MEMORISES = 0.5  # nats that training lies below validation
+RISEN = 0.02  # nats above the lowest validation loss
+
+Severity = Literal["fine", "look", "act"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`seen`: the figures. `advice`: what to try, empty where all is well."""
+
+    severity: Severity
+    title: str
+    seen: str
+    advice: str = ""
+
+
+def diagnose(history: History, config: ConfigDict, total_steps: int, order_0: float | None = None) -> list[Finding]:
+    """The findings of a run, the gravest first. `total_steps`: that the run is to have, 0 where that is not known;
+    `order_0`: nats, the entropy of a generator's codes alone."""
+    rules: tuple[Callable[..., Iterator[Finding]], ...]
+    if config.stage == "tokenizer":
+        rules = (_usage, _evenness, _saturation, _psnr, _discriminator)
+        findings = [finding for rule in rules for finding in rule(history, config)]
+    else:
+        findings = [*_likelihood(history, order_0), *_by_heart(history)]
+    findings += [*_gradients(history, config), *_ending(history, total_steps)]
+    order = ("act", "look", "fine")
+    return sorted(findings, key=lambda finding: order.index(finding.severity))
+
+
+def _usage(history: History, config: ConfigDict) -> Iterator[Finding]:
+    if "codebook/usage" not in history:
+        return
+    usage = history["codebook/usage"]
+    last, highest = usage.last, float(usage.values.max())
+    seen = f"{last:.1%} of {config.codebook.size:,} codes in the last window of steps, {highest:.1%} at its highest"
+    advice = (
+        "raise loss.entropy_weight, lower optimizer.learning_rate, or take fewer codebook.dim; "
+        "convert --prune drops the codes that are not used"
+    )
+    if last < FALLEN * highest:
+        yield Finding("act", "the codebook is collapsing", seen, advice)
+    elif last < LITTLE_USED:
+        yield Finding("look", "much of the codebook is idle", seen, advice)
+    else:
+        yield Finding("fine", "the codebook is in use", seen)
+
+
+def _evenness(history: History, config: ConfigDict) -> Iterator[Finding]:
+    if "codebook/perplexity" not in history or "codebook/usage" not in history:
+        return
+    used, perplexity = history["codebook/usage"].last * config.codebook.size, history["codebook/perplexity"].last
+    if used and perplexity < UNEVEN * used:
+        yield Finding(
+            "look",
+            "few codes carry most of the pictures",
+            f"perplexity {perplexity:,.0f} of {used:,.0f} codes in use",
+            "plain backgrounds do this by themselves; else raise loss.entropy_weight",
+        )
+
+
+def _saturation(history: History, _: ConfigDict) -> Iterator[Finding]:
+    name = "codebook/max_probability"
+    if name in history and history[name].last > SATURATED:
+        yield Finding(
+            "look",
+            "assignments are nearly certain",
+            f"the likeliest code has probability {history[name].last:.2f} on average: the others get little gradient",
+            "lower optimizer.learning_rate, or raise loss.entropy_weight",
+        )
+
+
+def _psnr(history: History, _: ConfigDict) -> Iterator[Finding]:
+    name = "validation/psnr"
+    if name not in history or len(history[name].steps) < 3:
+        return
+    psnr = history[name]
+    best = int(np.argmax(psnr.values))
+    gained = psnr.last - float(psnr.tail(1 / 3).values[0])
+    if psnr.values[best] - psnr.last > LOST_DB:
+        yield Finding(
+            "look",
+            "reconstructions have become worse",
+            f"{psnr.values[best]:.2f} dB at step {psnr.steps[best]:,}, {psnr.last:.2f} dB at the end",
+            "take the best checkpoint (checkpoint.keep_best); where a discriminator trades PSNR for looks, look",
+        )
+    elif gained > GAIN_DB:
+        yield Finding(
+            "look",
+            "still improving: training was stopped early",
+            f"validation PSNR rose by {gained:.2f} dB in the last third, to {psnr.last:.2f}",
+            "a larger train.steps goes on from the last checkpoint",
+        )
+    else:
+        seen = f"PSNR moved by {gained:+.2f} dB in the last third, to {psnr.last:.2f}"
+        yield Finding("fine", "trained to the end", seen)
+
+
+def _discriminator(history: History, _: ConfigDict) -> Iterator[Finding]:
+    if "adversary/hinge" not in history:
+        return
+    hinge = float(np.median(history["adversary/hinge"].tail(0.25).values))
+    seen = f"hinge loss {hinge:.3f} in the last quarter (0: never wrong, {CHANCE:g}: knows nothing)"
+    if hinge < D_WINS:
+        yield Finding(
+            "act", "the discriminator wins", seen, "lower loss.adversarial_weight, or raise discriminator.start_step"
+        )
+    elif abs(hinge - CHANCE) < NEAR_CHANCE:
+        yield Finding(
+            "look",
+            "the discriminator tells nothing apart",
+            seen,
+            "give it more steps, or raise discriminator.start_step",
+        )
+    else:
+        yield Finding("fine", "generator and discriminator are in balance", seen)
+
+
+def _gradients(history: History, config: ConfigDict) -> Iterator[Finding]:
+    name = next((name for name in ("gradient_norm", "optimizer/gradient_norm") if name in history), None)
+    if name is None:
+        return
+    norms = history[name].tail(0.5).values
+    median, largest = float(np.median(norms)), float(norms.max())
+    if largest > SPIKE * median:
+        yield Finding(
+            "look",
+            "gradients spike",
+            f"the norm reached {largest:.3g}, its median is {median:.3g}",
+            "set optimizer.gradient_clip near the median, or lower optimizer.learning_rate",
+        )
+    clip = config.optimizer.gradient_clip
+    clipped = float(np.mean(norms > clip)) if clip else 0.0
+    if clipped > ALWAYS_CLIPPED:
+        yield Finding(
+            "look",
+            "nearly every gradient is clipped",
+            f"{clipped:.0%} of the norms exceed optimizer.gradient_clip={clip:g}; their median is {median:.3g}",
+            "the clip sets the size of a step here; raise it if training is slow",
+        )
+
+
+def _likelihood(history: History, order_0: float | None) -> Iterator[Finding]:
+    if "validation/loss" not in history:
+        return
+    loss = history["validation/loss"]
+    best = int(np.argmin(loss.values))
+    if order_0 is not None and loss.last > order_0 - LEARNT_NOTHING:
+        yield Finding(
+            "act",
+            "nothing is learnt beyond how frequent codes are",
+            f"validation loss {loss.last:.3f} nats, the codes' frequencies alone give {order_0:.3f}",
+            "train longer, raise optimizer.learning_rate, or check that the codes are this tokenizer's",
+        )
+    elif loss.last > loss.values[best] + RISEN:
+        yield Finding(
+            "act",
+            "overfitting",
+            f"validation loss was {loss.values[best]:.3f} at step {loss.steps[best]:,} and is {loss.last:.3f} now",
+            "take the best checkpoint; more views in tokenize, more model.dropout, or a smaller model",
+        )
+    elif len(loss.steps) > 2 and float(loss.tail(1 / 3).values[0]) - loss.last > RISEN:
+        fell = float(loss.tail(1 / 3).values[0]) - loss.last
+        yield Finding(
+            "look",
+            "still improving: training was stopped early",
+            f"validation loss fell by {fell:.3f} nats in the last third, to {loss.last:.3f}",
+            "a larger train.steps trains on",
+        )
+    else:
+        yield Finding("fine", "trained to the end", f"validation loss {loss.last:.3f} nats")
+
+
+def _by_heart(history: History) -> Iterator[Finding]:
+    """Only once validation loss falls no more: while it does, averaged weights lag behind those that train."""
+    if "loss/total" not in history or "validation/loss" not in history:
+        return
+    loss, training = history["validation/loss"], float(np.mean(history["loss/total"].tail(0.1).values))
+    if len(loss.steps) > 2 and loss.last > loss.tail(1 / 3).values[0] - RISEN and loss.last - training > MEMORISES:
+        yield Finding(
+            "look",
+            "training pictures are learnt by heart",
+            f"training loss {training:.3f}, validation loss {loss.last:.3f} nats and falling no more",
+            "more pictures or views, more model.dropout; samples may repeat what was trained on",
+        )
+
+
+def _ending(history: History, total_steps: int) -> Iterator[Finding]:
+    if history.unreadable:
+        yield Finding("look", "lines of metrics.jsonl cannot be read", f"{history.unreadable} of them", "")
+    if total_steps and history.last_step < total_steps:
+        yield Finding(
+            "look",
+            "the run has not ended",
+            f"step {history.last_step:,} of {total_steps:,}: the learning rate has not come to its end either",
+            "the same train command goes on",
+        )
+    bad = [name for name, series in history.series.items() if not np.isfinite(series.last)]
+    if bad:
+        advice = "dtype=float32, or a lower optimizer.learning_rate"
+        yield Finding("act", "numbers are not finite", ", ".join(bad), advice)
