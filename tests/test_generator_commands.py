@@ -123,6 +123,23 @@ def test_an_imported_generator_is_evaluated_and_trained_on(run, codes, tmp_path,
     assert "reads --codes" in refused(["evaluate", f"--run={imported}", "--data=openmoji"], capsys)
 
 
+def test_drawn_pictures_are_judged_against_the_originals_and_kept(run, tmp_path, capsys):
+    command = ["evaluate", f"--run={run}", "--num=16", "--batch-size=8", f"--json={tmp_path / 'numbers.json'}"]
+    assert main(command) == 0
+    first, said = json.loads((tmp_path / "numbers.json").read_text()), capsys.readouterr().out
+    assert "against the originals of openmoji/train[:96]" in said and "16 images, the protocol has 50,000" in said
+    assert first["metrics"]["FD-EfficientNetLite0"] > 0 and 0 <= first["metrics"]["recall (EfficientNetLite0)"] <= 1
+    assert first["samples"]["pictures"] == 16 and first["step"] == STEPS and first["protocol"]["name"] == "adm"
+    drawn = run / "samples" / f"{STEPS:07}-ema-16.npz"
+    written = drawn.stat().st_mtime_ns
+    assert main([*command, f"--reference={drawn}", "--protocol=clean"]) == 0
+    second = json.loads((tmp_path / "numbers.json").read_text())
+    assert drawn.stat().st_mtime_ns == written, "the set is there: it is not drawn again"
+    assert abs(second["metrics"]["FD-EfficientNetLite0"]) < 1e-6 and second["reference"] == drawn.name
+    kept = {path.name for path in (run / "evaluations").iterdir()}
+    assert {f"{STEPS:07}-ema-{name}-{drawn.stem}.json" for name in ("adm", "clean")} <= kept
+
+
 def test_codes_of_another_kind_are_refused_in_evaluation(run, data_dir, tmp_path, capsys):
     other = tokenized(save_run(tmp_path / "tok", data_dir, "codebook.size=128"), tmp_path / "codes")
     said = refused(["evaluate", f"--run={run}", f"--codes={other}"], capsys)
