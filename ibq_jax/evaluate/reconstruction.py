@@ -17,7 +17,7 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import batch_sharding, global_batch, replicated
 from ibq_jax.evaluate.gather import of_all_processes, own_rows
 from ibq_jax.evaluate.image_metrics import psnr, ssim
-from ibq_jax.evaluate.judges import DIMS, FID, LPIPS_NETS, NOBODY, Judges, features_of
+from ibq_jax.evaluate.judges import DIMS, FID, LPIPS_NETS, NOBODY, SFID, Judges, features_of
 from ibq_jax.evaluate.protocols import PROTOCOLS, Protocol
 from ibq_jax.evaluate.statistics import FeatureStatistics
 from ibq_jax.tokenizer.perceptual import lpips
@@ -46,7 +46,8 @@ class ReconstructionEvaluator:
         judges: Judges = NOBODY,
     ):
         self._batches, self._examples, self._mesh, self._num_codes = batches, examples, mesh, num_codes
-        self.protocol, self._distances = protocol, judges.distances
+        self.protocol = protocol
+        self._distances = tuple(name for name in judges.distances if name != SFID)
         self._weights = jax.device_put(dict(judges.weights), replicated(mesh))
         self._measure = jax.jit(
             lambda *arguments: _measure(reconstruct, num_codes, protocol, *arguments), out_shardings=replicated(mesh)

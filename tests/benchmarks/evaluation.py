@@ -2,7 +2,7 @@
 
     python tests/benchmarks/evaluation.py --data-dir=~/data --judges=efficientnet
 
-One pass over the training split (more images than the validation split has) with fresh weights. Timed apart, each alone:
+One pass over the training split, which has more images than the other, with fresh weights. Timed each alone:
 reading and decoding, putting the numbers together (statistics in float64 included), and the whole pass, in which the
 host works while the devices are at the next batch.
 """
