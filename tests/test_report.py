@@ -10,6 +10,8 @@ import pytest
 from small_runs import arguments, generator_arguments, save_run
 
 from ibq_jax.__main__ import main
+from ibq_jax.evaluate.history import read_history
+from ibq_jax.evaluate.judges import FD
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -25,8 +27,9 @@ def data_dir(tmp_path_factory):
 def runs(tmp_path_factory, data_dir) -> dict[str, Path]:
     """A tokenizer's run and one of another learning rate, a few steps long, and a generator's."""
     folder = tmp_path_factory.mktemp("runs")
-    fields = ("train.steps=6", "evaluate.every=3", "log.images_every=6", "checkpoint.every=6")
-    assert main(arguments(folder / "tok", data_dir, *fields)) == 0
+    fields = ("train.steps=6", "evaluate.every=3", "log.images_every=6", "checkpoint.every=3", "checkpoint.keep_last=1")
+    judged = ("evaluate.judges=efficientnet", f"checkpoint.best_metric=-validation/{FD}", "checkpoint.keep_best=1")
+    assert main(arguments(folder / "tok", data_dir, *fields, *judged)) == 0
     assert main(["evaluate", f"--run={folder / 'tok'}", "--examples=20"]) == 0
     shutil.copytree(folder / "tok", folder / "faster")
     config = json.loads((folder / "faster" / "config.json").read_text())
@@ -37,6 +40,13 @@ def runs(tmp_path_factory, data_dir) -> dict[str, Path]:
     assert main(generator_arguments(folder / "ar", folder / "codes", "train.steps=6", "evaluate.every=3")) == 0
     assert main(["evaluate", f"--run={folder / 'ar'}"]) == 0
     return {name: folder / name for name in ("tok", "faster", "ar")}
+
+
+def test_a_run_is_judged_while_it_trains_and_keeps_its_best_step(runs):
+    distances = read_history(runs["tok"] / "metrics.jsonl")[f"validation/{FD}"]
+    assert distances.steps.tolist() == [3, 6] and (distances.values > 0).all()
+    best = int(distances.steps[distances.values.argmin()])
+    assert {int(path.name) for path in (runs["tok"] / "checkpoints").iterdir()} == {best, 6}
 
 
 def report(folder: Path, *runs: Path) -> str:

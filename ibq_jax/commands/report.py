@@ -31,7 +31,13 @@ CODES_SHOWN = 16  # of the most used, and of the least
 CODES_AROUND = 5  # codes a side of the patch that a code is decoded in, so that the middle has no border near
 ERROR_FACTOR = 4
 WIDE = 96  # pixels of a small picture's side once it is enlarged
-KEY = ("validation/psnr", "validation/ssim", "codebook/usage", "validation/loss", "validation/perplexity")
+KEY = {  # scalars at the head of a page: what they are called there, and how they are written
+    "validation/psnr": ("PSNR, validation", "{:.2f} dB"),
+    "validation/ssim": ("SSIM, validation", "{:.3f}"),
+    "validation/loss": ("loss, validation", "{:.3f} nats"),
+    "validation/perplexity": ("perplexity, validation", "{:,.1f}"),
+    "codebook/usage": ("of the codebook in use", "{:.1%}"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Run:
     """What a run's folder tells without its weights."""
 
     name: str
+    folder: Path  # as it was given
     saved: SavedRun
     history: History
     evaluations: tuple[dict, ...]
@@ -75,7 +82,9 @@ def main(argv: list[str]) -> None:
 def _read(folder: Path) -> Run:
     saved = SavedRun.find(folder)
     files = sorted((saved.workdir / FOLDER).glob("*.json"))
-    return Run(folder.name, saved, read_history(saved.workdir / "metrics.jsonl"), tuple(map(_evaluation, files)))
+    return Run(
+        folder.name, folder, saved, read_history(saved.workdir / "metrics.jsonl"), tuple(map(_evaluation, files))
+    )
 
 
 def _evaluation(path: Path) -> dict:
@@ -108,8 +117,10 @@ def _one(run: Run, say: Callable[[str], None]) -> str:
     stage = "tokenizer" if run.stage == "tokenizer" else "generator"
     return render(
         title=run.name,
-        subtitle=f"{stage}, {run.saved.workdir}" + ("" if step is None else f", step {step:,}"),
-        key=[(name, f"{run.history[name].last:.4g}") for name in KEY if name in run.history],
+        subtitle=f"{stage}, {run.folder}" + ("" if step is None else f", step {step:,}"),
+        key=[
+            (label, form.format(run.history[name].last)) for name, (label, form) in KEY.items() if name in run.history
+        ],
         missing=missing,
         findings=_findings(run, ends_at, order_0),
         numbers=_numbers(run),
@@ -122,7 +133,7 @@ def _one(run: Run, say: Callable[[str], None]) -> str:
 def _several(runs: list[Run]) -> str:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
-        names = [str(run.saved.workdir) for run in runs]
+        names = [str(run.folder) for run in runs]
     fields = [flatten(run.saved.config) for run in runs]
     every = sorted(set().union(*fields))
     differing = [name for name in every if len({repr(field.get(name)) for field in fields}) > 1]

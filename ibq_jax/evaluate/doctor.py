@@ -113,7 +113,7 @@ def _psnr(history: History, _: ConfigDict) -> Iterator[Finding]:
     elif gained > GAIN_DB:
         yield Finding(
             "look",
-            "still improving: training was stopped early",
+            "still improving when it ended",
             f"validation PSNR rose by {gained:.2f} dB in the last third, to {psnr.last:.2f}",
             "a larger train.steps goes on from the last checkpoint",
         )
@@ -189,7 +189,7 @@ def _likelihood(history: History, order_0: float | None) -> Iterator[Finding]:
         fell = float(loss.tail(1 / 3).values[0]) - loss.last
         yield Finding(
             "look",
-            "still improving: training was stopped early",
+            "still improving when it ended",
             f"validation loss fell by {fell:.3f} nats in the last third, to {loss.last:.3f}",
             "a larger train.steps trains on",
         )
