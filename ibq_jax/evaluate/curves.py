@@ -82,9 +82,10 @@ def plot(panel: Panel, runs: Mapping[str, History], levels: Mapping[str, float] 
             colour = COLOURS[i % len(COLOURS)]
             style = {"color": colour, "marker": marker, "markersize": 2.5, "linewidth": 1.4}
             axes.plot(series.steps, series.values, label=label, **style)
-        for name, level in (levels or {}).items():
+        for i, (name, level) in enumerate(sorted((levels or {}).items(), key=lambda item: item[1])):
             axes.axhline(level, color=INK, linewidth=1, linestyle="--")
-            axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            side = "bottom" if i else "top"  # the lowest one's name goes under its line, so that two stay apart
+            axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va=side)
         axes.set_title(panel.title, loc="left", fontsize=9.5)
         axes.set_xlabel("step")
         positive = all((series.values > 0).all() for _, series in lines)
