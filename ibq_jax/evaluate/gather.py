@@ -1,5 +1,6 @@
-"""Statistics that every process took of its own pictures, brought together."""
+"""From the devices to the host, and what every process counted of its own pictures, brought together."""
 
+from collections.abc import Iterable, Iterator
 from functools import reduce
 
 import jax
@@ -7,6 +8,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ibq_jax.evaluate.statistics import FeatureStatistics
+
+
+def on_host(queued: Iterable) -> Iterator:
+    """What is queued, on the host one item late: the devices are at the next one meanwhile."""
+    ahead = None
+    for item in queued:
+        if ahead is not None:
+            yield jax.device_get(ahead)
+        ahead = item
+    if ahead is not None:
+        yield jax.device_get(ahead)
 
 
 def own_rows(mask: np.ndarray) -> np.ndarray:

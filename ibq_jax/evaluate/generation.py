@@ -14,7 +14,7 @@ import numpy as np
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import global_batch, replicated
-from ibq_jax.evaluate.gather import of_all_processes, own_rows
+from ibq_jax.evaluate.gather import of_all_processes, on_host, own_rows
 from ibq_jax.evaluate.judges import DIMS, FD, FID, LOGITS, SFID, Judges, features_of
 from ibq_jax.evaluate.protocols import Protocol
 from ibq_jax.evaluate.statistics import FeatureStatistics, inception_score, precision_recall
@@ -44,12 +44,13 @@ class PictureJudge:
             lambda weights, pictures: features_of(weights, protocol.as_seen(pictures), protocol),
             out_shardings=replicated(mesh),
         )
+        self._everywhere = jax.jit(lambda mask: mask, out_shardings=replicated(mesh))
 
     def __call__(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Seen:
         """Of batches with this process's rows of "image" and "mask". Raises UsageError when there is no picture."""
         seen = Seen(statistics={name: FeatureStatistics(DIMS[name]) for name in self._distances})
         rows = defaultdict(list)
-        for features, mask in self._ahead(batches, seen):
+        for features, mask in on_host(self._look(batches, seen)):
             seen.images += int(mask.sum())
             for name, values in features.items():
                 if name in seen.statistics:
@@ -62,21 +63,12 @@ class PictureJudge:
         seen.features = {name: np.concatenate(parts) for name, parts in rows.items()}
         return seen
 
-    def _ahead(self, batches: Iterable[Mapping[str, np.ndarray]], seen: Seen) -> Iterator[tuple[dict, np.ndarray]]:
-        """(features, mask) on the host, while the devices are at the next batch."""
-        ahead = None
+    def _look(self, batches: Iterable[Mapping[str, np.ndarray]], seen: Seen) -> Iterator[tuple[dict, jax.Array]]:
+        """(features, mask) of every batch, queued."""
         for batch in batches:
             seen.side = batch["image"].shape[1]
             arrays = global_batch({"image": batch["image"], "mask": batch["mask"]}, self._mesh)
-            queued = (
-                self._features(self._weights, arrays["image"]),
-                jax.device_put(arrays["mask"], replicated(self._mesh)),
-            )
-            if ahead is not None:
-                yield jax.device_get(ahead)
-            ahead = queued
-        if ahead is not None:
-            yield jax.device_get(ahead)
+            yield self._features(self._weights, arrays["image"]), self._everywhere(arrays["mask"])
 
 
 def compare(generated: Seen, reference: Seen, protocol: Protocol) -> Iterator[tuple[str, float]]:

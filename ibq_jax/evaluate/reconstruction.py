@@ -15,7 +15,7 @@ import numpy as np
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import batch_sharding, global_batch, replicated
-from ibq_jax.evaluate.gather import of_all_processes, own_rows
+from ibq_jax.evaluate.gather import of_all_processes, on_host, own_rows
 from ibq_jax.evaluate.image_metrics import psnr, ssim
 from ibq_jax.evaluate.judges import DIMS, FID, LPIPS_NETS, NOBODY, SFID, Judges, features_of
 from ibq_jax.evaluate.protocols import PROTOCOLS, Protocol
@@ -88,16 +88,10 @@ class ReconstructionEvaluator:
         return tally.histogram
 
     def _measured(self, params: dict) -> Iterator[dict]:
-        """What `_measure` gives of every batch, on the host, while the devices are at the next one."""
-        ahead = None
-        for batch in self._batches(self._examples):
-            arrays = global_batch({"image": batch["image"], "mask": batch["mask"]}, self._mesh)
-            queued = self._measure(params, self._weights, arrays["image"], arrays["mask"])
-            if ahead is not None:
-                yield jax.device_get(ahead)
-            ahead = queued
-        if ahead is not None:
-            yield jax.device_get(ahead)
+        """What `_measure` gives of every batch, on the host."""
+        batches = self._batches(self._examples)
+        arrays = (global_batch({"image": b["image"], "mask": b["mask"]}, self._mesh) for b in batches)
+        return on_host(self._measure(params, self._weights, a["image"], a["mask"]) for a in arrays)
 
     def picture(self, params: dict, columns: int, rows: int = 1) -> np.ndarray:
         """A row of originals above a row of their reconstructions, `rows` times: uint8 [2 rows H, columns W, 3].
