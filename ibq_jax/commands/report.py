@@ -196,7 +196,7 @@ def _grids(run: Run) -> Iterator[str]:
 def _tokenizer_sections(run: Run) -> tuple[Restored, dict, list[str]]:
     trainer, restored = restore_tokenizer(_place(run))
     try:
-        evaluator = validation_evaluator(trainer, examples=0)
+        evaluator = validation_evaluator(trainer, trainer.config.evaluate.examples)
     except UsageError as error:
         return restored, {}, [f"no reconstructions and no use of codes: {error}"]
     params, side = restored.state.ema, trainer.config.data.image_size
@@ -238,8 +238,8 @@ def _codebook(trainer: Trainer, params: Mapping, counts: np.ndarray) -> dict:
             }
         )
     words = (
-        f"{len(used):,} of {len(counts):,} codes are chosen by the validation images. A code is shown as the middle of "
-        f"what {CODES_AROUND}x{CODES_AROUND} of it decode to, with its share of all tokens."
+        f"{len(used):,} of {len(counts):,} codes are chosen by {int(counts.sum()):,} tokens of validation images. A code "
+        f"is shown as the middle of what {CODES_AROUND}x{CODES_AROUND} of it decode to, with its share of these tokens."
     )
     return {"words": words, "ranks": plot_ranks(counts), "groups": shown_groups}
 
