@@ -14,7 +14,7 @@ from ibq_jax.autoregressive.run import restore_run as restore_generator
 from ibq_jax.base.checkpoint import Restored
 from ibq_jax.base.config import flatten
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.files import whole_or_absent
+from ibq_jax.base.files import PARTIAL
 from ibq_jax.base.run import SavedRun, total_steps
 from ibq_jax.commands.arguments import Parser, output_file, underscored
 from ibq_jax.commands.evaluations import class_samples, validation_evaluator
@@ -68,23 +68,21 @@ def main(argv: list[str]) -> None:
     runs = [_read(folder) for folder in folders]
     if len({run.stage for run in runs}) > 1:
         raise UsageError(f"--workdir={flags.workdir}: tokenizers and generators have no numbers in common")
-    out = flags.out or folders[0] / "report.html"
+    out = flags.out or runs[0].saved.workdir / "report.html"
     if out.exists() and not flags.overwrite:
         raise UsageError(f"--out={out} exists already; give --overwrite to replace it")
     html = _one(runs[0], say=print) if len(runs) == 1 else _several(runs)
-    out.unlink(missing_ok=True)
-    with whole_or_absent(out) as partial:
-        if partial is not None:
-            partial.write_text(html)
+    partial = out.with_name(out.name + PARTIAL)
+    partial.write_text(html)
+    partial.replace(out)
     print(f"wrote {out}: open it in a browser")
 
 
 def _read(folder: Path) -> Run:
     saved = SavedRun.find(folder)
     files = sorted((saved.workdir / FOLDER).glob("*.json"))
-    return Run(
-        folder.name, folder, saved, read_history(saved.workdir / "metrics.jsonl"), tuple(map(_evaluation, files))
-    )
+    history = read_history(saved.workdir / "metrics.jsonl")
+    return Run(saved.workdir.name, folder, saved, history, tuple(_evaluation(file) for file in files))
 
 
 def _evaluation(path: Path) -> dict:
@@ -238,8 +236,8 @@ def _codebook(trainer: Trainer, params: Mapping, counts: np.ndarray) -> dict:
             }
         )
     words = (
-        f"{len(used):,} of {len(counts):,} codes are chosen by {int(counts.sum()):,} tokens of validation images. A code "
-        f"is shown as the middle of what {CODES_AROUND}x{CODES_AROUND} of it decode to, with its share of these tokens."
+        f"{len(used):,} of {len(counts):,} codes are chosen by {int(counts.sum()):,} tokens of validation images. A "
+        f"code is shown as the middle of what {CODES_AROUND}x{CODES_AROUND} of it decode to, with its share of them."
     )
     return {"words": words, "ranks": plot_ranks(counts), "groups": shown_groups}
 
