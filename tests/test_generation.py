@@ -172,7 +172,7 @@ def test_fewer_pictures_than_features_are_marked(tmp_path, capsys):
     command = ["evaluate", f"--samples={good}", f"--reference={good}", "--batch-size=8"]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert f"{FD} (1,280 features) of 8 images: unreliable" in said
+    assert f"unreliable, since 8 images are few: {FD} (1,280 features)" in said
     assert "8 images, the protocol has 50,000" in said and "images of 32 pixels, the protocol has 256" in said
     assert "FID, sFID, Inception Score, precision and recall: not computed" in said
 

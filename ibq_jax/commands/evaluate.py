@@ -21,7 +21,7 @@ from ibq_jax.commands.records import keep, record, show
 from ibq_jax.data.codes import open_codes
 from ibq_jax.data.pipeline import open_split
 from ibq_jax.evaluate import likelihood
-from ibq_jax.evaluate.judges import KINDS, find_judges
+from ibq_jax.evaluate.judges import KINDS, few_images, find_judges
 from ibq_jax.evaluate.protocols import PROTOCOLS
 from ibq_jax.tokenizer.run import restore_run as restore_tokenizer
 
@@ -84,7 +84,7 @@ def _evaluate_tokenizer(flags: Namespace) -> None:
         weights=flags.weights,
         split=f"{data.name}/{data.validation_split}",
         protocol=protocol,
-        marks=[*protocol.marks(images, available, data.image_size), *judges.marks(images)],
+        marks=[*protocol.marks(images, available, data.image_size), *few_images(metrics, images)],
         metrics=metrics,
         codes=trainer.config.codebook.size,
     )

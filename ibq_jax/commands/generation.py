@@ -17,7 +17,7 @@ from ibq_jax.commands.records import keep, record, show
 from ibq_jax.data.codes import read_fields
 from ibq_jax.data.pipeline import evaluation_batches, open_split
 from ibq_jax.evaluate.generation import PictureJudge, PictureSet, Seen, compare, read_moments
-from ibq_jax.evaluate.judges import find_judges
+from ibq_jax.evaluate.judges import few_images, find_judges
 from ibq_jax.evaluate.protocols import PROTOCOLS
 
 NETS = ("inception", "efficientnet")
@@ -58,7 +58,10 @@ def _evaluate(flags: Namespace, saved: SavedRun | None, step: int | None) -> Non
     metrics = dict(compare(generated, reference, protocol))
     if len(metrics) == 1:
         raise UsageError(f"{where} has no statistics of a net whose weights are here: nothing can be computed")
-    marks = [*protocol.marks(generated.images, generated.images, generated.side), *judges.marks(generated.images)]
+    marks = [
+        *protocol.marks(generated.images, generated.images, generated.side),
+        *few_images(metrics, generated.images),
+    ]
     if flags.reference is None:
         marks.append(f"not comparable: against {where}, not {protocol.reference}")
     found = record(

@@ -5,7 +5,7 @@ Shapes: pictures float32 [B, H, W, 3] in [0, 1]; features [B, D]. A Frechet dist
 requirements and needs no download.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +42,15 @@ class Judges:
         """Of the features that `features_of` gives."""
         return ((FID, SFID) if "inception" in self.weights else ()) + ((FD,) if "efficientnet" in self.weights else ())
 
-    def marks(self, images: int) -> list[str]:
-        """Which distances say little, of so many images."""
-        few = [f"{name} ({DIMS[name]:,} features)" for name in self.distances if images <= DIMS[name]]
-        return [f"{' and '.join(few)} of {images:,} images: unreliable, it depends on their count"] if few else []
-
 
 NOBODY = Judges({})
+
+
+def few_images(metrics: Iterable[str], images: int) -> list[str]:
+    """A mark on those of the `metrics`, by name, that are distances and say little of so many images."""
+    dims = {name: DIMS[name.removeprefix("r")] for name in metrics if name.removeprefix("r") in DIMS}
+    few = [f"{name} ({size:,} features)" for name, size in dims.items() if images <= size]
+    return [f"unreliable, since {images:,} images are few: {', '.join(few)}"] if few else []
 
 
 def find_judges(kinds: Sequence[str], files: Mapping[str, str]) -> Judges:
