@@ -74,7 +74,8 @@ def test_a_pickle_without_named_tensors_is_refused(tmp_path, content):
         read_tensors(tmp_path / "x.pt")
 
 
-def test_without_pytorch_a_pickled_file_says_what_to_install(tmp_path, monkeypatch):
+@pytest.fixture
+def without_pytorch(monkeypatch):
     import_module = builtins.__import__
 
     def without_torch(name, *args, **kwargs):
@@ -82,10 +83,27 @@ def test_without_pytorch_a_pickled_file_says_what_to_install(tmp_path, monkeypat
             raise ImportError(name)
         return import_module(name, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", without_torch)
-    (tmp_path / "x.pth").touch()
-    with pytest.raises(UsageError, match=r"pip install -r requirements-torch.txt"):
-        read_tensors(tmp_path / "x.pth")
+    return lambda: monkeypatch.setattr(builtins, "__import__", without_torch)
+
+
+def test_without_pytorch_a_file_that_takes_it_says_what_to_install(tmp_path, without_pytorch):
+    torch = pytest.importorskip("torch")
+    torch.save({"state_dict": {"weight": torch.ones(2)}, "epoch": 3}, tmp_path / "x.ckpt")
+    without_pytorch()
+    with pytest.raises(UsageError, match=r"not a state_dict.*pip install -r requirements-torch.txt"):
+        read_tensors(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_without_pytorch_a_plain_state_dict_is_read_all_the_same(tmp_path, without_pytorch, zipped):
+    """As torchvision's and pytorch-fid's files are."""
+    torch = pytest.importorskip("torch")
+    tensors = {"weight": torch.arange(6.0).reshape(2, 3).T, "count": torch.tensor(7)}
+    torch.save(tensors, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    without_pytorch()
+    read = read_tensors(tmp_path / "x.pth")
+    np.testing.assert_array_equal(read["weight"], np.arange(6.0, dtype=np.float32).reshape(2, 3).T, strict=True)
+    assert read["count"] == 7 and read.keys() == tensors.keys()
 
 
 def whole_file(path, suffix: str) -> bytes:

@@ -1,4 +1,6 @@
-"""Named arrays in files: .safetensors and .npz, and with PyTorch installed .pth, .pt and .ckpt."""
+"""Named arrays in files: .safetensors, .npz, and PyTorch's .pth, .pt and .ckpt.
+
+Without PyTorch installed, of the last three only plain dictionaries of tensors are read, and none is written."""
 
 import re
 import zipfile
@@ -15,6 +17,7 @@ from safetensors.numpy import save_file
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import whole_or_absent
+from ibq_jax.base.state_dict_pickle import read_state_dict
 
 PICKLED = (".pth", ".pt", ".ckpt")
 SUFFIXES = (".safetensors", ".npz", *PICKLED)
@@ -37,8 +40,8 @@ def open_tensors(path: str | Path) -> TensorFile:
     """The tensors of a file, whose format its name tells.
 
     Pickled files are read with weights_only=True, so that they cannot run code; of a checkpoint that keeps its tensors
-    under "state_dict", those are found. Raises UsageError for a file that is absent, cut short or foreign, and where a
-    pickled file meets no PyTorch.
+    under "state_dict", those are found. Without PyTorch, those that are plain dictionaries of tensors are read here.
+    Raises UsageError for a file that is absent, cut short or foreign, and for what takes PyTorch to be read.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -46,7 +49,7 @@ def open_tensors(path: str | Path) -> TensorFile:
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     if path.suffix in PICKLED:
-        return _Pickled(path)
+        return _Pickled(path) if _has_pytorch() else _StateDict(path)
     return _Safetensors(path) if path.suffix == ".safetensors" else _Npz(path)
 
 
@@ -85,6 +88,22 @@ class _Npz(TensorFile):
         self._tensors = {
             name: array.view(ml_dtypes.bfloat16) if array.dtype == "V2" else array for name, array in tensors.items()
         }
+        self.shapes = {name: array.shape for name, array in self._tensors.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._tensors.pop(name)
+
+
+class _StateDict(TensorFile):
+    """A PyTorch file as far as it can be read without PyTorch."""
+
+    def __init__(self, path: Path):
+        self.about = {}
+        try:
+            self._tensors = read_state_dict(path)
+        except UsageError as error:
+            hint = "PyTorch may read it: pip install -r requirements-torch.txt"
+            raise UsageError(f"{error}; {hint}") from error
         self.shapes = {name: array.shape for name, array in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
@@ -164,6 +183,14 @@ def _to_torch(array: np.ndarray, torch):
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def _has_pytorch() -> bool:
+    try:
+        _pytorch("reading")
+    except UsageError:
+        return False
+    return True
 
 
 def _pytorch(doing: str):
