@@ -69,8 +69,9 @@ class FeatureStatistics:
         merged._count = self._count + other._count
         share = other._count / max(merged._count, 1)
         step = other._mean - self._mean
+        between = np.sqrt(self._count * share) * step  # on both sides of the product: symmetric to the last bit
         merged._mean = self._mean + share * step
-        merged._scatter = self._scatter + other._scatter + np.outer(self._count * share * step, step)
+        merged._scatter = self._scatter + other._scatter + np.outer(between, between)
         return merged
 
     @property
