@@ -72,7 +72,16 @@ def test_a_healthy_tokenizer_has_nothing_to_be_looked_at(tokenizer):
         ({"adversary/hinge": 0.01 * FLAT}, "the discriminator wins", "act"),
         ({"adversary/hinge": FLAT}, "the discriminator tells nothing apart", "look"),
         ({"gradient_norm": np.where(np.arange(100) == 90, 40, 2 * FLAT)}, "gradients spike", "look"),
-        ({"loss/total": np.full(3, np.nan)}, "numbers are not finite", "act"),
+        (
+            {"validation/psnr": 23 - np.abs(np.linspace(-1, 2, 100)), "loss/l1": np.linspace(0.5, 0.1, 100)},
+            "overfitting",
+            "act",
+        ),
+        (
+            {"validation/psnr": 23 - np.abs(np.linspace(-1, 2, 100)), "loss/l1": np.linspace(0.1, 0.2, 100)},
+            "reconstructions have become worse",
+            "look",
+        ),
     ],
 )
 def test_one_thing_wrong_is_one_finding(tokenizer, wrong, title, severity):
@@ -85,8 +94,42 @@ def test_a_clip_that_is_always_on_is_told(tokenizer):
     assert found(WELL, config) == {"nearly every gradient is clipped": "look"}
 
 
-def test_a_run_that_has_not_ended_is_told(tokenizer):
+def test_a_run_that_has_not_ended_is_told_and_its_progress_is_no_complaint(tokenizer, generator):
     assert found(WELL, tokenizer, total_steps=2000) == {"the run has not ended": "look"}
+    rising = {"validation/psnr": np.linspace(18, 23, 100)}
+    assert found(WELL | rising, tokenizer, total_steps=2000) == {"the run has not ended": "look"}
+    findings = diagnose(history(WELL_DRAWN), generator, 2000)
+    assert not any("end" in finding.title for finding in findings if finding.severity == "fine")
+
+
+def test_only_a_rate_that_is_to_fall_is_said_not_to_have_fallen(tokenizer, generator):
+    (of_constant,), (of_falling,) = (
+        [finding.seen for finding in diagnose(history(scalars), config, 2000) if "not ended" in finding.title]
+        for scalars, config in ((WELL, tokenizer), (WELL_DRAWN, generator))
+    )
+    assert "learning rate" not in of_constant and "learning rate" in of_falling
+
+
+def test_why_a_run_stopped_itself_is_told_first(tokenizer):
+    reason = "step 1000: the codebook has collapsed"
+    first, *others = diagnose(history(WELL), tokenizer, 2000, stopped=reason)
+    assert (first.severity, first.title, first.seen) == ("act", "training stopped itself", reason)
+    assert all(finding.severity == "fine" for finding in others)
+
+
+def test_a_value_that_is_not_finite_is_told_even_if_later_ones_are(tokenizer, tmp_path):
+    lines = ['{"step": 1, "validation/psnr": 3.0}', '{"step": 2, "validation/psnr": NaN}', '{"step": 3, "loss/l1": 1}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    read = read_history(tmp_path / "metrics.jsonl")
+    assert read["validation/psnr"].steps.tolist() == [1]
+    (finding,) = (finding for finding in diagnose(read, tokenizer, 0) if finding.severity == "act")
+    assert finding.title == "numbers are not finite" and finding.seen == "validation/psnr at step 2"
+
+
+def test_a_discriminator_is_not_judged_before_it_starts(tokenizer):
+    config = tokenizer.copy_and_resolve_references().unlock()
+    config.discriminator.start_step = 1000
+    assert found(WELL | {"adversary/hinge": FLAT}, config) == {}
 
 
 def test_a_healthy_generator_has_nothing_to_be_looked_at(generator):
@@ -119,9 +162,10 @@ def test_nothing_logged_is_no_error(tokenizer, generator):
 
 def test_a_history_is_read_back_but_for_broken_lines(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "loss/total": 3.0}\n{"step": 2, "loss/total": 2.0, "grid": [[1.0, 2.0]]}\n[]\n{"step": 3, "loss/to'
+        '{"step": 1, "loss/total": 3.0}\n{"step": 2, "loss/total": 2.0, "grid": [[1.0, 2.0]]}\n[]\n'
+        '{"step": 3, "grid": [1.0]}\n{"step": 3, "loss/to'
     )
     read = read_history(tmp_path / "metrics.jsonl")
     assert read["loss/total"].steps.tolist() == [1, 2] and read["loss/total"].last == 2.0 and read.last_step == 2
-    assert read.unreadable == 2 and read.grids["grid"].tolist() == [[1.0, 2.0]]
+    assert read.unreadable == 3 and read.grids["grid"].tolist() == [[1.0, 2.0]]
     assert read_history(tmp_path / "absent.jsonl").series == {}

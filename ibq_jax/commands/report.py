@@ -2,35 +2,29 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from ibq_jax.autoregressive.run import find_tokenizer
-from ibq_jax.autoregressive.run import restore_run as restore_generator
-from ibq_jax.base.checkpoint import Restored
+from ibq_jax.autoregressive.run import CODES
 from ibq_jax.base.config import flatten
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import PARTIAL
 from ibq_jax.base.run import SavedRun, total_steps
+from ibq_jax.base.state import drop_schedule
 from ibq_jax.commands.arguments import Parser, output_file, underscored
-from ibq_jax.commands.evaluations import class_samples, validation_evaluator
 from ibq_jax.commands.records import FOLDER, words_of
-from ibq_jax.evaluate.curves import PANELS, colour_errors, plot, plot_grid, plot_ranks
+from ibq_jax.commands.report_pictures import pictures_of
+from ibq_jax.data.codes import read_fields
+from ibq_jax.evaluate.curves import PANELS, plot, plot_grid
 from ibq_jax.evaluate.doctor import diagnose
-from ibq_jax.evaluate.history import History, read_history
-from ibq_jax.evaluate.page import png_uri, render, shown
-from ibq_jax.tokenizer.run import restore_run as restore_tokenizer
-from ibq_jax.tokenizer.train import Trainer, to_uint8
+from ibq_jax.evaluate.history import History, Series, read_history
+from ibq_jax.evaluate.page import render
 
-PICTURES = 8  # originals beside reconstructions
-CODES_SHOWN = 16  # of the most used, and of the least
-CODES_AROUND = 5  # codes a side of the patch that a code is decoded in, so that the middle has no border near
-ERROR_FACTOR = 4
-WIDE = 96  # pixels of a small picture's side once it is enlarged
+NO_CURVES = "metrics.jsonl is not there or empty: there are no curves."
 KEY = {  # scalars at the head of a page: what they are called there, and how they are written
     "validation/psnr": ("PSNR, validation", "{:.2f} dB"),
     "validation/ssim": ("SSIM, validation", "{:.3f}"),
@@ -42,17 +36,28 @@ KEY = {  # scalars at the head of a page: what they are called there, and how th
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder tells without its weights."""
+    """What a run's folder tells without its weights. `stopped`: why training stopped itself, if that was the last it
+    did; `order_0`: nats, the entropy of a generator's validation codes alone, None where that is not known."""
 
     name: str
     folder: Path  # as it was given
     saved: SavedRun
     history: History
     evaluations: tuple[dict, ...]
+    stopped: str
+    order_0: float | None
+
+    @property
+    def config(self) -> ConfigDict:
+        return self.saved.config
 
     @property
     def stage(self) -> str:
-        return self.saved.config.stage
+        return self.config.stage
+
+    def findings(self, ends_at: int) -> list[dict]:
+        found = diagnose(self.history, self.config, ends_at, self.order_0, self.stopped)
+        return [asdict(finding) for finding in found]
 
 
 def main(argv: list[str]) -> None:
@@ -68,21 +73,33 @@ def main(argv: list[str]) -> None:
     runs = [_read(folder) for folder in folders]
     if len({run.stage for run in runs}) > 1:
         raise UsageError(f"--workdir={flags.workdir}: tokenizers and generators have no numbers in common")
+    if len({run.saved.workdir for run in runs}) < len(runs):
+        raise UsageError(f"--workdir={flags.workdir}: a run is named twice; a run beside itself shows nothing")
     out = flags.out or runs[0].saved.workdir / "report.html"
     if out.exists() and not flags.overwrite:
         raise UsageError(f"--out={out} exists already; give --overwrite to replace it")
-    html = _one(runs[0], say=print) if len(runs) == 1 else _several(runs)
+    html = _one(runs[0], say=print) if len(runs) == 1 else _several(runs, say=print)
     partial = out.with_name(out.name + PARTIAL)
-    partial.write_text(html)
+    partial.write_text(html, encoding="utf-8", errors="replace")
     partial.replace(out)
     print(f"wrote {out}: open it in a browser")
 
 
 def _read(folder: Path) -> Run:
     saved = SavedRun.find(folder)
-    files = sorted((saved.workdir / FOLDER).glob("*.json"))
+    stage = flatten(saved.config).get("stage")
+    if stage not in PANELS:
+        raise UsageError(f"{saved.workdir / 'config.json'}: stage is {stage!r}, not one of {', '.join(PANELS)}")
     history = read_history(saved.workdir / "metrics.jsonl")
-    return Run(saved.workdir.name, folder, saved, history, tuple(_evaluation(file) for file in files))
+    return Run(
+        name=saved.workdir.name,
+        folder=folder,
+        saved=saved,
+        history=history,
+        evaluations=tuple(_evaluation(file) for file in sorted((saved.workdir / FOLDER).glob("*.json"))),
+        stopped=_stopped(saved.workdir, history.last_step),
+        order_0=_order_0(saved.workdir / CODES),
+    )
 
 
 def _evaluation(path: Path) -> dict:
@@ -94,45 +111,101 @@ def _evaluation(path: Path) -> dict:
     return found
 
 
+def _stopped(workdir: Path, last_step: int) -> str:
+    """What the loop wrote when it stopped by itself; "" where training went on from before."""
+    for path in workdir.glob("stopped_step*_process0.json"):
+        try:
+            found = json.loads(path.read_text())
+            if found["step"] >= last_step:
+                return str(found["reason"])
+        except (ValueError, TypeError, KeyError):
+            continue  # cut short by a kill
+    return ""
+
+
+def _order_0(manifest: Path) -> float | None:
+    """Of an imported generator's codes it is not known."""
+    if not manifest.is_file():
+        return None
+    found = flatten(read_fields(manifest)).get("splits.validation.entropy")
+    return None if found is None else float(found)
+
+
 def _one(run: Run, say: Callable[[str], None]) -> str:
     """The page of a run. What cannot be made (no checkpoint, no data) is said there instead."""
-    missing = [] if run.history.series else ["metrics.jsonl is not there or empty: there are no curves."]
-    sections, step, ends_at, order_0 = {}, None, 0, _order_0(run)
+    missing = [] if run.history.series else [NO_CURVES]
+    sections, step, ends_at = {}, None, run.config.train.steps
+    where = run.saved.workdir if run.saved.step is None else run.saved.workdir / "checkpoints" / str(run.saved.step)
     try:
-        restore = _tokenizer_sections if run.stage == "tokenizer" else _generator_sections
-        restored, sections, absent = restore(run)
+        restored, sections, absent = pictures_of(where, run.stage)
         missing += absent
-        step, ends_at = restored.step, total_steps(run.saved.config, restored.metadata.get("steps_per_epoch", 0))
+        step, steps_per_epoch = restored.step, restored.metadata.get("steps_per_epoch", 0)
+        ends_at = total_steps(run.config, steps_per_epoch)
+        run = replace(run, history=_with_rate(run.history, run.config, steps_per_epoch))
     except UsageError as error:
         missing.append(f"no pictures: {error}")
     for sentence in missing:
         say(sentence)
-    levels = {} if order_0 is None else {"codes alone": order_0, "log K": math.log(run.saved.config.model.vocabulary)}
-    plots = [
-        plot(panel, {run.name: run.history}, levels if "loss/total" in panel.names else None)
-        for panel in PANELS[run.stage]
-    ]
-    stage = "tokenizer" if run.stage == "tokenizer" else "generator"
+    codes = sections.pop("codes", {"words": "", "ranks": "", "groups": []})
+    plots = {about: list(_plots(run, about)) for about in (False, True)}
     return render(
         title=run.name,
-        subtitle=f"{stage}, {run.folder}" + ("" if step is None else f", step {step:,}"),
+        subtitle=", ".join([_what(run.config), str(run.folder), *([] if step is None else [f"step {step:,}"])]),
         key=[
             (label, form.format(run.history[name].last)) for name, (label, form) in KEY.items() if name in run.history
         ],
         missing=missing,
-        findings=_findings(run, ends_at, order_0),
-        numbers=_numbers(run),
-        plots=[svg for svg in (*plots, *_grids(run)) if svg],
-        configs=[(run.name, run.saved.config.to_json_best_effort(indent=2))],
+        findings=[finding | {"run": ""} for finding in run.findings(ends_at)],
+        numbers=[_card(evaluation) for evaluation in run.evaluations],
+        plots=[svg for svg in plots[False] if svg],
+        codebook=codes | {"plots": [svg for svg in (*plots[True], codes["ranks"]) if svg]},
+        configs=[(run.name, run.config.to_json_best_effort(indent=2))],
         **sections,
     )
 
 
-def _several(runs: list[Run]) -> str:
+def _with_rate(history: History, config: ConfigDict, steps_per_epoch: int) -> History:
+    """A tokenizer logs no learning rate; where its config makes it change, it follows from there."""
+    if config.stage != "tokenizer" or "gradient_norm" not in history:
+        return history
+    optimizer = config.optimizer
+    unknown = optimizer.drop_epochs and not steps_per_epoch  # of imported weights
+    if unknown or not (optimizer.drop_epochs or optimizer.warmup_steps):
+        return history
+    drops = [epoch * steps_per_epoch for epoch in optimizer.drop_epochs]
+    rate = drop_schedule(optimizer.learning_rate, optimizer.warmup_steps, drops, optimizer.drop_factor)
+    steps = history["gradient_norm"].steps
+    rates = Series(steps, np.asarray([float(rate(step - 1)) for step in steps]))
+    return replace(history, series=history.series | {"optimizer/learning_rate": rates})
+
+
+def _plots(run: Run, about_codebook: bool) -> Iterator[str]:
+    levels = {}
+    if run.order_0 is not None:
+        levels = {"codes alone": run.order_0, "log K": math.log(run.config.model.vocabulary)}
+    for panel in PANELS[run.stage]:
+        if panel.codebook == about_codebook:
+            yield plot(panel, {run.name: run.history}, levels if "loss/total" in panel.names else None)
+    if not about_codebook:
+        for name, values in run.history.grids.items():
+            title = name.removeprefix("validation/").replace("_", " ")
+            yield plot_grid(values, title[:1].upper() + title[1:])
+
+
+def _what(config: ConfigDict) -> str:
+    if config.stage == "tokenizer":
+        data, codebook = config.data, config.codebook
+        return f"tokenizer of {codebook.size:,} codes of {codebook.dim} dimensions, {data.name} at {data.image_size} px"
+    model = config.model
+    rows, columns = model.grid
+    return f"generator of {rows}x{columns} of {model.vocabulary:,} codes, {model.layers} layers of width {model.width}"
+
+
+def _several(runs: list[Run], say: Callable[[str], None]) -> str:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.folder) for run in runs]
-    fields = [flatten(run.saved.config) for run in runs]
+    fields = [flatten(run.config) for run in runs]
     every = sorted(set().union(*fields))
     differing = [name for name in every if len({repr(field.get(name)) for field in fields}) > 1]
     logged = sorted(set().union(*(run.history.series for run in runs)))
@@ -141,37 +214,28 @@ def _several(runs: list[Run]) -> str:
         (name, [f"{run.history[name].last:.4g}" if name in run.history else "" for run in runs]) for name in last
     ]
     named = list(zip(names, runs, strict=True))
+    missing = [f"{name}: {NO_CURVES}" for name, run in named if not run.history.series]
+    for sentence in missing:
+        say(sentence)
     histories = {name: run.history for name, run in named}
     return render(
         title=", ".join(names),
-        subtitle=f"{len(runs)} runs of one stage",
+        subtitle=f"{len(runs)} {'tokenizers' if runs[0].stage == 'tokenizer' else 'generators'} side by side",
+        missing=missing,
         runs=names,
         findings=[
             finding | {"run": name}
             for name, run in named
-            for finding in _findings(run, 0, _order_0(run))
+            for finding in run.findings(run.config.train.steps)
             if finding["severity"] != "fine"
         ],
         differences=[(name, [str(field.get(name, "")) for field in fields]) for name in differing],
+        steps=[f"step {run.history.last_step:,}" for run in runs],
         comparison=comparison,
-        numbers=[card | {"title": f"{name}: {card['title']}"} for name, run in named for card in _numbers(run)],
+        measured=list(_side_by_side(runs)),
         plots=[svg for svg in (plot(panel, histories) for panel in PANELS[runs[0].stage]) if svg],
-        configs=[(name, run.saved.config.to_json_best_effort(indent=2)) for name, run in named],
+        configs=[(name, run.config.to_json_best_effort(indent=2)) for name, run in named],
     )
-
-
-def _findings(run: Run, ends_at: int, order_0: float | None) -> list[dict]:
-    return [asdict(finding) | {"run": ""} for finding in diagnose(run.history, run.saved.config, ends_at, order_0)]
-
-
-def _order_0(run: Run) -> float | None:
-    """Of a generator's codes, as the newest evaluation has it."""
-    found = [evaluation["metrics"]["order_0"] for evaluation in run.evaluations if "order_0" in evaluation["metrics"]]
-    return found[-1] if found else None
-
-
-def _numbers(run: Run) -> list[dict]:
-    return [_card(evaluation) for evaluation in run.evaluations]
 
 
 def _card(evaluation: Mapping) -> dict:
@@ -186,90 +250,24 @@ def _card(evaluation: Mapping) -> dict:
     }
 
 
-def _grids(run: Run) -> Iterator[str]:
-    for name, values in run.history.grids.items():
-        yield plot_grid(values, name.removeprefix("validation/").replace("_", " "))
-
-
-def _tokenizer_sections(run: Run) -> tuple[Restored, dict, list[str]]:
-    trainer, restored = restore_tokenizer(_place(run))
-    try:
-        evaluator = validation_evaluator(trainer, trainer.config.evaluate.examples)
-    except UsageError as error:
-        return restored, {}, [f"no reconstructions and no use of codes: {error}"]
-    params, side = restored.state.ema, trainer.config.data.image_size
-    pairs = evaluator.picture(params, PICTURES)
-    original, reconstruction = pairs[:side].astype(float), pairs[side:].astype(float)
-    error = np.abs(original - reconstruction).mean(axis=-1) / 255 * ERROR_FACTOR
-    picture = np.concatenate([pairs, colour_errors(np.minimum(error, 1.0))])
-    caption = (
-        "Validation images, their reconstructions, and the mean absolute error of the three colours: black is none, "
-        f"the brightest is {255 // ERROR_FACTOR} grey levels and more."
-    )
-    counts = evaluator.histogram(params)
-    return (
-        restored,
-        {
-            "pictures": [shown(picture, caption, "Reconstructions", max(1, WIDE // side))],
-            "codebook": _codebook(trainer, params, counts),
-        },
-        [],
-    )
-
-
-def _codebook(trainer: Trainer, params: Mapping, counts: np.ndarray) -> dict:
-    """Which codes are used how often on validation images, and what the first and the last of them look like."""
-    used = np.flatnonzero(counts)
-    ranked = used[np.argsort(-counts[used], kind="stable")]
-    groups = {"The most used codes": ranked[:CODES_SHOWN], "The least used ones that are used": ranked[-CODES_SHOWN:]}
-    patches = _patches(trainer, params, np.concatenate(list(groups.values())))
-    shown_groups = []
-    for title, codes in groups.items():
-        own, patches = patches[: len(codes)], patches[len(codes) :]
-        shown_groups.append(
-            {
-                "title": title,
-                "codes": [
-                    {"number": int(code), "count": f"{counts[code] / counts.sum():.2%}", "uri": png_uri(patch)}
-                    for code, patch in zip(codes, own, strict=True)
-                ],
-            }
-        )
-    words = (
-        f"{len(used):,} of {len(counts):,} codes are chosen by {int(counts.sum()):,} tokens of validation images. A "
-        f"code is shown as the middle of what {CODES_AROUND}x{CODES_AROUND} of it decode to, with its share of them."
-    )
-    return {"words": words, "ranks": plot_ranks(counts), "groups": shown_groups}
-
-
-def _patches(trainer: Trainer, params: Mapping, codes: np.ndarray) -> np.ndarray:
-    """uint8 [N, p, p, 3]: the middle of what a square of each code decodes to."""
-    model = trainer.model.clone(mesh=None)
-    grid = np.broadcast_to(codes[:, None, None], (len(codes), CODES_AROUND, CODES_AROUND)).astype(np.int32)
-    decode = jax.jit(lambda params, codes: to_uint8(model.apply({"params": params}, codes, method="decode")))
-    pictures = np.asarray(decode(jax.device_get(params), grid))
-    patch = pictures.shape[1] // CODES_AROUND
-    middle = slice(patch * (CODES_AROUND // 2), patch * (CODES_AROUND // 2 + 1))
-    return pictures[:, middle, middle]
-
-
-def _generator_sections(run: Run) -> tuple[Restored, dict, list[str]]:
-    trainer, restored, manifest = restore_generator(_place(run))
-    try:
-        tokenizer = find_tokenizer(trainer.config.tokenizer, manifest, needed=True)
-    except UsageError as error:
-        return restored, {}, [f"no samples: {error}"]
-    sheet = class_samples(trainer, restored.state.averaged, manifest, tokenizer)
-    sample = trainer.config.sample
-    caption = (
-        f"Guidance {sample.cfg_scale:g}, temperature {sample.temperature:g}, seed {trainer.config.seed}, not chosen."
-    )
-    return restored, {"pictures": [shown(sheet, caption, "Samples by class")]}, []
-
-
-def _place(run: Run) -> Path:
-    step = run.saved.step
-    return run.saved.workdir if step is None else run.saved.workdir / "checkpoints" / str(step)
+def _side_by_side(runs: Sequence[Run]) -> Iterator[dict]:
+    """A table for each way of measuring (split, protocol, weights): of every run the evaluation of its latest step."""
+    ways: dict[tuple, list[Mapping | None]] = {}
+    for column, run in enumerate(runs):
+        for found in sorted(run.evaluations, key=lambda evaluation: evaluation["step"]):
+            way = found["split"], found["protocol"]["name"], found["weights"], found["protocol"]["description"]
+            ways.setdefault(way, [None] * len(runs))[column] = found
+    for (split, protocol, weights, description), cells in ways.items():
+        words = [dict(words_of(found)) if found else {} for found in cells]
+        labels = dict.fromkeys(label for column in words for label in column)
+        yield {
+            "title": f"{split}, {weights} weights",
+            "protocol": protocol,
+            "description": description,
+            "of": [f"{found['images']:,} images, step {found['step']:,}" if found else "" for found in cells],
+            "rows": [(label, [column.get(label, "") for column in words]) for label in labels],
+            "marks": [found["marks"] if found else [] for found in cells],
+        }
 
 
 def _parser() -> Parser:

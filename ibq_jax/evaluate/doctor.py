@@ -13,19 +13,19 @@ from ml_collections import ConfigDict
 
 from ibq_jax.evaluate.history import History
 
-FALLEN = 0.8  # of its highest: usage moves by some hundredths from batch to batch, not by a fifth
+FALLEN = 0.8  # of its highest: a fifth of the codes that were in use are so no more
 LITTLE_USED = 0.5  # published IBQ codebooks use 84% and more of their codes (arXiv 2412.02692)
-UNEVEN = 0.2  # perplexity over used codes: half the mass on a tenth of the codes lies about here
+UNEVEN = 0.2  # perplexity over used codes: 0.17 where a tenth of them takes nine tenths of the tokens, evenly
 SATURATED = 0.9  # mean largest probability: the soft assignment's gradient falls with p (1 - p)
-GAIN_DB = 0.1  # PSNR in the last third that is worth training on for; what one sees begins at a few tenths
-LOST_DB = 0.2  # below the best
+GAIN_DB = 0.1  # PSNR gained in the last third: 2.3% of the squared error
+LOST_DB = 0.2  # PSNR below the best: 4.7% of the squared error
 D_WINS, CHANCE = 0.05, 1.0  # hinge loss: 0 is a discriminator never wrong; 1 is one that always answers 0
-NEAR_CHANCE = 0.02
-SPIKE = 10.0  # times the median gradient norm
+NEAR_CHANCE = 0.02  # of hinge loss: a guess
+SPIKE = 10.0  # times the median gradient norm: a guess
 ALWAYS_CLIPPED = 0.9  # of the steps: then the clip sets the step's size
-LEARNT_NOTHING = 0.05  # nats below the entropy of the codes' frequencies
-MEMORISES = 0.5  # nats that training lies below validation
-RISEN = 0.02  # nats above the lowest validation loss
+LEARNT_NOTHING = 0.05  # nats below the entropy of the codes' frequencies: 5% of the perplexity
+MEMORISES = 0.5  # nats that training lies below validation: a perplexity 1.6 times as high
+RISEN = 0.02  # nats above the lowest validation loss: 2% of the perplexity
 
 Severity = Literal["fine", "look", "act"]
 
@@ -40,16 +40,20 @@ class Finding:
     advice: str = ""
 
 
-def diagnose(history: History, config: ConfigDict, total_steps: int, order_0: float | None = None) -> list[Finding]:
+def diagnose(
+    history: History, config: ConfigDict, total_steps: int, order_0: float | None = None, stopped: str = ""
+) -> list[Finding]:
     """The findings of a run, the gravest first. `total_steps`: that the run is to have, 0 where that is not known;
-    `order_0`: nats, the entropy of a generator's codes alone."""
+    `order_0`: nats, the entropy of a generator's codes alone; `stopped`: why training stopped itself, if it did."""
     rules: tuple[Callable[..., Iterator[Finding]], ...]
+    ended = history.last_step >= total_steps
     if config.stage == "tokenizer":
-        rules = (_usage, _evenness, _saturation, _psnr, _discriminator)
+        rules = (_usage, _evenness, _saturation, _discriminator)
         findings = [finding for rule in rules for finding in rule(history, config)]
+        findings += _psnr(history, ended)
     else:
-        findings = [*_likelihood(history, order_0), *_by_heart(history)]
-    findings += [*_gradients(history, config), *_ending(history, total_steps)]
+        findings = [*_likelihood(history, order_0, ended), *_by_heart(history)]
+    findings += [*_gradients(history, config), *_ending(history, config, total_steps, stopped), *_unread(history)]
     order = ("act", "look", "fine")
     return sorted(findings, key=lambda finding: order.index(finding.severity))
 
@@ -59,7 +63,11 @@ def _usage(history: History, config: ConfigDict) -> Iterator[Finding]:
         return
     usage = history["codebook/usage"]
     last, highest = usage.last, float(usage.values.max())
-    seen = f"{last:.1%} of {config.codebook.size:,} codes in the last window of steps, {highest:.1%} at its highest"
+    dead = round((1 - last) * config.codebook.size)
+    seen = (
+        f"{last:.1%} of {config.codebook.size:,} codes in the last window of steps ({dead:,} were never chosen there), "
+        f"{highest:.1%} at its highest"
+    )
     advice = (
         "raise loss.entropy_weight, lower optimizer.learning_rate, or take fewer codebook.dim; "
         "convert --prune drops the codes that are not used"
@@ -96,7 +104,7 @@ def _saturation(history: History, _: ConfigDict) -> Iterator[Finding]:
         )
 
 
-def _psnr(history: History, _: ConfigDict) -> Iterator[Finding]:
+def _psnr(history: History, ended: bool) -> Iterator[Finding]:
     name = "validation/psnr"
     if name not in history or len(history[name].steps) < 3:
         return
@@ -104,26 +112,54 @@ def _psnr(history: History, _: ConfigDict) -> Iterator[Finding]:
     best = int(np.argmax(psnr.values))
     gained = psnr.last - float(psnr.tail(1 / 3).values[0])
     if psnr.values[best] - psnr.last > LOST_DB:
-        yield Finding(
-            "look",
-            "reconstructions have become worse",
-            f"{psnr.values[best]:.2f} dB at step {psnr.steps[best]:,}, {psnr.last:.2f} dB at the end",
-            "take the best checkpoint (checkpoint.keep_best); where a discriminator trades PSNR for looks, look",
-        )
+        step = int(psnr.steps[best])
+        seen = f"validation PSNR was {psnr.values[best]:.2f} dB at step {step:,} and is {psnr.last:.2f} dB now"
+        fell = _training_error_since(history, step)
+        if fell is not None and fell > 0:
+            yield Finding(
+                "act",
+                "overfitting",
+                f"{seen}, while the training error loss/l1 fell by {fell:.1%}",
+                "take the best checkpoint (checkpoint.keep_best); more images, or fewer model.channels",
+            )
+        else:
+            yield Finding(
+                "look",
+                "reconstructions have become worse",
+                seen,
+                "take the best checkpoint (checkpoint.keep_best); where a discriminator trades PSNR for looks, look",
+            )
     elif gained > GAIN_DB:
-        yield Finding(
-            "look",
-            "still improving when it ended",
-            f"validation PSNR rose by {gained:.2f} dB in the last third, to {psnr.last:.2f}",
-            "a larger train.steps goes on from the last checkpoint",
-        )
+        seen = f"validation PSNR rose by {gained:.2f} dB in the last third, to {psnr.last:.2f}"
+        yield _improving(seen, ended)
     else:
-        seen = f"PSNR moved by {gained:+.2f} dB in the last third, to {psnr.last:.2f}"
-        yield Finding("fine", "trained to the end", seen)
+        yield _level(f"PSNR moved by {gained:+.2f} dB in the last third, to {psnr.last:.2f}", ended)
 
 
-def _discriminator(history: History, _: ConfigDict) -> Iterator[Finding]:
-    if "adversary/hinge" not in history:
+def _training_error_since(history: History, step: int) -> float | None:
+    """The share of the training error at `step` that is gone at the end: means of as many values, up to the step and
+    up to the last."""
+    if "loss/l1" not in history:
+        return None
+    error = history["loss/l1"]
+    before, now = error.values[error.steps <= step], error.tail(0.1).values
+    return 1 - float(np.mean(now) / np.mean(before[-len(now) :])) if before.any() else None
+
+
+def _improving(seen: str, ended: bool) -> Finding:
+    if not ended:
+        return Finding("fine", "still improving", seen)
+    return Finding(
+        "look", "still improving when it ended", seen, "a larger train.steps goes on from the last checkpoint"
+    )
+
+
+def _level(seen: str, ended: bool) -> Finding:
+    return Finding("fine", "trained to the end" if ended else "hardly moving, with steps to come", seen)
+
+
+def _discriminator(history: History, config: ConfigDict) -> Iterator[Finding]:
+    if "adversary/hinge" not in history or history.last_step <= config.discriminator.start_step:
         return
     hinge = float(np.median(history["adversary/hinge"].tail(0.25).values))
     seen = f"hinge loss {hinge:.3f} in the last quarter (0: never wrong, {CHANCE:g}: knows nothing)"
@@ -166,7 +202,7 @@ def _gradients(history: History, config: ConfigDict) -> Iterator[Finding]:
         )
 
 
-def _likelihood(history: History, order_0: float | None) -> Iterator[Finding]:
+def _likelihood(history: History, order_0: float | None, ended: bool) -> Iterator[Finding]:
     if "validation/loss" not in history:
         return
     loss = history["validation/loss"]
@@ -187,14 +223,9 @@ def _likelihood(history: History, order_0: float | None) -> Iterator[Finding]:
         )
     elif len(loss.steps) > 2 and float(loss.tail(1 / 3).values[0]) - loss.last > RISEN:
         fell = float(loss.tail(1 / 3).values[0]) - loss.last
-        yield Finding(
-            "look",
-            "still improving when it ended",
-            f"validation loss fell by {fell:.3f} nats in the last third, to {loss.last:.3f}",
-            "a larger train.steps trains on",
-        )
-    else:
-        yield Finding("fine", "trained to the end", f"validation loss {loss.last:.3f} nats")
+        yield _improving(f"validation loss fell by {fell:.3f} nats in the last third, to {loss.last:.3f}", ended)
+    elif len(loss.steps) > 2:
+        yield _level(f"validation loss {loss.last:.3f} nats", ended)
 
 
 def _by_heart(history: History) -> Iterator[Finding]:
@@ -211,17 +242,22 @@ def _by_heart(history: History) -> Iterator[Finding]:
         )
 
 
-def _ending(history: History, total_steps: int) -> Iterator[Finding]:
+def _ending(history: History, config: ConfigDict, total_steps: int, stopped: str) -> Iterator[Finding]:
+    if stopped:
+        yield Finding("act", "training stopped itself", stopped)
+    elif total_steps and history.last_step < total_steps:
+        seen = f"step {history.last_step:,} of {total_steps:,}"
+        if config.stage == "autoregressive" or config.optimizer.drop_epochs:
+            seen += ": the learning rate has not come to its end either"
+        yield Finding("look", "the run has not ended", seen, "the same train command goes on")
+
+
+def _unread(history: History) -> Iterator[Finding]:
+    """What was logged and cannot be drawn."""
     if history.unreadable:
-        yield Finding("look", "lines of metrics.jsonl cannot be read", f"{history.unreadable} of them", "")
-    if total_steps and history.last_step < total_steps:
-        yield Finding(
-            "look",
-            "the run has not ended",
-            f"step {history.last_step:,} of {total_steps:,}: the learning rate has not come to its end either",
-            "the same train command goes on",
-        )
-    bad = [name for name, series in history.series.items() if not np.isfinite(series.last)]
-    if bad:
+        seen = f"{history.unreadable} of them, left out here; a kill while a line is written does that to one"
+        yield Finding("look", "lines of metrics.jsonl cannot be read", seen)
+    if history.not_finite:
+        seen = ", ".join(f"{name} at step {step:,}" for name, step in sorted(history.not_finite.items()))
         advice = "dtype=float32, or a lower optimizer.learning_rate"
-        yield Finding("act", "numbers are not finite", ", ".join(bad), advice)
+        yield Finding("act", "numbers are not finite", seen, advice)

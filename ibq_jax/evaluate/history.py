@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +28,13 @@ class Series:
 
 @dataclass(frozen=True)
 class History:
-    """`series` of scalars by name, the last `grids` [h, w] by name, and how many lines could not be read."""
+    """`series` of scalars by name, without values that are not finite; the last step of such by name in `not_finite`;
+    the last `grids` [h, w] by name; and how many lines could not be read."""
 
     series: dict[str, Series]
     grids: dict[str, np.ndarray]
     unreadable: int = 0
+    not_finite: dict[str, int] = field(default_factory=dict)
 
     @property
     def last_step(self) -> int:
@@ -47,23 +49,31 @@ class History:
 
 def read_history(path: Path) -> History:
     """Of a metrics.jsonl; empty where there is none. A line that a kill cut short is counted and left out."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    grids, unreadable = {}, 0
+    found: dict[str, dict[int, float]] = {}
+    grids, unreadable, not_finite = {}, 0, {}
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
             step = int(row.pop("step"))
             for name, value in row.items():
                 if isinstance(value, list):
-                    grids[name] = np.asarray(value, np.float64)
+                    grids[name] = _grid(value)
+                elif math.isfinite(value):
+                    found.setdefault(name, {})[step] = float(value)  # the newest, where a step was taken again
                 else:
-                    found.setdefault(name, []).append((step, float(value)))
-        except (ValueError, TypeError, KeyError, AttributeError):
+                    not_finite[name] = step
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             unreadable += 1
-    return History({name: _series(points) for name, points in found.items()}, grids, unreadable)
+    return History({name: _series(points) for name, points in found.items()}, grids, unreadable, not_finite)
 
 
-def _series(points: list[tuple[int, float]]) -> Series:
-    newest = {step: value for step, value in points if math.isfinite(value)} or {points[-1][0]: math.nan}
-    steps = sorted(newest)
-    return Series(np.asarray(steps), np.asarray([newest[step] for step in steps]))
+def _grid(rows: list) -> np.ndarray:
+    values = np.asarray(rows, np.float64)
+    if values.ndim != 2:
+        raise ValueError(f"a grid has rows and columns, not {values.ndim} dimensions")
+    return values
+
+
+def _series(points: dict[int, float]) -> Series:
+    steps = sorted(points)
+    return Series(np.asarray(steps), np.asarray([points[step] for step in steps]))

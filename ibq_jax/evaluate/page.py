@@ -9,14 +9,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 TEMPLATE = "page.html.jinja"
+NOTHING_ELSE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # what the page may load and run
 SECTIONS = (
     "key",
     "missing",
     "findings",
     "runs",
     "differences",
+    "steps",
     "comparison",
+    "measured",
     "numbers",
+    "strip",
     "pictures",
     "plots",
     "codebook",
@@ -39,7 +43,7 @@ def render(title: str, subtitle: str, **sections) -> str:
     )
     environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     given = dict.fromkeys(SECTIONS, ()) | sections
-    return environment.get_template(TEMPLATE).render(title=title, subtitle=subtitle, **given)
+    return environment.get_template(TEMPLATE).render(title=title, subtitle=subtitle, policy=NOTHING_ELSE, **given)
 
 
 def png_uri(picture: np.ndarray) -> str:
