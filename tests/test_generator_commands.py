@@ -25,13 +25,6 @@ from ibq_jax.evaluate import sample_set
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    assert main(["prepare", "openmoji", "--size=16", f"--data_dir={folder}"]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory, data_dir):
     return save_run(tmp_path_factory.mktemp("runs") / "tok", data_dir)
 

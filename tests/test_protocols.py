@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.evaluate.protocols import INCEPTION_SIDE, PROTOCOLS, find_protocol, for_inception
+from ibq_jax.evaluate.inception import SIDE
+from ibq_jax.evaluate.protocols import PROTOCOLS, find_protocol, for_inception
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 24, 36, 3), np.uint8)
 
@@ -53,7 +54,7 @@ def test_bicubic_is_pillows_on_floats():
         for image, net_input in zip(images, seen, strict=True):
             for channel in range(3):
                 grey = Image.fromarray(image[..., channel].astype(np.float32))
-                resized = np.asarray(grey.resize((INCEPTION_SIDE, INCEPTION_SIDE), Image.Resampling.BICUBIC))
+                resized = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
                 np.testing.assert_allclose(net_input[..., channel], (resized - 128) / 128, atol=2e-4)
 
 
@@ -61,7 +62,7 @@ def test_from_the_corner_is_tensorflow_ones_bilinear():
     seen = np.asarray(for_inception(jnp.asarray(IMAGES, jnp.float32) / 255, "corner")) * 2 - 1
     height, width = IMAGES.shape[1:3]
     for row, column in ((0, 0), (13, 200), (298, 298), (150, 7)):
-        y, x = row * height / INCEPTION_SIDE, column * width / INCEPTION_SIDE
+        y, x = row * height / SIDE, column * width / SIDE
         top, left = int(y), int(x)
         bottom, right, down, across = min(top + 1, height - 1), min(left + 1, width - 1), y - top, x - left
         grey = IMAGES[0].astype(np.float64)

@@ -19,13 +19,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    assert main(["prepare", "openmoji", "--size=16", f"--data_dir={folder}"]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
 def runs(tmp_path_factory, data_dir) -> dict[str, Path]:
     """A tokenizer's run and one of another learning rate, a few steps long, and a generator's."""
     folder = tmp_path_factory.mktemp("runs")

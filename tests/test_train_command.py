@@ -22,13 +22,6 @@ from ibq_jax.data.pipeline import evaluation_batches, open_split
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    assert main(["prepare", "openmoji", "--size=16", f"--data_dir={folder}"]) == 0
-    return folder
-
-
-@pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     """Compiled once for all the processes that these tests start."""
     return tmp_path_factory.mktemp("compiled")

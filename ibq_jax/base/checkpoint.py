@@ -20,7 +20,6 @@ from ibq_jax.base.errors import UsageError
 WEIGHTS_ONLY = "weights_only"  # in the metadata of a checkpoint that holds part of a state
 WRITTEN_AT_ONCE = 2**26  # bytes of an array, and of a file: larger arrays are cut, so that no second copy is held
 
-
 Wanted = Callable[[str], bool]  # whether a leaf is to be read, by its name: "params/encoder/conv_in/kernel"
 
 

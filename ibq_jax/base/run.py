@@ -135,7 +135,7 @@ class SavedRun:
 
         Raises UsageError when nothing is saved yet.
         """
-        checkpoints = self._checkpoints()
+        checkpoints = self._open()
         shapes, _ = abstract_state(create_state, mesh, self.config.seed)
         wanted = everything if whole else _no_moment
         if self.step is None:
@@ -144,10 +144,10 @@ class SavedRun:
 
     def saved_step(self) -> int:
         """The step asked for, or the newest. Raises UsageError when nothing is saved yet."""
-        steps = self._checkpoints().steps
+        steps = self._open().steps
         return steps[-1] if self.step is None else self.step
 
-    def _checkpoints(self) -> Checkpoints:
+    def _open(self) -> Checkpoints:
         if not (self.workdir / "checkpoints").is_dir():
             raise UsageError(f"{self.workdir} has no checkpoint yet")
         checkpoints = _checkpoints(self.workdir, self.config)

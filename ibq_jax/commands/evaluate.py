@@ -41,14 +41,15 @@ def main(argv: list[str]) -> None:
     if flags.samples is not None:
         evaluate_set(flags)
         return
-    generator = SavedRun.find(flags.run).config.stage == "autoregressive"
+    saved = SavedRun.find(flags.run)
+    generator = saved.config.stage == "autoregressive"
     _refuse(flags, generator)
     if not generator:
-        _evaluate_tokenizer(flags)
+        _evaluate_tokenizer(flags, saved.workdir)
     elif flags.num is not None:
-        evaluate_drawn(flags)
+        evaluate_drawn(flags, saved)
     else:
-        _evaluate_generator(flags)
+        _evaluate_generator(flags, saved.workdir)
 
 
 def _refuse(flags: Namespace, generator: bool) -> None:
@@ -65,14 +66,11 @@ def _refuse(flags: Namespace, generator: bool) -> None:
         raise UsageError(f"--num and --reference are of generated pictures; {flags.run} is a tokenizer's run")
 
 
-def _evaluate_tokenizer(flags: Namespace) -> None:
+def _evaluate_tokenizer(flags: Namespace, workdir: Path) -> None:
     trainer, restored = restore_tokenizer(flags.run)
     trainer = replace(trainer, config=_with_data(trainer.config, flags))
     data, protocol = trainer.config.data, PROTOCOLS[flags.protocol or "clean"]
-    judges = find_judges(KINDS, vars(flags))
-    for sentence in judges.absent:
-        print(sentence)
-    evaluator = validation_evaluator(trainer, flags.examples, protocol, judges)
+    evaluator = validation_evaluator(trainer, flags.examples, protocol, find_judges(KINDS, vars(flags)))
     params = restored.state.ema if flags.weights == "ema" else restored.state.params
     metrics = dict(evaluator(params))
     images = int(metrics["images"])
@@ -89,7 +87,7 @@ def _evaluate_tokenizer(flags: Namespace) -> None:
         codes=trainer.config.codebook.size,
     )
     show(found)
-    keep(found, SavedRun.find(flags.run).workdir, f"{protocol.name}-{found['split']}", flags.json)
+    keep(found, workdir, f"{protocol.name}-{found['split']}", flags.json)
     if flags.pictures:
         _write_picture(evaluator.picture(params, flags.columns, flags.rows), data.image_size, flags.pictures)
         print(f"wrote {flags.pictures} (originals above, reconstructions below)")
@@ -102,7 +100,7 @@ def _with_data(config: ConfigDict, flags: Namespace) -> ConfigDict:
     return config
 
 
-def _evaluate_generator(flags: Namespace) -> None:
+def _evaluate_generator(flags: Namespace, workdir: Path) -> None:
     trainer, restored, _ = restore_generator(flags.run)
     params = restored.state.averaged if flags.weights == "ema" else restored.state.params
     codes, split = flags.codes or trainer.config.codes, flags.split or "validation"
@@ -133,7 +131,7 @@ def _evaluate_generator(flags: Namespace) -> None:
     show(found)
     rows = np.exp(measured.by_position.mean(axis=1))
     print(f"  perplexity by rows of the picture, top to bottom: {' '.join(f'{row:.0f}' for row in rows)}")
-    keep(found, SavedRun.find(flags.run).workdir, f"likelihood-{found['split']}", flags.json)
+    keep(found, workdir, f"likelihood-{found['split']}", flags.json)
 
 
 def _write_picture(picture: np.ndarray, image_size: int, path: Path) -> None:

@@ -29,8 +29,6 @@ def tokenizer_evaluation(trainer: Trainer) -> tuple[run.Evaluate, run.Picture]:
     """For `ibq_jax.tokenizer.run.train`."""
     asked = trainer.config.evaluate
     judges = find_judges([kind for kind in asked.judges.split(",") if kind], {})
-    for sentence in judges.absent:
-        print(sentence)
     evaluator = validation_evaluator(trainer, asked.examples, find_protocol(asked.protocol), judges)
 
     def evaluate(params: dict) -> dict[str, float]:

@@ -24,9 +24,8 @@ NETS = ("inception", "efficientnet")
 SETS = "samples"  # of a run: the sets that were drawn to be judged
 
 
-def evaluate_drawn(flags: Namespace) -> None:
+def evaluate_drawn(flags: Namespace, saved: SavedRun) -> None:
     """Of a generator's run: draws --num pictures, or goes on drawing them, and judges them."""
-    saved = SavedRun.find(flags.run)
     step = saved.saved_step()
     checkpoint = saved.workdir / "checkpoints" / str(step)
     (saved.workdir / SETS).mkdir(exist_ok=True)
@@ -49,10 +48,7 @@ def _evaluate(flags: Namespace, saved: SavedRun | None, step: int | None) -> Non
     mesh = make_mesh({"data": -1})
     check_batch(flags.batch_size, mesh, 1, "--batch_size")
     pictures = PictureSet(flags.samples)
-    judges = find_judges(NETS, vars(flags))
-    for sentence in judges.absent:
-        print(sentence)
-    judge = PictureJudge(judges, protocol, mesh)
+    judge = PictureJudge(find_judges(NETS, vars(flags)), protocol, mesh)
     where, reference = _reference(flags, saved, judge)
     generated = judge(pictures.batches(flags.batch_size))
     metrics = dict(compare(generated, reference, protocol))

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from ibq_jax.api import Tokenizer
 from ibq_jax.autoregressive.run import find_tokenizer
 from ibq_jax.autoregressive.run import restore_run as restore_generator
 from ibq_jax.base.checkpoint import Restored
@@ -91,10 +92,9 @@ def _codes(trainer: Trainer, params: Mapping, counts: np.ndarray) -> dict:
 
 def _patches(trainer: Trainer, params: Mapping, codes: np.ndarray) -> np.ndarray:
     """uint8 [N, p, p, 3]: the middle of what a square of each code decodes to."""
-    model = trainer.model.clone(mesh=None)
-    grid = np.broadcast_to(codes[:, None, None], (len(codes), CODES_AROUND, CODES_AROUND)).astype(np.int32)
-    decode = jax.jit(lambda params, codes: to_uint8(model.apply({"params": params}, codes, method="decode")))
-    pictures = np.asarray(decode(jax.device_get(params), grid))
+    tokenizer = Tokenizer(trainer.model.clone(mesh=None), jax.device_get(params))
+    grid = np.broadcast_to(codes[:, None, None], (len(codes), CODES_AROUND, CODES_AROUND))
+    pictures = np.asarray(to_uint8(tokenizer.decode(grid)))
     patch = pictures.shape[1] // CODES_AROUND
     middle = slice(patch * (CODES_AROUND // 2), patch * (CODES_AROUND // 2 + 1))
     return pictures[:, middle, middle]

@@ -74,8 +74,9 @@ class PictureJudge:
 def compare(generated: Seen, reference: Seen, protocol: Protocol) -> Iterator[tuple[str, float]]:
     """Yields (name, value): the distances that both have statistics for, inception_score and its deviation between
     groups of the protocol's size, precision and recall of the first features that both have, images."""
-    for name in generated.statistics.keys() & reference.statistics.keys():
-        yield name, generated.statistics[name].frechet(reference.statistics[name])
+    for name, statistics in generated.statistics.items():
+        if name in reference.statistics:
+            yield name, statistics.frechet(reference.statistics[name])
     if LOGITS in generated.features:
         rows = protocol.score_rows or generated.images
         mean, deviation = inception_score(generated.features[LOGITS], split_rows=rows)

@@ -28,14 +28,9 @@ Features = dict[str, jax.Array]  # by the name of their distance
 
 @dataclass(frozen=True)
 class Judges:
-    """`weights` of those that were found, by kind; `absent`: a sentence on every other one that was asked for."""
+    """`weights` of those that were found, by kind."""
 
     weights: Mapping[str, dict]
-    absent: tuple[str, ...] = ()
-
-    @property
-    def lpips_nets(self) -> tuple[str, ...]:
-        return tuple(net for net in LPIPS_NETS if net in self.weights)
 
     @property
     def distances(self) -> tuple[str, ...]:
@@ -53,21 +48,21 @@ def few_images(metrics: Iterable[str], images: int) -> list[str]:
     return [f"unreliable, since {images:,} images are few: {', '.join(few)}"] if few else []
 
 
-def find_judges(kinds: Sequence[str], files: Mapping[str, str]) -> Judges:
-    """Those of `kinds` whose weights are here; `files`: where the user says they are, by kind.
+def find_judges(kinds: Sequence[str], files: Mapping[str, str], say: Callable[[str], None] = print) -> Judges:
+    """Those of `kinds` whose weights are here, the others are said; `files`: where the user says they are, by kind.
 
     Raises UsageError for an unknown kind, a file that was named and is absent, or one that holds another net.
     """
-    weights, absent = {}, []
+    weights = {}
     for kind in kinds:
         if kind not in KINDS:
             raise UsageError(f"no net for evaluation is named {kind!r}; there are {', '.join(KINDS)}")
         path = _file(kind, files)
         if path is None:
-            absent.append(_absence(kind))
+            say(_absence(kind))
         else:
             weights[kind] = LOADERS[kind](path)
-    return Judges(weights, tuple(absent))
+    return Judges(weights)
 
 
 def features_of(weights: Mapping[str, dict], pictures: jax.Array, protocol: Protocol) -> Features:

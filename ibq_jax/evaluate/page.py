@@ -53,11 +53,6 @@ def png_uri(picture: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def shown(picture: np.ndarray, caption: str, heading: str = "", enlarged: int = 1) -> dict:
-    """A picture uint8 [H, W, 3] for the section of that name, `enlarged` by the browser."""
-    return {
-        "uri": png_uri(picture),
-        "width": picture.shape[1] * enlarged,
-        "caption": caption,
-        "heading": heading,
-    }
+def shown(picture: np.ndarray, caption: str, heading: str = "") -> dict:
+    """A picture uint8 [H, W, 3] for the section of that name."""
+    return {"uri": png_uri(picture), "width": picture.shape[1], "caption": caption, "heading": heading}

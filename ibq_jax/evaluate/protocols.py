@@ -14,9 +14,9 @@ import numpy as np
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.evaluate.image_metrics import truncate_to_uint8
+from ibq_jax.evaluate.inception import SIDE
 from ibq_jax.tokenizer.train import to_float, to_uint8
 
-INCEPTION_SIDE = 299
 # What the released evaluation makes of an original's grey levels: scaled to [-1, 1] and back, fractions cut off.
 TRUNCATED = np.asarray(((np.arange(256) / 127.5 - 1.0).astype(np.float32) + 1) / 2 * np.float32(255.0)).astype(np.uint8)
 
@@ -56,8 +56,8 @@ class Protocol:
 
     def as_seen(self, images: jax.Array) -> jax.Array:
         """What a feature net sees of images uint8 or float in [-1, 1]: float32 in [0, 1]."""
-        if self.features_of == "uint8":
-            images = to_float(to_uint8(images) if images.dtype != jnp.uint8 else images)
+        if self.features_of == "uint8" and images.dtype != jnp.uint8:
+            images = to_uint8(images)
         return (jnp.clip(to_float(images), -1.0, 1.0) + 1.0) / 2.0
 
     def mean(self, values: np.ndarray) -> float:
@@ -141,7 +141,7 @@ def for_inception(images: jax.Array, resizing: str) -> jax.Array:
     if resizing == "bilinear":
         return images
     if resizing == "bicubic":
-        shape = (images.shape[0], INCEPTION_SIDE, INCEPTION_SIDE, 3)
+        shape = (images.shape[0], SIDE, SIDE, 3)
         resized = jax.image.resize(images, shape, "cubic", antialias=True)
     else:
         resized = _resized_from_corner(images)
@@ -152,7 +152,7 @@ def _resized_from_corner(images: jax.Array) -> jax.Array:
     """Bilinearly, output pixel i at i * size / 299 of the input: half a pixel off, as TensorFlow 1 did it."""
     for axis in (1, 2):
         size = images.shape[axis]
-        place = np.arange(INCEPTION_SIDE) * (size / INCEPTION_SIDE)
+        place = np.arange(SIDE) * (size / SIDE)
         first = np.floor(place).astype(np.int32)
         share = (place - first).astype(np.float32).reshape([-1 if i == axis else 1 for i in range(images.ndim)])
         below, above = (jnp.take(images, np.minimum(first + i, size - 1), axis=axis) for i in (0, 1))
