@@ -88,6 +88,11 @@ def _imagenet256(
     config.sample.top_k = 0
     config.sample.top_p = 1.0
 
+    config.watch = ConfigDict()
+    config.watch.slow_factor = 10.0  # times its usual duration that a part of a step may take, before stacks are dumped
+    config.watch.slow_seconds = 60.0  # and at least so long
+    config.watch.hang_seconds = 3600.0  # after which the process ends, to be started again; 0: never
+
     config.log = ConfigDict()
     config.log.every = 50  # steps between scalars
     config.log.images_every = 10_000

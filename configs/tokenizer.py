@@ -102,6 +102,9 @@ def _imagenet256(codebook_size: int, epochs: int = 330, drop_epochs: tuple[int, 
     config.watch.window_tokens = 2**22  # a code is in use if a token of this window chose it
     config.watch.usage_floor = 0.02  # a run whose usage falls under it after warmup_steps is stopped
     config.watch.warmup_steps = 2_000
+    config.watch.slow_factor = 10.0  # times its usual duration that a part of a step may take, before stacks are dumped
+    config.watch.slow_seconds = 60.0  # and at least so long
+    config.watch.hang_seconds = 3600.0  # after which the process ends, to be started again; 0: never
 
     config.log = ConfigDict()
     config.log.every = 50  # steps between scalars

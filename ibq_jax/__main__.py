@@ -2,15 +2,21 @@
 
 Exit codes: 0 done, 2 wrong use (one line says what), 1 failed, 143 (SIGTERM) or 130 (Ctrl-C) stopped with everything
 saved: not 0, since a scheduler must see that the work is not done.
+
+Run by several processes at once (IBQ_PROCESSES, see `ibq_jax.base.processes`), all are given the same arguments; the
+first one talks, the others print nothing but errors.
 """
 
+import contextlib
 import errno
 import importlib
 import os
 import sys
+import traceback
 from pathlib import Path
 
-from ibq_jax.base.errors import Failed, UsageError
+from ibq_jax.base.errors import Failed, Interrupted, UsageError, one_line
+from ibq_jax.base.supervise import supervised
 
 COMMANDS = {
     "prepare": "makes a data set: openmoji, a folder of images, tar shards, ImageNet",
@@ -22,6 +28,7 @@ COMMANDS = {
     "tokenize": "stores the codes that a tokenizer gives a data set's images, to train a generator on",
     "plan": "compiles a config's training step for TPUs that are not here: memory, time at best, collectives",
 }
+TOGETHER = ("train", "tokenize", "sample", "evaluate")  # commands that several processes share
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
@@ -35,33 +42,63 @@ def main(argv: list[str]) -> int:
     if name not in COMMANDS:
         print(f"ibq_jax: there is no command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if not os.environ.get("IBQ_PROCESSES"):
+        return _run(name, rest)
+    if name not in TOGETHER:
+        print(f"ibq_jax {name}: it runs in one process: unset IBQ_PROCESSES", file=sys.stderr)
+        return 2
+    return supervised(f"ibq_jax {name}", lambda: _run(name, rest))
+
+
+def _run(name: str, argv: list[str]) -> int:
     cache = Path("~/.cache/ibq_jax/compiled").expanduser()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))  # the second start skips most of the compilation
-    from ibq_jax.base.loop import Interrupted  # not before --help: JAX takes a second to import
+    from ibq_jax.base import processes  # not before --help: JAX takes a second to import
 
     try:
-        importlib.import_module(f"ibq_jax.commands.{name}").main(rest)
-    except UsageError as error:
-        print(f"ibq_jax {name}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            print(f"ibq_jax {name}: the disk is full ({error.filename or error}); free room and rerun", file=sys.stderr)
-        elif error.errno in NOT_ALLOWED:
-            print(f"ibq_jax {name}: {error.filename}: {error.strerror}", file=sys.stderr)
-        else:
+        processes.join(name, stop_together=name == "train")
+        with _silent() if processes.index() else contextlib.nullcontext():
+            importlib.import_module(f"ibq_jax.commands.{name}").main(argv)
+        processes.leave()
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        words, code = _explained(error)
+        if words is None:
+            if processes.joined():
+                processes.wait_for_news(error)
+                traceback.print_exc()
+                processes.fail(one_line(error), 1)
             raise
-        return 2
-    except Failed as failed:
-        print(f"ibq_jax {name}: {failed}", file=sys.stderr)
-        return 1
-    except Interrupted as interrupted:
-        print(f"ibq_jax {name}: {interrupted}", file=sys.stderr)
-        return 128 + interrupted.signal
-    except KeyboardInterrupt:
-        print(f"ibq_jax {name}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        print(f"ibq_jax {name}: {words}", file=sys.stderr)
+        if isinstance(error, Interrupted):
+            processes.leave()
+        elif processes.joined():
+            processes.fail(words, code)
+        return code
+
+
+@contextlib.contextmanager
+def _silent():
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _explained(error: BaseException) -> tuple[str | None, int]:
+    """(the one line for an error that a person is meant to read, the exit code); None for a fault of this program."""
+    match error:
+        case UsageError():
+            return str(error), 2
+        case OSError() if error.errno in DISK_FULL:
+            return f"the disk is full ({error.filename or error}); free room and rerun", 2
+        case OSError() if error.errno in NOT_ALLOWED:
+            return f"{error.filename}: {error.strerror}", 2
+        case Failed():
+            return str(error), 1
+        case Interrupted():
+            return str(error), 128 + error.signal
+        case KeyboardInterrupt():
+            return "interrupted", 130
+    return None, 1
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ FREE_FIELDS = (
     "log.",
     "evaluate.",
     "checkpoint.",
+    "watch.",
     "loss.implementation",
     "loss.block_size",
     "model.remat",
@@ -85,6 +86,7 @@ def train(
     config: ConfigDict,
     workdir: Path,
     make_evaluation: Callable[[Trainer, Mapping, TokenizerWeights | None], tuple[Evaluate, Pictures]],
+    profile: range = range(0),
 ) -> GeneratorState:
     """Trains `config` in `workdir`, or continues what is there, to the end; returns the last state.
 
@@ -123,7 +125,9 @@ def train(
     def complete(state: GeneratorState) -> GeneratorState:
         return state if codebook is None else _with_codebook(state, codebook)
 
-    return train_to_the_end(workdir, config, mesh, stage, trainer.create_state, batches_from, steps_per_epoch, complete)
+    return train_to_the_end(
+        workdir, config, mesh, stage, trainer.create_state, batches_from, steps_per_epoch, complete, profile
+    )
 
 
 def restore_run(path: Path) -> tuple[Trainer, Restored, dict]:

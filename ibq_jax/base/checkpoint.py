@@ -16,6 +16,7 @@ from flax.traverse_util import unflatten_dict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.processes import barrier, first_failure
 
 WEIGHTS_ONLY = "weights_only"  # in the metadata of a checkpoint that holds part of a state
 WRITTEN_AT_ONCE = 2**26  # bytes of an array, and of a file: larger arrays are cut, so that no second copy is held
@@ -120,9 +121,12 @@ class Checkpoints:
         damaged = []
         for step in reversed(self.steps):
             try:
-                restored = self.restore_step(step, abstract_state, wanted)
+                restored, reason = self.restore_step(step, abstract_state, wanted), None
             except Exception as error:  # Orbax wraps what TensorStore says of a damaged file in a bare Exception
-                damaged.append((step, _reason(error)))
+                restored, reason = None, _reason(error)
+            reason = first_failure("restored", reason)  # a file may be damaged that only one process reads
+            if reason is not None:
+                damaged.append((step, reason))
                 continue
             for broken, reason in damaged:
                 aside = self._set_aside(broken)
@@ -133,8 +137,12 @@ class Checkpoints:
         return None
 
     def restore_step(self, step: int, abstract_state, wanted: Wanted = everything) -> Restored:
-        """One step's state and metadata. Raises UsageError when it is of another structure or other shapes."""
-        metadata = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+        """One step's state and metadata. Raises UsageError when it is of another structure or other shapes.
+
+        Processes read independently of each other, without the manager, in which one that fails makes the others hang.
+        """
+        folder = self.directory / str(step)
+        metadata = ocp.JsonCheckpointHandler().restore(folder / "metadata", args=ocp.args.JsonRestore())
         part = bool(metadata.get(WEIGHTS_ONLY))
         saved = self._check_shapes(step, abstract_state, part)
         asked = jax.tree_util.tree_map_with_path(
@@ -142,15 +150,16 @@ class Checkpoints:
             _named(abstract_state, saved) if part else abstract_state,
         )
         how = ocp.checkpoint_utils.construct_restore_args(asked)
-        arrays = ocp.args.PyTreeRestore(asked, restore_args=how)
-        state = self._manager.restore(step, args=ocp.args.Composite(state=arrays))["state"]
+        state = ocp.PyTreeCheckpointHandler().restore(
+            folder / "state", args=ocp.args.PyTreeRestore(asked, restore_args=how)
+        )
         leaves = {name: leaf for name, leaf in _leaves(state).items() if leaf is not ocp.PLACEHOLDER}
         state = jax.tree_util.tree_map_with_path(lambda path, _: leaves.get(_name(path)), abstract_state)
         return Restored(step, state, metadata)
 
     def _check_shapes(self, step: int, abstract_state, part: bool) -> dict[str, tuple[int, ...]]:
         """The shapes that were saved; where they are a `part` of the state, what else is asked may be absent."""
-        saved = _shapes(self._manager.item_metadata(step)["state"].tree)
+        saved = _shapes(ocp.PyTreeCheckpointHandler().metadata(self.directory / str(step) / "state").tree)
         asked = _shapes(abstract_state)
         for name in sorted(saved.keys() if part else saved.keys() | asked.keys()):
             if saved.get(name) != asked.get(name):
@@ -162,11 +171,13 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> epath.Path:
         broken = self.directory / "broken" / str(step)
-        broken.parent.mkdir(parents=True, exist_ok=True)
         while broken.exists():
             broken = broken.with_name(broken.name + "_again")
+        barrier("broken")  # every process has found the same name
         if jax.process_index() == 0:
+            broken.parent.mkdir(parents=True, exist_ok=True)
             (self.directory / str(step)).rename(broken)
+        barrier("broken")
         self._manager.reload()
         return broken
 

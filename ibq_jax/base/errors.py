@@ -13,3 +13,28 @@ class Failed(RuntimeError):
 
     The command line prints its message and exits with code 1.
     """
+
+
+class Interrupted(RuntimeError):
+    """A SIGTERM or Ctrl-C (`signal`) was honoured: everything is saved, and the same command continues.
+
+    The command line prints its message and exits with 128 + `signal`.
+    """
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.signal = number
+
+
+LONGEST_SHOWN = 300  # characters of a foreign message in ours
+
+
+def printable(words: str) -> str:
+    """`words` with control characters and undecodable bytes escaped, fit for a terminal and for UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in words)
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says of foreign bytes: printable, on one line, not too long, never nothing."""
+    words = printable(" ".join(str(error).split())) or type(error).__name__
+    return words if len(words) <= LONGEST_SHOWN else words[: LONGEST_SHOWN - 3] + "..."

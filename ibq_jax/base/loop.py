@@ -1,8 +1,8 @@
 """The one training loop of both stages.
 
 A stage brings its compiled step and what to do every so often; the loop brings order: it queues a step, examines the
-one before, evaluates, saves, and stops cleanly on SIGTERM or Ctrl-C. No step whose numbers were not examined is ever
-saved, so every checkpoint is a healthy one.
+one before, evaluates, saves, and stops cleanly on SIGTERM or Ctrl-C, all processes at the same step. No step whose
+numbers were not examined is ever saved, so every checkpoint is a healthy one.
 """
 
 import contextlib
@@ -18,22 +18,16 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from ibq_jax.base import processes
 from ibq_jax.base.checkpoint import Checkpoints
-from ibq_jax.base.errors import Failed
+from ibq_jax.base.errors import Failed, Interrupted
 from ibq_jax.base.sharding import global_batch
 from ibq_jax.base.telemetry import Telemetry
+from ibq_jax.base.timing import STEP, Parts
 
 
 class TrainingStopped(Failed):
     """Training went wrong by itself (a collapse, a non-finite loss); the message says what was seen and what to try."""
-
-
-class Interrupted(RuntimeError):
-    """A SIGTERM or Ctrl-C (`signal`) was honoured: everything is saved, and the same command continues."""
-
-    def __init__(self, number: int, message: str):
-        super().__init__(message)
-        self.signal = number
 
 
 class Stage(Protocol):
@@ -74,6 +68,8 @@ class Loop:
     telemetry: Telemetry
     workdir: Path
     metadata: dict
+    parts: Parts = field(default_factory=Parts)
+    profile: range = range(0)  # steps whose trace is written to workdir/profile
     _pending: tuple | None = field(default=None, init=False)
     _signal: int | None = field(default=None, init=False)
 
@@ -82,25 +78,30 @@ class Loop:
 
         Raises TrainingStopped (nothing unhealthy saved; the batch's indices under workdir) or Interrupted (saved).
         """
-        with self._signals(), contextlib.closing(batches):
+        queueing = "first step"  # which is compiled
+        with self._signals(), contextlib.closing(batches), self._tracing() as trace:
             for step in range(start_step + 1, self.pace.total_steps + 1):
-                batch = next(batches)
+                trace(step)
+                with self.parts("data"):
+                    batch = next(batches)
                 indices = batch["index"]
                 arrays = {name: rows for name, rows in batch.items() if name != "index"}
-                state, metrics = self.stage.step(state, global_batch(arrays, self.mesh))
+                with self.parts(queueing):
+                    state, metrics = self.stage.step(state, global_batch(arrays, self.mesh))
                 self._examine_pending()
                 self._pending = (step, metrics, indices)
                 self._occasionally(step, state)
+                queueing = STEP
             self._examine_pending()
         return state
 
     def _occasionally(self, step: int, state) -> None:
         pace, last = self.pace, step == self.pace.total_steps
-        stopping = self._signal is not None
+        stopping = self._signal is not None or processes.asked_to_stop(step)
         metrics = None
         if last or step % pace.evaluate_every == 0:
             self._examine_pending()
-            with self.telemetry.aside():
+            with self._aside("evaluation"):
                 measured = self.stage.evaluate(state)
             metrics = {name: value for name, value in measured.items() if np.ndim(value) == 0}
             self.telemetry.scalars(step, metrics)
@@ -108,19 +109,45 @@ class Loop:
                 self.telemetry.grid(step, name, measured[name])
             self.telemetry.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
         if last or step % pace.images_every == 0:
-            with self.telemetry.aside():
+            with self._aside("pictures"):
                 for name, picture in self.stage.pictures(state).items():
                     self.telemetry.images(step, name, picture)
         if last or stopping or step % pace.checkpoint_every == 0:
             self._examine_pending()
-            with self.telemetry.aside():
+            with self._aside("checkpoint"):
                 self.checkpoints.save(step, state, self.metadata | {"step": step}, metrics)
                 if last or stopping:
                     self.checkpoints.wait()
+            self.telemetry.goodput(step)
         if stopping and not last:
-            name = signal.Signals(self._signal).name
-            message = f"{name}: saved step {step} of {pace.total_steps}; the same command continues from it"
-            raise Interrupted(self._signal, message)
+            number = self._signal or signal.SIGTERM
+            message = f"saved step {step} of {pace.total_steps}; the same command continues from it"
+            raise Interrupted(number, f"{signal.Signals(number).name}: {message}")
+
+    @contextlib.contextmanager
+    def _aside(self, part: str):
+        with self.parts(part), self.telemetry.aside():
+            yield
+
+    @contextlib.contextmanager
+    def _tracing(self):
+        """To be called with every step before it is queued: starts and ends the trace of the steps of `profile`."""
+        tracing = False
+
+        def trace(step: int) -> None:
+            nonlocal tracing
+            if tracing and step == self.profile.stop:
+                self._examine_pending()  # the last step's work is in the trace
+                jax.profiler.stop_trace()
+                tracing = False
+                self.telemetry.say(f"wrote the trace of {len(self.profile)} steps to {self.workdir / 'profile'}")
+            elif self.profile and step == self.profile.start:
+                self._examine_pending()
+                jax.profiler.start_trace(str(self.workdir / "profile"))
+                tracing = True
+
+        yield trace
+        trace(self.profile.stop)
 
     def _examine_pending(self) -> None:
         """Waits for the last queued step (not for the one being queued), and looks at its numbers."""
@@ -130,7 +157,9 @@ class Loop:
         self._pending = None
         due = step % self.pace.log_every == 0 or step == self.pace.total_steps
         try:
-            if not bool(metrics["finite"]):
+            with self.parts(STEP):
+                finite = bool(metrics["finite"])
+            if not finite:
                 numbers = {name: float(value) for name, value in metrics.items()}
                 bad = ", ".join(name for name, value in numbers.items() if not math.isfinite(value))
                 raise TrainingStopped(
@@ -139,8 +168,10 @@ class Loop:
                 )
             if due:
                 values = {name: float(value) for name, value in jax.device_get(metrics).items() if name != "finite"}
-                self.telemetry.scalars(step, values)
-                self.telemetry.line(step, self.stage.describe(values))
+                with self.parts("logging"):
+                    self.telemetry.scalars(step, values)
+                    self.telemetry.line(step, self.stage.describe(values))
+                self.telemetry.time(step, self.parts.take())
                 self.stage.examine(step, values)
         except TrainingStopped as stopped:
             self._save_batch(step, indices, str(stopped))
@@ -154,12 +185,17 @@ class Loop:
 
     @contextlib.contextmanager
     def _signals(self):
-        """SIGTERM and Ctrl-C ask for a save, while a run goes on. Only a main thread may say so."""
+        """SIGTERM and Ctrl-C ask for a save, while a run goes on. Only a main thread may say so.
+
+        Of several processes, each leaves SIGTERM to JAX, which finds a step for all; Ctrl-C becomes one.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
+        handlers = {signal.SIGTERM: self._on_signal, signal.SIGINT: self._on_signal}
+        if processes.joined():
+            handlers = {signal.SIGINT: lambda *_: signal.raise_signal(signal.SIGTERM)}
+        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
         finally:

@@ -2,8 +2,10 @@
 
 workdir/config.json     the resolved config          workdir/checkpoints/    Orbax, one folder a step
 workdir/metrics.jsonl   every logged scalar          workdir/events/         the same for TensorBoard, with pictures
+workdir/timing.jsonl    where the time went          workdir/stacks_*.txt    of all threads, when something hung
 """
 
+import sys
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +16,17 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from ibq_jax.base.checkpoint import Checkpoints, Restored, everything
-from ibq_jax.base.config import differences, read_config, save_config
+from ibq_jax.base.config import differences, flatten, read_config, save_config
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.loop import Loop, Pace, Stage
-from ibq_jax.base.sharding import abstract_state, create_sharded
+from ibq_jax.base.processes import barrier, check_alike
+from ibq_jax.base.sharding import abstract_state, create_sharded, describe_mesh
 from ibq_jax.base.telemetry import Telemetry
+from ibq_jax.base.timing import Parts
+from ibq_jax.base.watchdog import Watchdog
 
 IMPORTED = "imported.json"  # in a run that was made of a file of weights: where they come from
+ELSEWHERE = ("data.dir", "data.workers", "data.threads", "codes", "tokenizer", "loss.perceptual_file")  # may differ
 NETWORKS = ("stage:", "model.", "codebook.")
 BESIDE = (
     "model.dropout",
@@ -38,8 +44,10 @@ def claim(workdir: Path, config: ConfigDict, free_fields: tuple[str, ...]) -> No
     """Makes `workdir` this config's, or checks that it is; `free_fields` (names, or beginnings) may differ, and of
     imported weights that were not trained on yet all that does not say what the networks are.
 
-    Raises UsageError naming the other fields that differ.
+    Every process calls it. Raises UsageError naming the other fields that differ, from the run's or between processes.
     """
+    fields = {name: value for name, value in flatten(config).items() if name not in ELSEWHERE}
+    check_alike("configs", fields | {"workdir": str(workdir)})
     path = workdir / "config.json"
     if path.exists():
         differing = differences(read_config(path), config, ignore=free_fields)
@@ -47,6 +55,7 @@ def claim(workdir: Path, config: ConfigDict, free_fields: tuple[str, ...]) -> No
             differing = [field for field in differing if field.startswith(NETWORKS) and not field.startswith(BESIDE)]
         if differing:
             raise UsageError(f"{workdir} holds a run of another config ({'; '.join(differing)}); use another --workdir")
+    barrier("claim")  # every process has looked at the old config
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         save_config(config, path)
@@ -66,12 +75,14 @@ def train_to_the_end(
     batches_from: Callable[[int], Batches],
     steps_per_epoch: int,
     complete: Callable = lambda state: state,
+    profile: range = range(0),
 ):
     """Trains from the newest whole checkpoint, or from `create_state(seed)`, to the last step; returns the last state.
 
     `complete` puts into a fresh state what does not come from a seed. `batches_from(step)` makes the batches that
-    follow that step. Raises what `ibq_jax.base.loop.Loop.run` raises.
+    follow that step. A trace of the steps of `profile` is written. Raises what `ibq_jax.base.loop.Loop.run` raises.
     """
+    print(describe_mesh(mesh))
     checkpoints = _checkpoints(workdir, config)
     state, start_step = _start(create_state, mesh, config.seed, checkpoints, complete)
     pace = Pace(
@@ -85,9 +96,21 @@ def train_to_the_end(
         print(f"complete: step {start_step} of {pace.total_steps}; a larger train.steps goes on from there")
     telemetry = Telemetry(workdir, start_step, pace.total_steps, enabled=jax.process_index() == 0)
     metadata = {"config": config.to_dict(), "steps_per_epoch": steps_per_epoch}
-    loop = Loop(stage, mesh, pace, checkpoints, telemetry, workdir, metadata)
+    parts, watch = Parts(), config.watch
+    watchdog = Watchdog(
+        parts,
+        workdir / f"stacks_process{jax.process_index()}.txt",
+        factor=watch.slow_factor,
+        seconds=watch.slow_seconds,
+        hang_seconds=watch.hang_seconds,
+        say=lambda words: print(words, file=sys.stderr),
+    )
+    loop = Loop(stage, mesh, pace, checkpoints, telemetry, workdir, metadata, parts, profile)
     try:
-        return loop.run(state, batches_from(start_step), start_step)
+        with watchdog:
+            state = loop.run(state, batches_from(start_step), start_step)
+        telemetry.sum_up()
+        return state
     finally:
         telemetry.close()
         checkpoints.close()

@@ -56,6 +56,20 @@ def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def describe_mesh(mesh: Mesh) -> str:
+    """The devices, and which axes of the mesh stay inside a process: one line."""
+    processes = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    count = len(np.unique(processes))
+    words = []
+    for number, (axis, size) in enumerate(mesh.shape.items()):
+        lines = np.moveaxis(processes, number, -1).reshape(-1, size)
+        spanned = max(len(np.unique(line)) for line in lines)
+        where = "" if count == 1 or size == 1 else f" (over {spanned} processes)" if spanned > 1 else " (in a process)"
+        words.append(f"{axis}={size}{where}")
+    kind = mesh.devices.flat[0].device_kind
+    return f"{count} processes, {mesh.size} devices ({kind}), {mesh.size // count} each; mesh {', '.join(words)}"
+
+
 def compiler_options(mesh: Mesh) -> dict[str, bool]:
     """For `jax.jit(..., compiler_options=)` of a training step on the devices of `mesh`.
 

@@ -15,6 +15,8 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from ibq_jax.base.timing import Timeline, goodput, shares
+
 GRID_PIXELS = 16  # of a value's square in a grid's picture
 
 
@@ -31,6 +33,8 @@ class Telemetry:
         _keep_until(self._path, start_step)
         self._file = self._path.open("a")
         self._events = SummaryWriter(str(workdir / "events"), purge_step=start_step + 1, flush_secs=10)
+        self._timeline = Timeline(workdir / "timing.jsonl")
+        self._timeline.add(start_step, {}, start=True)
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -67,6 +71,27 @@ class Telemetry:
         self._clock, self._clock_step = now, step
         left = tqdm.format_interval((self.total_steps - step) / rate) if rate > 0 else "?"
         self.say(f"step {step}/{self.total_steps}  {rate:.2f} steps/s  {left} left  {words}")
+
+    def time(self, step: int, seconds: Mapping[str, float]) -> None:
+        """`seconds` by part of the run, since the last call: to timing.jsonl, and as shares to TensorBoard."""
+        if not self._enabled:
+            return
+        self._timeline.add(step, seconds)
+        for name, share in shares(self._timeline.rows[-1:]).items():
+            self._events.add_scalar(f"time/{name}", share, step)
+
+    def goodput(self, step: int) -> None:
+        """To TensorBoard; takes a look at every row of timing.jsonl."""
+        if self._enabled:
+            self._events.add_scalar("time/goodput", goodput(self._timeline.rows), step)
+
+    def sum_up(self) -> None:
+        """Says where the time went, over all starts of the run."""
+        if not self._enabled or not shares(self._timeline.rows):
+            return
+        words = ", ".join(f"{name} {share:.1%}" for name, share in shares(self._timeline.rows).items())
+        starts = sum(row["start"] for row in self._timeline.rows)
+        self.say(f"time: {words}; goodput {goodput(self._timeline.rows):.1%} over {starts} start(s)")
 
     @contextlib.contextmanager
     def aside(self):

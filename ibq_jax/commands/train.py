@@ -1,5 +1,6 @@
 """`train`: a config and a work folder in, a trained run out."""
 
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from ibq_jax.autoregressive.run import train as train_generator
@@ -23,6 +24,13 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--config", required=True, help="FILE.py:PRESET, such as configs/tokenizer.py:openmoji64")
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the run, made when it is not there")
+    parser.add_argument(
+        "--profile",
+        type=_steps,
+        default=range(0),
+        metavar="STEP:COUNT",
+        help="write a trace of COUNT steps from STEP on",
+    )
     flags, rest = parser.parse_known_args(underscored(argv))
     overrides = [argument for argument in rest if argument.startswith(PREFIX)]
     for argument in rest:
@@ -32,6 +40,16 @@ def main(argv: list[str]) -> None:
     if config.stage not in STAGES:
         raise UsageError(f"{flags.config} is of stage {config.stage!r}; the stages are {', '.join(STAGES)}")
     train, make_evaluation, following = STAGES[config.stage]
-    train(config, flags.workdir, make_evaluation)
+    train(config, flags.workdir, make_evaluation, flags.profile)
     print(f"wrote {flags.workdir}/ (checkpoints, metrics.jsonl, events for TensorBoard)")
     print(f"next: python -m ibq_jax {following.format(flags.workdir)}")
+    if flags.profile:
+        print(f"the trace: tensorboard --logdir={flags.workdir}/profile (pip install tensorboard xprof)")
+
+
+def _steps(text: str) -> range:
+    """argparse type: STEP:COUNT."""
+    first, _, steps = text.partition(":")
+    if not (first.isdecimal() and steps.isdecimal() and int(first) and int(steps)):
+        raise ArgumentTypeError(f"{text!r} is not STEP:COUNT, such as 100:5")
+    return range(int(first), int(first) + int(steps))

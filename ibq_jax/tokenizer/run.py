@@ -31,6 +31,9 @@ FREE_FIELDS = (
     "checkpoint.",
     "watch.usage_floor",
     "watch.warmup_steps",
+    "watch.slow_factor",
+    "watch.slow_seconds",
+    "watch.hang_seconds",
     "codebook.block_size",
     "model.remat",
     "train.steps",
@@ -77,7 +80,10 @@ class TokenizerStage:
 
 
 def train(
-    config: ConfigDict, workdir: Path, make_evaluation: Callable[[Trainer], tuple[Evaluate, Picture]]
+    config: ConfigDict,
+    workdir: Path,
+    make_evaluation: Callable[[Trainer], tuple[Evaluate, Picture]],
+    profile: range = range(0),
 ) -> TokenizerState:
     """Trains `config` in `workdir`, or continues what is there, to the end; returns the last state.
 
@@ -100,7 +106,9 @@ def train(
     def batches_from(step: int):
         return training_batches(source, start_step=step, **_batch_fields(config))
 
-    return train_to_the_end(workdir, config, mesh, stage, trainer.create_state, batches_from, steps_per_epoch)
+    return train_to_the_end(
+        workdir, config, mesh, stage, trainer.create_state, batches_from, steps_per_epoch, profile=profile
+    )
 
 
 def restore_run(path: Path, whole: bool = False) -> tuple[Trainer, Restored]:

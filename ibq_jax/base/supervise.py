@@ -1,0 +1,43 @@
+"""One process of a job in a child of its own, so that a violent end of it still ends with a sentence.
+
+JAX aborts a process whose coordinator is gone, the kernel kills one that runs out of memory; neither leaves room for a
+last word. Here the parent, which knows nothing of JAX, waits for the child and says what happened.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+PR_SET_PDEATHSIG = 1  # Linux's prctl: a signal for this process when its parent dies
+
+REASONS = {
+    signal.SIGABRT: "JAX ended it, because process 0 is gone or cannot be reached any more (its lines are above)",
+    signal.SIGKILL: "something killed it: a person, the scheduler, or the kernel when memory ran out",
+}
+
+
+def supervised(name: str, main: Callable[[], int]) -> int:
+    """The exit code of `main`, run in a forked child; 1, after one line on stderr, where a signal ended that.
+
+    SIGTERM is passed on; Ctrl-C reaches the child by itself. Has to be called before threads are started.
+    """
+    child = os.fork()
+    if not child:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        return main()
+    signal.signal(signal.SIGTERM, lambda number, _frame: os.kill(child, number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return code
+    number = signal.Signals(-code)
+    if number == signal.SIGTERM:
+        return 128 + number
+    print(
+        f"{name}: ended by {number.name}: {REASONS.get(number, 'a crash')}; the same command continues", file=sys.stderr
+    )
+    return 1
