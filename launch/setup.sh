@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with the pinned packages and this one, once; a later call returns at once unless a requirements file has changed.
-#   bash launch/setup.sh [EXTRA ...]      EXTRA: tests, torch, hub, tpu, cuda (requirements-EXTRA.txt); VENV=DIR makes another
+#   bash launch/setup.sh [EXTRA ...]      EXTRA: tests, torch, hub, beam, tpu, cuda, gcs (requirements-EXTRA.txt)
+#   VENV=DIR bash launch/setup.sh ...     makes another environment
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
