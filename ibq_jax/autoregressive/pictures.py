@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.autoregressive.run import TokenizerWeights
 from ibq_jax.autoregressive.sample import Sampler, filled
-from ibq_jax.base.sharding import batch_sharding, replicated
+from ibq_jax.base.sharding import batch_sharding, replicated, to_host
 from ibq_jax.tokenizer.train import to_float, to_uint8
 
 
@@ -52,7 +52,7 @@ class PictureSampler:
         codes = self._sampler(labels, numbers=numbers, prefix=prefix, **self._settings)
         size = self._sampler.round_size
         rounds = [codes[start : start + size] for start in range(0, len(codes), size)]
-        pictures = [np.asarray(self._decode(self._weights, filled(part, size, self._mesh))) for part in rounds]
+        pictures = [to_host(self._decode(self._weights, filled(part, size, self._mesh))) for part in rounds]
         return np.concatenate(pictures)[: len(codes)]
 
     def codes_of(self, image: np.ndarray) -> np.ndarray:

@@ -18,8 +18,9 @@ from ibq_jax.autoregressive.compile import jit_train_step
 from ibq_jax.autoregressive.train import GeneratorState, Trainer
 from ibq_jax.base.checkpoint import Restored
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.files import absolute
 from ibq_jax.base.run import SavedRun, claim, train_to_the_end
-from ibq_jax.base.sharding import make_mesh
+from ibq_jax.base.sharding import make_mesh, process_rows
 from ibq_jax.data.codes import CodeSource, check_manifest, open_codes, read_fields, training_code_batches
 from ibq_jax.tokenizer.extract import fingerprint
 from ibq_jax.tokenizer.model import TokenizerModel
@@ -93,7 +94,7 @@ def train(
     `make_evaluation(trainer, manifest, tokenizer)` makes what the stage shows; without a tokenizer no pictures.
     Raises UsageError (bad input), TrainingStopped or Interrupted (see `ibq_jax.base.loop`).
     """
-    workdir = Path(workdir).resolve()
+    workdir = absolute(workdir)
     mesh = make_mesh(config.mesh)
     check_config(config, mesh)
     source = _open_codes(config, workdir)
@@ -116,8 +117,7 @@ def train(
             batch_size=config.data.batch_size,
             seed=config.seed,
             start_step=step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=process_rows(mesh, config.data.batch_size),
             workers=config.data.workers,
             threads=config.data.threads,
         )

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ibq_jax.autoregressive.decode import Filter, generate, step_weights
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.sharding import batch_sharding, replicated
+from ibq_jax.base.sharding import batch_sharding, replicated, to_host
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -122,7 +122,7 @@ class Sampler:
             rows = slice(start, start + self.round_size)
             batch = self._batch(labels[rows], numbers[rows], prefix[rows], seed)
             codes = self._generate(self._model, keep, guided, self._params, self._weights, *batch, scales, divisor)
-            rounds.append(np.asarray(codes)[: len(labels[rows])])
+            rounds.append(to_host(codes)[: len(labels[rows])])
         return np.concatenate(rounds).reshape(-1, *self._model.grid)
 
     def _batch(self, labels: np.ndarray, numbers: np.ndarray, prefix: np.ndarray, seed: int) -> tuple:

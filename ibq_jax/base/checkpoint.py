@@ -16,6 +16,7 @@ from flax.traverse_util import unflatten_dict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.files import absolute, is_remote
 from ibq_jax.base.processes import barrier, first_failure
 
 WEIGHTS_ONLY = "weights_only"  # in the metadata of a checkpoint that holds part of a state
@@ -58,7 +59,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, keep_last: int = 1, keep_best: int = 0, best_metric: str = ""):
-        self.directory = epath.Path(directory).resolve()
+        self.directory = epath.Path(absolute(directory))
         policies = [LatestN(keep_last)]
         if keep_best:
             best, lowest = best_metric.removeprefix("-"), best_metric.startswith("-")
@@ -101,6 +102,8 @@ class Checkpoints:
 
     def _check_room(self, state) -> None:
         """Before Orbax starts: its writing threads tell a full disk in hundreds of lines, some after the end."""
+        if is_remote(self.directory):
+            return
         needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.directory).free
         if needed > free:
             raise self._unwritable(OSError(f"it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"))

@@ -8,9 +8,25 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from etils import epath
+
 from ibq_jax.base.errors import UsageError
 
+REMOTE = "://"  # in a path such as gs://bucket/run
 PARTIAL = ".partial"  # behind the name of a file that is being written
+
+
+def place(path: str | os.PathLike) -> Path:
+    """A path on this machine, or in a bucket (gs://bucket/...), with the same methods."""
+    return epath.Path(path) if is_remote(path) else Path(path)
+
+
+def absolute(path: str | os.PathLike) -> Path:
+    return place(path) if is_remote(path) else Path(path).resolve()
+
+
+def is_remote(path: os.PathLike) -> bool:
+    return REMOTE in str(path)
 
 
 @contextlib.contextmanager

@@ -116,6 +116,7 @@ class Loop:
             self._examine_pending()
             with self._aside("checkpoint"):
                 self.checkpoints.save(step, state, self.metadata | {"step": step}, metrics)
+                self.telemetry.keep()
                 if last or stopping:
                     self.checkpoints.wait()
             self.telemetry.goodput(step)

@@ -35,7 +35,7 @@ from ibq_jax.base.errors import Failed, UsageError, one_line
 PROCESSES, START_TIMEOUT, PEER_TIMEOUT = "IBQ_PROCESSES", "IBQ_START_TIMEOUT", "IBQ_PEER_TIMEOUT"
 BARRIER_SECONDS = 3600  # nothing that lies between two barriers takes longer; the dead are noticed much sooner
 BEAT_SECONDS = 1.0
-LAST_WORDS_SECONDS = 3.0  # that a process which failed stays, so that the others read why before the store is gone
+LAST_WORDS_SECONDS = 3.0  # that a failed process 0 stays: the store goes with it, and the others are to read why
 BEATS, FAILURES = "ibq/beats/", "ibq/failures/"
 CODE = Path(__file__).parents[1]
 
@@ -117,7 +117,8 @@ def fail(message: str, code: int) -> NoReturn:
     _watch.silence()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         global_state.client.key_value_set(f"{FAILURES}{jax.process_index()}", message, allow_overwrite=True)
-        time.sleep(LAST_WORDS_SECONDS)
+        if jax.process_index() == 0:
+            time.sleep(LAST_WORDS_SECONDS)
     _exit(code)
 
 

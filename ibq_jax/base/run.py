@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from ibq_jax.base.checkpoint import Checkpoints, Restored, everything
 from ibq_jax.base.config import differences, flatten, read_config, save_config
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.files import absolute, is_remote
 from ibq_jax.base.loop import Loop, Pace, Stage
 from ibq_jax.base.processes import barrier, check_alike
 from ibq_jax.base.sharding import abstract_state, create_sharded, describe_mesh
@@ -97,9 +98,10 @@ def train_to_the_end(
     telemetry = Telemetry(workdir, start_step, pace.total_steps, enabled=jax.process_index() == 0)
     metadata = {"config": config.to_dict(), "steps_per_epoch": steps_per_epoch}
     parts, watch = Parts(), config.watch
+    beside = Path.cwd() if is_remote(workdir) else workdir
     watchdog = Watchdog(
         parts,
-        workdir / f"stacks_process{jax.process_index()}.txt",
+        beside / f"stacks_process{jax.process_index()}.txt",
         factor=watch.slow_factor,
         seconds=watch.slow_seconds,
         hang_seconds=watch.hang_seconds,
@@ -144,7 +146,7 @@ class SavedRun:
 
         Raises UsageError when there is none, or it is not of the `stage` asked for, which `needed` names in words.
         """
-        path = Path(path).resolve()
+        path = absolute(path)
         step = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
         workdir = path if step is None else path.parent.parent
         config = read_config(workdir / "config.json")

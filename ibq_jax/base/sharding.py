@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ibq_jax.base.errors import UsageError
@@ -38,8 +39,10 @@ RULES = {
 def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
     """A mesh of `devices` (all of the job's by default); an axis of size -1 takes what the others leave.
 
-    Axes are Auto: the partitioner places what no annotation places, which Linen's logical names rely on.
-    Raises UsageError when the sizes do not multiply to the device count.
+    Inside a TPU slice it follows the chips' wiring; several slices share the axis `data`. Elsewhere devices are in the
+    order of the processes, so that the last axes stay inside a host where they fit it. Axes are Auto: the partitioner
+    places what no annotation places, which Linen's logical names rely on.
+    Raises UsageError when the sizes do not multiply to the device count, or do not fit the slices.
     """
     devices = jax.devices() if devices is None else devices
     unknown = sorted(set(sizes) - set(AXES))
@@ -53,7 +56,17 @@ def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
     if len(devices) % fixed or (-1 not in shape and fixed != len(devices)):
         raise UsageError(f"mesh {asked} does not fit {len(devices)} devices; the product must equal the device count")
     shape = tuple(len(devices) // fixed if size == -1 else size for size in shape)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    axis_types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+    if shape[0] % slices:
+        raise UsageError(
+            f"mesh {asked}: the devices are {slices} slices, between which only the axis {DATA!r} can lie, since the "
+            f"network there is slow; its size has to be a multiple of {slices}, so that fsdp and codebook fit a slice"
+        )
+    inside, between = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, between, devices), AXES, axis_types=axis_types)
 
 
 def describe_mesh(mesh: Mesh) -> str:
@@ -154,9 +167,25 @@ def jit_step(step: Callable, create_state: Callable, mesh: Mesh, argument_shardi
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Each process's rows [b_local, ...] -> global arrays [B, ...] on all mesh axes, rows in process order."""
+    """Each process's rows [b, ...], those of `process_rows`, -> global arrays [B, ...] on all mesh axes."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which of the B rows of a batch lie on this process's devices, in the order that `global_batch` takes them.
+
+    On a TPU pod they need not be neighbours: the mesh follows the chips' wiring, not the hosts.
+    """
+    mine = [place for place, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+    return np.arange(batch_size).reshape(mesh.size, -1)[mine].reshape(-1)
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """All of a global array, in every process, which all call it."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int, what: str) -> None:

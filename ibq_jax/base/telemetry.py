@@ -7,6 +7,7 @@ them from the devices one step late, so that the host queues the next step befor
 import contextlib
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,10 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from ibq_jax.base.files import is_remote
 from ibq_jax.base.timing import Timeline, goodput, shares
 
+METRICS, TIMING = APPENDED = ("metrics.jsonl", "timing.jsonl")
 GRID_PIXELS = 16  # of a value's square in a grid's picture
 
 
@@ -29,11 +32,18 @@ class Telemetry:
         self.total_steps = total_steps
         if not enabled:
             return
-        self._path = workdir / "metrics.jsonl"
-        _keep_until(self._path, start_step)
-        self._file = self._path.open("a")
-        self._events = SummaryWriter(str(workdir / "events"), purge_step=start_step + 1, flush_secs=10)
-        self._timeline = Timeline(workdir / "timing.jsonl")
+        self._workdir, local = workdir, workdir
+        if is_remote(workdir):  # where nothing can be appended to
+            self._spool = tempfile.TemporaryDirectory(prefix="ibq_jax_")
+            local = Path(self._spool.name)
+            for name in APPENDED:
+                if (workdir / name).exists():
+                    (local / name).write_text((workdir / name).read_text())
+        self._local = local
+        _keep_until(local / METRICS, start_step)
+        self._file = (local / METRICS).open("a")
+        self._events = SummaryWriter(str(local / "events"), purge_step=start_step + 1, flush_secs=10)
+        self._timeline = Timeline(local / TIMING)
         self._timeline.add(start_step, {}, start=True)
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
 
@@ -105,11 +115,22 @@ class Telemetry:
             tqdm.write(words, file=sys.stdout)
             sys.stdout.flush()
 
+    def keep(self) -> None:
+        """Copies what was written to a work folder in a bucket; called whenever a checkpoint is. One here has it."""
+        if not self._enabled or self._local is self._workdir:
+            return
+        self._events.flush()
+        for path in (*(self._local / name for name in APPENDED), *(self._local / "events").iterdir()):
+            copy = self._workdir / path.relative_to(self._local)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+
     def close(self) -> None:
         if self._enabled:
             self._bar.close()
             self._file.close()
             self._events.close()
+            self.keep()
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -6,6 +6,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
@@ -13,6 +14,7 @@ from PIL import Image
 from ibq_jax.autoregressive.run import check_fit
 from ibq_jax.autoregressive.run import restore_run as restore_generator
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.files import place
 from ibq_jax.base.run import SavedRun
 from ibq_jax.commands.arguments import Parser, count, output_file, positive, underscored
 from ibq_jax.commands.evaluations import likelihood_evaluator, validation_evaluator
@@ -89,7 +91,9 @@ def _evaluate_tokenizer(flags: Namespace, workdir: Path) -> None:
     show(found)
     keep(found, workdir, f"{protocol.name}-{found['split']}", flags.json)
     if flags.pictures:
-        _write_picture(evaluator.picture(params, flags.columns, flags.rows), data.image_size, flags.pictures)
+        picture = evaluator.picture(params, flags.columns, flags.rows)
+        if jax.process_index() == 0:
+            _write_picture(picture, data.image_size, flags.pictures)
         print(f"wrote {flags.pictures} (originals above, reconstructions below)")
 
 
@@ -141,7 +145,7 @@ def _write_picture(picture: np.ndarray, image_size: int, path: Path) -> None:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m ibq_jax evaluate", description=__doc__.partition(": ")[2])
-    parser.add_argument("--run", type=Path, help="folder of a run, or one of its checkpoints")
+    parser.add_argument("--run", type=place, help="folder of a run, or one of its checkpoints")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last ones")
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), help="how (default: clean; of an .npz: adm)")
     parser.add_argument("--examples", type=count, default=0, help="images of the split (default: 0, all)")

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import jax
 import numpy as np
 
 from ibq_jax.autoregressive.decode import Filter
@@ -11,7 +10,7 @@ from ibq_jax.autoregressive.run import Evaluate as EvaluateGenerator
 from ibq_jax.autoregressive.run import Pictures, TokenizerWeights
 from ibq_jax.autoregressive.sample import Guidance
 from ibq_jax.autoregressive.train import Trainer as GeneratorTrainer
-from ibq_jax.base.sharding import check_batch
+from ibq_jax.base.sharding import check_batch, process_rows
 from ibq_jax.data.codes import CodeSource, evaluation_code_batches, open_codes
 from ibq_jax.data.pipeline import evaluation_batches, open_split
 from ibq_jax.evaluate.judges import NOBODY, Judges, find_judges
@@ -55,8 +54,7 @@ def validation_evaluator(
             resize=config.data.resize,
             batch_size=config.evaluate.batch_size,
             examples=count,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=process_rows(trainer.mesh, config.evaluate.batch_size),
             antialias=protocol.antialias,
             threads=config.data.threads,
         )
@@ -97,8 +95,7 @@ def likelihood_evaluator(trainer: GeneratorTrainer, source: CodeSource, examples
             source,
             batch_size=config.evaluate.batch_size,
             examples=examples,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=process_rows(trainer.mesh, config.evaluate.batch_size),
             threads=config.data.threads,
         )
 

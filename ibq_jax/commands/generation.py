@@ -10,8 +10,9 @@ import numpy as np
 
 from ibq_jax.autoregressive.run import CODES
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.processes import barrier
 from ibq_jax.base.run import SavedRun
-from ibq_jax.base.sharding import check_batch, make_mesh
+from ibq_jax.base.sharding import check_batch, make_mesh, process_rows
 from ibq_jax.commands import sample
 from ibq_jax.commands.records import keep, record, show
 from ibq_jax.data.codes import read_fields
@@ -33,6 +34,7 @@ def evaluate_drawn(flags: Namespace, saved: SavedRun) -> None:
     if not flags.samples.exists():
         drawing = [f"--run={checkpoint}", f"--out={flags.samples}", f"--num={flags.num}", f"--weights={flags.weights}"]
         sample.main(drawing)
+    barrier("drawn")  # the last process to end its part joins all of them
     _evaluate(flags, saved, step)
 
 
@@ -49,7 +51,7 @@ def _evaluate(flags: Namespace, saved: SavedRun | None, step: int | None) -> Non
     check_batch(flags.batch_size, mesh, 1, "--batch_size")
     pictures = PictureSet(flags.samples)
     judge = PictureJudge(find_judges(NETS, vars(flags)), protocol, mesh)
-    where, reference = _reference(flags, saved, judge)
+    where, reference = _reference(flags, saved, judge, mesh)
     generated = judge(pictures.batches(flags.batch_size))
     metrics = dict(compare(generated, reference, protocol))
     if len(metrics) == 1:
@@ -77,10 +79,12 @@ def _evaluate(flags: Namespace, saved: SavedRun | None, step: int | None) -> Non
     keep(found, saved and saved.workdir, f"{protocol.name}-{flags.samples.stem}", flags.json)
 
 
-def _reference(flags: Namespace, saved: SavedRun | None, judge: PictureJudge) -> tuple[str, Seen]:
+def _reference(
+    flags: Namespace, saved: SavedRun | None, judge: PictureJudge, mesh: jax.sharding.Mesh
+) -> tuple[str, Seen]:
     """(which pictures in words, what the nets saw of them)."""
     if flags.reference is None:
-        where, batches = _originals(saved, flags.batch_size)
+        where, batches = _originals(saved, flags.batch_size, mesh)
         return where, judge(batches)
     moments = read_moments(flags.reference)
     try:
@@ -94,7 +98,9 @@ def _reference(flags: Namespace, saved: SavedRun | None, judge: PictureJudge) ->
     return flags.reference.name, seen
 
 
-def _originals(saved: SavedRun, batch_size: int) -> tuple[str, Iterable[Mapping[str, np.ndarray]]]:
+def _originals(
+    saved: SavedRun, batch_size: int, mesh: jax.sharding.Mesh
+) -> tuple[str, Iterable[Mapping[str, np.ndarray]]]:
     """The pictures whose codes the run was trained on."""
     manifest = read_fields(saved.workdir / CODES)
     if "dir" not in manifest["data"]:
@@ -106,8 +112,7 @@ def _originals(saved: SavedRun, batch_size: int) -> tuple[str, Iterable[Mapping[
         image_size=made["image_size"],
         resize=made["resize"],
         batch_size=batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=process_rows(mesh, batch_size),
     )
     return f"the originals of {data['name']}/{split}", batches
 

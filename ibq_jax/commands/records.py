@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
+
 from ibq_jax.evaluate.protocols import Protocol
 
 FOLDER = "evaluations"
@@ -87,7 +89,12 @@ def words_of(found: Mapping) -> Iterator[tuple[str, str]]:
 
 
 def keep(found: Mapping, run: Path | None, what: str, file: Path | None) -> None:
-    """Writes an evaluation into its run's folder, where there is one, and to `file` where one was asked for."""
+    """Writes an evaluation into its run's folder, where there is one, and to `file` where one was asked for.
+
+    Of several processes the first one does.
+    """
+    if jax.process_index():
+        return
     text = json.dumps(found, indent=2) + "\n"
     if run is not None:
         folder = run / FOLDER

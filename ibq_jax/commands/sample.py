@@ -14,6 +14,8 @@ from ibq_jax.autoregressive.pictures import PictureSampler
 from ibq_jax.autoregressive.run import find_tokenizer, restore_run
 from ibq_jax.autoregressive.sample import SCHEDULES, Guidance, check_labels
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.files import absolute, place
+from ibq_jax.base.processes import barrier, joined
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.commands.arguments import Parser, count, numbers, output_file, positive, underscored
 from ibq_jax.data.preprocess import UnreadableImage, centre_crop, decode, resize_shorter_side
@@ -47,7 +49,8 @@ def main(argv: list[str]) -> None:
         return sampler(labels, pictures, np.repeat(prefix, len(labels), axis=0))
 
     if flags.num is None:
-        _write_sheet(draw, labels if flags.labels else labels[:CLASSES_SHOWN], classes or ("",), flags)
+        if jax.process_index() == 0:  # whose devices suffice for a sheet
+            _write_sheet(draw, labels if flags.labels else labels[:CLASSES_SHOWN], classes or ("",), flags)
         return
     described = _described(flags, settings) | {"step": restored.step, "tokenizer": manifest["tokenizer"]["fingerprint"]}
     complete = write_sample_set(
@@ -58,7 +61,8 @@ def main(argv: list[str]) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    if complete:
+    barrier("drawn")  # the last process to end its part joins all of them
+    if complete or joined():
         print(f"wrote {flags.out}: {flags.num:,} pictures as arr_0, their labels as arr_1; settings beside it as .json")
     else:
         print(f"{flags.out}: this process is done; the last of the others to end joins the parts")
@@ -84,7 +88,7 @@ def _described(flags: Namespace, settings: dict) -> dict:
     """What a set's pictures depend on, for its .json."""
     guidance, keep = settings["guidance"], settings["keep"]
     return {
-        "run": str(flags.run.resolve()),
+        "run": str(absolute(flags.run)),
         "weights": flags.weights,
         "seed": settings["seed"],
         "temperature": settings["temperature"],
@@ -128,7 +132,7 @@ def _write_sheet(draw, labels: np.ndarray, classes: Sequence[str], flags: Namesp
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m ibq_jax sample", description=__doc__.partition(": ")[2])
-    parser.add_argument("--run", required=True, type=Path, help="folder of a generator's run, or a checkpoint")
+    parser.add_argument("--run", required=True, type=place, help="folder of a generator's run, or a checkpoint")
     parser.add_argument("--out", required=True, type=output_file, metavar="FILE", help="a .png, or with --num an .npz")
     parser.add_argument("--labels", type=numbers(int), default=(), help="classes, such as 0,1,2 (default: all)")
     parser.add_argument("--per_class", type=positive, default=8, help="pictures of a class in the sheet (default: 8)")

@@ -8,7 +8,10 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from ibq_jax.base.files import absolute, place
+from ibq_jax.base.processes import barrier, joined
 from ibq_jax.commands.arguments import Parser, positive, underscored
+from ibq_jax.data.codes import read_manifest
 from ibq_jax.data.pipeline import open_split
 from ibq_jax.data.preprocess import VIEWS
 from ibq_jax.tokenizer.extract import Job, extract
@@ -29,7 +32,7 @@ def main(argv: list[str]) -> None:
     trainer, restored = restore_run(flags.tokenizer)
     params = restored.state.ema if flags.weights == "ema" else restored.state.params
     origin = {
-        "path": str(flags.tokenizer.resolve()),
+        "path": str(absolute(flags.tokenizer)),
         "step": restored.step,
         "weights": flags.weights,
         "config": trainer.config.to_dict(),
@@ -44,6 +47,9 @@ def main(argv: list[str]) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    barrier("tokenized")  # the last process to end its part completes the cache
+    if joined():
+        manifest = read_manifest(flags.out.resolve())
     if manifest is None:
         print(f"{flags.out}: this process is done; the last of the others to end completes the cache")
     else:
@@ -108,7 +114,7 @@ def _two_splits(text: str) -> tuple[str, ...]:
 def _parser() -> Parser:
     parser = Parser(prog="python -m ibq_jax tokenize", description=__doc__.partition(": ")[2])
     parser.add_argument(
-        "--tokenizer", required=True, type=Path, metavar="RUN", help="folder of a tokenizer's run, or a checkpoint"
+        "--tokenizer", required=True, type=place, metavar="RUN", help="folder of a tokenizer's run, or a checkpoint"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the token cache")
     parser.add_argument(

@@ -1,11 +1,11 @@
 """`train`: a config and a work folder in, a trained run out."""
 
 from argparse import ArgumentTypeError
-from pathlib import Path
 
 from ibq_jax.autoregressive.run import train as train_generator
 from ibq_jax.base.config import PREFIX, load_config
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.files import place
 from ibq_jax.commands.arguments import Parser, underscored
 from ibq_jax.commands.evaluations import generator_evaluation, tokenizer_evaluation
 from ibq_jax.tokenizer.run import train as train_tokenizer
@@ -23,7 +23,9 @@ def main(argv: list[str]) -> None:
         epilog=f"Fields of the config are overridden with {PREFIX}NAME=VALUE, such as {PREFIX}codebook.size=8192.",
     )
     parser.add_argument("--config", required=True, help="FILE.py:PRESET, such as configs/tokenizer.py:openmoji64")
-    parser.add_argument("--workdir", required=True, type=Path, help="folder of the run, made when it is not there")
+    parser.add_argument(
+        "--workdir", required=True, type=place, help="folder of the run, here or gs://, made when it is not there"
+    )
     parser.add_argument(
         "--profile",
         type=_steps,

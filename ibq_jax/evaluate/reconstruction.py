@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.sharding import batch_sharding, global_batch, replicated
+from ibq_jax.base.sharding import batch_sharding, global_batch, replicated, to_host
 from ibq_jax.evaluate.gather import of_all_processes, on_host, own_rows
 from ibq_jax.evaluate.image_metrics import psnr, ssim
 from ibq_jax.evaluate.judges import DIMS, FID, LPIPS_NETS, NOBODY, SFID, Judges, features_of
@@ -96,14 +96,13 @@ class ReconstructionEvaluator:
     def picture(self, params: dict, columns: int, rows: int = 1) -> np.ndarray:
         """A row of originals above a row of their reconstructions, `rows` times: uint8 [2 rows H, columns W, 3].
 
-        The images are spread evenly over the split; black where a process has fewer than asked for.
+        The images are spread evenly over the split; black where it has fewer than asked for.
         """
         count, pairs = columns * rows, []
         for batch in self._batches(count):
-            arrays = global_batch({"image": batch["image"]}, self._mesh)
-            shards = _first_copies(self._reconstruct(params, arrays["image"]))
-            pair = np.stack([batch["image"], np.concatenate([np.asarray(shard.data) for shard in shards])])
-            pairs.append(pair[:, batch["mask"]])
+            arrays = global_batch({"image": batch["image"], "mask": batch["mask"]}, self._mesh)
+            pair = np.stack([to_host(arrays["image"]), to_host(self._reconstruct(params, arrays["image"]))])
+            pairs.append(pair[:, to_host(arrays["mask"])])
         images = np.concatenate(pairs, axis=1)  # [2, up to count, H, W, 3]
         missing = count - images.shape[1]
         images = np.pad(images, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
@@ -153,9 +152,3 @@ def _measure(
     features = [features_of(weights, protocol.as_seen(pictures), protocol) for pictures in (images, clipped)]
     counted = jnp.where(mask[:, None, None], codes, num_codes)  # padding is out of range, which a scatter drops
     return {"values": values, "features": features, "counts": count_codes(counted, num_codes), "mask": mask}
-
-
-def _first_copies(array: jax.Array) -> list:
-    """This process's shards in row order, one of each."""
-    shards = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
-    return [shards[start] for start in sorted(shards)]

@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 
 from ibq_jax.base.checkpoint import WEIGHTS_ONLY, Restored
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.files import absolute
 from ibq_jax.base.run import SavedRun, claim, train_to_the_end
-from ibq_jax.base.sharding import create_sharded, make_mesh
+from ibq_jax.base.sharding import create_sharded, make_mesh, process_rows
 from ibq_jax.base.weight_files import absence, find
 from ibq_jax.data.pipeline import open_split, training_batches
 from ibq_jax.tokenizer.check import check_config
@@ -89,7 +90,7 @@ def train(
 
     Raises UsageError (bad input), TrainingStopped or Interrupted (see `ibq_jax.base.loop`).
     """
-    workdir = Path(workdir).resolve()
+    workdir = absolute(workdir)
     mesh = make_mesh(config.mesh)
     check_config(config, mesh)
     source = open_split(config.data.name, config.data.dir, config.data.train_split)
@@ -104,7 +105,7 @@ def train(
     claim(workdir, config, FREE_FIELDS)
 
     def batches_from(step: int):
-        return training_batches(source, start_step=step, **_batch_fields(config))
+        return training_batches(source, start_step=step, **_batch_fields(config, mesh))
 
     return train_to_the_end(
         workdir, config, mesh, stage, trainer.create_state, batches_from, steps_per_epoch, profile=profile
@@ -130,15 +131,14 @@ def restore_whole_run(path: Path) -> tuple[Trainer, Restored]:
     return trainer, Restored(restored.step, state, metadata)
 
 
-def _batch_fields(config: ConfigDict) -> dict:
+def _batch_fields(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
     data = config.data
     return dict(
         image_size=data.image_size,
         resize=data.resize,
         batch_size=data.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=process_rows(mesh, data.batch_size),
         workers=data.workers,
         threads=data.threads,
     )
