@@ -1,4 +1,8 @@
-"""Several processes (jax.distributed on the CPU) train as one, stop together, end together, and go on elsewhere."""
+"""Several processes (jax.distributed on the CPU) train as one, stop together, end together, and go on elsewhere.
+
+Those that train are left to an idle machine (-m long): where several tests share two cores, one process may compile for
+so much longer than the other that a collective on the CPU gives up waiting.
+"""
 
 import json
 import os
@@ -95,7 +99,7 @@ def whole(tmp_path_factory, data_dir, cache):
     return workdir
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_as_one_and_go_on_to_the_bit_after_a_stop_and_a_kill(whole, start, data_dir, tmp_path):
     undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "disturbed"
     results = ended(start(*[arguments(undisturbed, data_dir, CALM)] * 2))
@@ -122,7 +126,7 @@ def test_two_processes_train_as_one_and_go_on_to_the_bit_after_a_stop_and_a_kill
     assert lines(workdir) == lines(undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_checkpoint_goes_on_elsewhere_and_back(whole, start, data_dir, tmp_path):
     workdir = tmp_path / "moved"
     for steps, processes, devices, mesh in ((4, 2, 4, 4), (8, 1, 2, 1), (STEPS, 2, 4, 4)):
@@ -136,7 +140,7 @@ def test_a_checkpoint_goes_on_elsewhere_and_back(whole, start, data_dir, tmp_pat
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_of_different_configs_or_devices_do_not_start(start, data_dir, tmp_path):
     workdir = tmp_path / "run"
     for other, words in (

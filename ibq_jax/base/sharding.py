@@ -181,9 +181,9 @@ def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.arange(batch_size).reshape(mesh.size, -1)[mine].reshape(-1)
 
 
-def to_host(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """All of a global array, in every process, which all call it."""
-    if array.is_fully_addressable:
+    if isinstance(array, np.ndarray) or array.is_fully_addressable:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
 
