@@ -9,4 +9,7 @@ bash launch/setup.sh tests torch hub
 if [ $# -eq 0 ] && [ "$(uname -sm)" = "Linux x86_64" ]; then
   VENV=.venv-tpu bash launch/setup.sh tests tpu
   JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest tests/test_plan.py
+  # apache-beam holds protobuf and others at older versions.
+  VENV=.venv-beam bash launch/setup.sh tests beam
+  .venv-beam/bin/python -m pytest tests/test_beam.py
 fi

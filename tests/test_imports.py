@@ -11,6 +11,7 @@ ROOMS = ("base", "ops", "data", "tokenizer", "autoregressive", "evaluate", "inte
 DOORS = {
     "orbax": {"base/checkpoint.py"},
     "clu": {"base/run.py"},
+    "apache_beam": {"data/beam_map.py"},
     "torch": {"base/tensor_files.py", "interop/torch_model.py", "interop/verify.py"},
     "huggingface_hub": {"interop/hub.py"},
 }

@@ -14,8 +14,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.json_files import read_json
 
 PREFIX = "--config."
+MAX_DEPTH = 10  # of groups in groups
+LONGEST_SHOWN = 80  # characters of a foreign name in a message
 POSITIVE = (  # in every stage
     "data.batch_size",
     "optimizer.learning_rate",
@@ -125,16 +128,26 @@ def save_config(config: ConfigDict, path: Path) -> None:
 
 
 def read_config(path: Path) -> ConfigDict:
-    """The config that a run saved. Raises UsageError when it is missing or no JSON object."""
+    """The config that a run saved. Raises UsageError when it is missing, no JSON object, or has no config's names."""
     try:
-        fields = json.loads(path.read_text())
+        fields = read_json(path)
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; a run's folder holds config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UsageError(f"{path} is not a saved config: {error}") from None
     if not isinstance(fields, dict):
         raise UsageError(f"{path} is not a saved config: it holds no JSON object")
+    _check_names(fields, path)
     return ConfigDict(_tuples(fields)).lock()
+
+
+def _check_names(fields: dict, path: Path, depth: int = 0) -> None:
+    """Every field is an attribute of a ConfigDict, which has methods already and takes names apart at their dots."""
+    for name, value in fields.items():
+        if not name.isidentifier() or name.startswith("__") or hasattr(ConfigDict, name) or depth > MAX_DEPTH:
+            raise UsageError(f"{path} is not a saved config: it cannot have a field {name[:LONGEST_SHOWN]!r}")
+        if isinstance(value, dict):
+            _check_names(value, path, depth + 1)
 
 
 def _tuples(value):

@@ -3,6 +3,7 @@
 Both forms of torch.save: the older one, a row of pickles with the storages' bytes behind them, and the .zip archive.
 """
 
+import io
 import os
 import pickle
 import struct
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from ibq_jax.base.archive_limits import check_pickle
 from ibq_jax.base.errors import UsageError
 
 OLDER_FORM = b"".join(pickle.dumps(number, protocol=2) for number in (0x1950A86A20F9469CFC6C, 1001))  # its first bytes
@@ -70,7 +72,14 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, file: BinaryIO, path: Path):
         super().__init__(file, encoding="utf-8")
-        self._path, self.storages = path, {}
+        self._file, self._path, self.storages = file, path, {}
+
+    def load(self) -> Any:
+        """As of `pickle.Unpickler`, of what `check_pickle` lets pass."""
+        start = self._file.tell()
+        check_pickle(self._file)
+        self._file.seek(start)
+        return super().load()
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGES:
@@ -115,9 +124,8 @@ def _read_zip(file: BinaryIO, path: Path) -> tuple[Any, dict[str, bytes]]:
             raise ValueError("compressed, which torch.save never does")
         if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
             raise ValueError("big-endian")
-        with archive.open(members["data.pkl"]) as pickled:
-            unpickler = _Unpickler(pickled, path)
-            content = unpickler.load()
+        unpickler = _Unpickler(io.BytesIO(archive.read(members["data.pkl"])), path)
+        content = unpickler.load()
         return content, {key: archive.read(members[f"data/{key}"]) for key in unpickler.storages}
 
 

@@ -2,9 +2,9 @@
 
 Without PyTorch installed, of the last three only plain dictionaries of tensors are read, and none is written."""
 
+import io
 import re
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ibq_jax.base.errors import UsageError
+from ibq_jax.base.archive_limits import check_pickle, open_npz
+from ibq_jax.base.errors import UsageError, one_line
 from ibq_jax.base.files import whole_or_absent
-from ibq_jax.base.state_dict_pickle import read_state_dict
+from ibq_jax.base.state_dict_pickle import OLDER_FORM, read_state_dict
 
 PICKLED = (".pth", ".pt", ".ckpt")
 SUFFIXES = (".safetensors", ".npz", *PICKLED)
@@ -64,26 +65,27 @@ class _Safetensors(TensorFile):
         self._path = path
         try:
             self._file = safe_open(path, framework="np", backend="pread")  # not mapped: pages would count as memory
-        except SafetensorError as error:
-            raise UsageError(f"{path}: cut short, or not a safetensors file ({error})") from error
-        self.about = self._file.metadata() or {}
-        self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+            self.about = self._file.metadata() or {}
+            names = self._file.keys()
+            self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
+        except Exception as error:  # SafetensorError, and what Rust makes of a text that is none
+            raise UsageError(f"{path}: cut short, or not a safetensors file ({one_line(error)})") from error
 
     def read(self, name: str) -> np.ndarray:
         try:
             return self._file.get_tensor(name)
-        except (AttributeError, SafetensorError) as error:
-            raise UsageError(f"{self._path}: holds a tensor of a type that NumPy lacks ({error})") from error
+        except Exception as error:  # AttributeError, SafetensorError, and NumPy's
+            raise UsageError(f"{self._path}: holds a tensor of a type that NumPy lacks ({one_line(error)})") from error
 
 
 class _Npz(TensorFile):
     def __init__(self, path: Path):
         self.about = {}
         try:
-            with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as arrays:
-                tensors = dict(arrays)
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise UsageError(f"{path}: cut short, or not an .npz file of plain arrays ({error})") from error
+            with open_npz(path) as arrays:
+                tensors = {name: arrays[name] for name in arrays.names}
+        except Exception as error:  # from foreign bytes zipfile and NumPy may raise anything
+            raise UsageError(f"{path}: cut short, or not an .npz file of plain arrays ({one_line(error)})") from error
         # NumPy stores bfloat16 as nameless two-byte values.
         self._tensors = {
             name: array.view(ml_dtypes.bfloat16) if array.dtype == "V2" else array for name, array in tensors.items()
@@ -127,16 +129,34 @@ class _Pickled(TensorFile):
             self._tensors = {}  # the pages stay this process's until the last tensor goes
             again, _ = self._load()
             self._tensors, self._resident = {other: again[other] for other in left}, tensor.nbytes
-        if tensor.dtype == self._torch.bfloat16:
-            return tensor.contiguous().view(self._torch.uint16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
+        try:
+            if tensor.dtype == self._torch.bfloat16:
+                return tensor.contiguous().view(self._torch.uint16).numpy().view(ml_dtypes.bfloat16)
+            return tensor.numpy()
+        except (RuntimeError, TypeError) as error:  # of what is sparse, quantized or on no device
+            raise UsageError(f"{self._path}: {name} is of a kind that NumPy lacks ({one_line(error)})") from error
 
     @cached_property
     def _torch(self):
         return _pytorch(f"{self._path}: reading {self._path.suffix} files")
 
+    def _check(self) -> None:
+        """Raises ValueError where PyTorch would take more time, memory or stack than the file is worth."""
+        with self._path.open("rb") as file:
+            if self._mapped:
+                with zipfile.ZipFile(file) as archive:
+                    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                        raise ValueError("compressed, which torch.save never does")
+                    for name in archive.namelist():
+                        if name.endswith(".pkl"):
+                            check_pickle(io.BytesIO(archive.read(name)))
+            elif file.read(len(OLDER_FORM)) == OLDER_FORM:
+                for _ in ("system", "content", "keys"):
+                    check_pickle(file)
+
     def _load(self) -> tuple[dict, dict[str, str]]:
         try:
+            self._check()
             content = self._torch.load(self._path, map_location="cpu", weights_only=True, mmap=self._mapped)
         except UsageError:
             raise
@@ -152,7 +172,9 @@ class _Pickled(TensorFile):
         if isinstance(content, Mapping) and STATE_DICT in content:
             about = content.get(METADATA, {})
             content = content[STATE_DICT]
-        named = isinstance(content, Mapping) and all(isinstance(x, self._torch.Tensor) for x in content.values())
+        named = isinstance(content, Mapping) and all(
+            isinstance(name, str) and isinstance(x, self._torch.Tensor) for name, x in content.items()
+        )
         if not named or not isinstance(about, Mapping):
             raise UsageError(
                 f"{self._path}: neither a dictionary of tensors nor a checkpoint that holds one as {STATE_DICT!r}"

@@ -1,5 +1,6 @@
 """python -m ibq_jax prepare: builds a data set for training from files that are already on this machine."""
 
+import functools
 import os
 import re
 import shlex
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.commands.arguments import Parser, share, underscored
+from ibq_jax.data.beam_dataset import write_dataset_with_beam
+from ibq_jax.data.beam_map import LOCAL_RUNNER, find_beam
 from ibq_jax.data.folders import image_folder
 from ibq_jax.data.imagenet import EXPECTED_IMAGES, imagenet2012
 from ibq_jax.data.openmoji import openmoji
@@ -17,6 +20,7 @@ from ibq_jax.data.store import Written, find_dataset, made_with, write_dataset
 from ibq_jax.data.tar_shards import tar_shards
 
 CLASSES_LISTED = 20
+HOW = ("collect", "data_dir", "overwrite", "beam", "beam_options")  # flags that change nothing in the data set
 PRESETS = {
     "openmoji": "openmoji64",
     "folder": "imagenet256_16384",
@@ -35,15 +39,24 @@ def main(argv: list[str]) -> None:
     args = _parser().parse_args(underscored(argv))
     if args.name is None:
         args.name = _name_from_folder(args.input)
-    settings = {key: value for key, value in vars(args).items() if key not in ("collect", "data_dir", "overwrite")}
+    settings = {key: value for key, value in vars(args).items() if key not in HOW}
     existing = find_dataset(args.name, args.data_dir)
     if existing and not args.overwrite:
         _check_same_settings(existing, settings)
         print(f"{existing} is there already; --overwrite builds it anew")
     else:
-        collection = args.collect(args)
-        _describe(collection, write_dataset(collection, args.data_dir, settings, args.overwrite))
+        _describe(*_write(args, settings))
     print(f"next: {_next_command(args)}")
+
+
+def _write(args: Namespace, settings: dict) -> tuple[Collection, Written]:
+    if args.beam is None:
+        if args.beam_options:
+            raise UsageError("--beam_options goes with --beam")
+        collection = args.collect(args, map)
+        return collection, write_dataset(collection, args.data_dir, settings, args.overwrite)
+    collect, runner = functools.partial(args.collect, args), find_beam(args.beam, args.beam_options)
+    return write_dataset_with_beam(collect, args.name, args.data_dir, settings, runner, args.overwrite)
 
 
 def _parser() -> Parser:
@@ -53,28 +66,37 @@ def _parser() -> Parser:
     emoji = sources.add_parser("openmoji", help="the embedded data set: 1,898 colour pictures in 9 categories")
     emoji.add_argument("--size", type=int, default=128, help="pixels of a side (default: 128)")
     emoji.add_argument("--name", type=_dataset_name, default="openmoji", help="of the data set (default: openmoji)")
-    emoji.set_defaults(collect=lambda args: openmoji(args.size, args.name))
+    emoji.set_defaults(collect=lambda args, _: openmoji(args.size, args.name), beam=None, beam_options="")
 
     folder = sources.add_parser("folder", help="a folder of images: a class per subfolder, or no classes")
     folder.add_argument("--in", dest="input", required=True, type=os.path.abspath, metavar="DIR", help="the folder")
     folder.add_argument("--name", type=_dataset_name, help="of the data set (default: the folder's)")
-    folder.set_defaults(collect=lambda args: image_folder(args.input, args.name, args.validation))
+    folder.set_defaults(collect=lambda args, _: image_folder(args.input, args.name, args.validation))
 
     tar = sources.add_parser("tar", help="webdataset shards: images with .cls or .json labels, or none")
     tar.add_argument(
         "--in", dest="input", required=True, type=os.path.abspath, metavar="'DIR/*.tar'", help="the shards"
     )
     tar.add_argument("--name", type=_dataset_name, required=True, help="of the data set")
-    tar.set_defaults(collect=lambda args: tar_shards(args.input, args.name, args.validation))
+    tar.set_defaults(collect=lambda args, each: tar_shards(args.input, args.name, args.validation, each))
 
     imagenet = sources.add_parser("imagenet", help="ImageNet 2012 from its two tars, as data set imagenet2012")
     imagenet.add_argument("--tars", required=True, type=os.path.abspath, metavar="DIR", help="the folder of the tars")
-    imagenet.set_defaults(collect=lambda args: imagenet2012(args.tars), name="imagenet2012")
+    imagenet.set_defaults(collect=lambda args, _: imagenet2012(args.tars), name="imagenet2012")
 
     for source in (folder, tar):
         source.add_argument(
             "--validation", type=share, default=0.05, metavar="FRACTION", help="held out (default: 0.05)"
         )
+    for source in (folder, tar, imagenet):
+        source.add_argument(
+            "--beam",
+            nargs="?",
+            const=LOCAL_RUNNER,
+            metavar="RUNNER",
+            help="work on an Apache Beam runner; restartable (default: every core of this machine)",
+        )
+        source.add_argument("--beam_options", default="", metavar="'--OPTION=VALUE ...'", help="of the runner")
     for source in (emoji, folder, tar, imagenet):
         source.add_argument("--data_dir", default="data", help="where the data sets are (default: data)")
         source.add_argument("--overwrite", action="store_true", help="build it anew if it is there")

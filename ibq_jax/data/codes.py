@@ -12,8 +12,8 @@ all little-endian, the codes unsigned and as narrow as K allows. Nothing here kn
 """
 
 import functools
-import json
-from collections.abc import Generator, Iterator, Mapping
+import math
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -22,11 +22,15 @@ import numpy as np
 
 from ibq_jax.base.config import flatten
 from ibq_jax.base.errors import UsageError
-from ibq_jax.data.pipeline import check_readers, check_seed, iterate, rows_per_process
+from ibq_jax.base.json_files import read_json
+from ibq_jax.data.pipeline import NO_LABEL, batches_of_rows, check_readers, check_seed, iterate, rows_of_process
+from ibq_jax.data.sources import printable
 
 VERSION = 1
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 LONGEST_SHOWN = 80  # characters of a field's value in a message
+TYPES = ("uint8", "uint16", "uint32", "uint64")  # of codes
+MOST_IMAGES, MOST_BYTES = 2**40, 2**26  # of a split, and of a record: what is more is no cache
 PADDING_LABEL = 0  # of rows that only fill a batch up: a class that every table of classes has
 
 
@@ -47,14 +51,11 @@ class CodeSource:
 
     def __init__(self, path: Path, split: str, manifest: Mapping):
         self.path, self.split, self.manifest = path, split, manifest
-        try:
-            self._records = open_records(path, split, manifest)
-            self._type = record_type(split, manifest)
-            self.class_names = tuple(manifest["data"]["class_names"])
-            self.views = tuple(manifest["data"]["splits"][split]["views"])
-            self.num_codes, self.grid = int(manifest["codes"]), tuple(manifest["grid"])
-        except (KeyError, TypeError) as error:
-            raise damaged(path / MANIFEST, f"{type(error).__name__}: {error}") from error
+        self._records = open_records(path, split, manifest)
+        self._type = record_type(split, manifest)
+        self.class_names = tuple(manifest["data"]["class_names"])
+        self.views = tuple(manifest["data"]["splits"][split]["views"])
+        self.num_codes, self.grid = manifest["codes"], tuple(manifest["grid"])
 
     @property
     def num_classes(self) -> int:
@@ -67,8 +68,10 @@ class CodeSource:
     def __getitem__(self, index: int) -> CodedImage:
         try:
             [record] = np.frombuffer(self._records[index], self._type)
-        except RuntimeError as error:  # ArrayRecord's
+        except (RuntimeError, ValueError) as error:  # ArrayRecord's, and NumPy's of a record of another length
             raise damaged(self, f"record {index}: {error}") from error
+        if record["codes"].max() >= self.num_codes or not NO_LABEL <= record["label"] < max(self.num_classes, 1):
+            raise damaged(self, f"record {index}: a code or label that does not exist")
         return CodedImage(codes=record["codes"], label=int(record["label"]), index=int(record["index"]))
 
     def __iter__(self) -> Iterator[CodedImage]:
@@ -102,23 +105,71 @@ def read_manifest(folder: Path) -> dict:
         command = f"python -m ibq_jax tokenize --tokenizer=RUN --out={folder}"
         raise UsageError(f"there is no token cache in {folder}: make it with {command}")
     manifest = read_fields(folder / MANIFEST)
-    if "splits" not in manifest:
-        raise damaged(folder / MANIFEST, "it names no splits")
+    _check_complete(manifest, folder / MANIFEST)
     return manifest
+
+
+def _check_complete(manifest: dict, file: Path) -> None:
+    """Raises UsageError unless every field that is looked up later is there, of its kind and of a possible size."""
+    data, counted = manifest.get("data"), manifest.get("splits")
+    splits = data.get("splits") if isinstance(data, dict) else None
+    grid = manifest.get("grid")
+    right = {
+        "tokenizer": isinstance(manifest.get("tokenizer"), dict),
+        "data.name": isinstance(data, dict) and isinstance(data.get("name"), str),
+        "data.class_names": isinstance(data, dict) and _are(str, data.get("class_names")),
+        "data.splits": isinstance(splits, dict),
+        "splits": isinstance(counted, dict) and isinstance(splits, dict) and splits.keys() == counted.keys(),
+        "codes": _is_count(manifest.get("codes"), 2**31),
+        "grid": _are(int, grid) and len(grid) == 2 and all(_is_count(side, MOST_BYTES) for side in grid),
+        "dtype": manifest.get("dtype") in TYPES,
+    }
+    wrong = next((name for name, is_right in right.items() if not is_right), None)
+    if wrong is not None:
+        raise damaged(file, f"{wrong} is {_shown(flatten(manifest).get(wrong, 'absent or of another kind'))}")
+    for split in counted:
+        _check_split(split, manifest, file)
+
+
+def _check_split(split: str, manifest: dict, file: Path) -> None:
+    fields, counted = manifest["data"]["splits"][split], manifest["splits"][split]
+    if "/" in split or split.startswith(".") or not isinstance(fields, dict) or not isinstance(counted, dict):
+        raise damaged(file, f"it has no split that could be named {_shown(split)!r}")
+    images, views = fields.get("images"), fields.get("views")
+    right = {
+        "images": _is_count(images, MOST_IMAGES),
+        "views": _are(str, views),
+        "crops": _is_count(fields.get("crops"), MOST_BYTES),
+        "shards": _is_count(images, MOST_IMAGES) and _is_count(fields.get("shards"), min(images, MOST_BYTES)),
+        "entropy": isinstance(counted.get("entropy"), float | int) and math.isfinite(counted["entropy"]),
+    }
+    wrong = next((name for name, is_right in right.items() if not is_right), None)
+    if wrong is not None:
+        told = _shown(fields.get(wrong, counted.get(wrong, "absent")))
+        raise damaged(file, f"{wrong} of split {_shown(split)!r} is {told}")
+    if fields["crops"] * math.prod(manifest["grid"]) > MOST_BYTES:
+        raise damaged(file, f"a record of split {_shown(split)!r} would hold over {MOST_BYTES} codes")
+
+
+def _are(kind: type, values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
+
+
+def _is_count(value: object, most: int) -> bool:
+    return type(value) is int and 1 <= value <= most
 
 
 def read_fields(file: Path) -> dict:
     """A manifest or settings. Raises UsageError when it is no JSON object, or of another format version."""
     try:
-        fields = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        fields = read_json(file)
+    except ValueError as error:
         raise damaged(file, error) from error
     if not isinstance(fields, dict):
         raise damaged(file, "no JSON object")
     if fields.get("version") != VERSION:
-        raise UsageError(
-            f"{file} is of format version {fields.get('version')}, this reads {VERSION}: tokenize with --overwrite"
-        )
+        version = _shown(fields.get("version"))
+        raise UsageError(f"{file} is of format version {version}, this reads {VERSION}: tokenize with --overwrite")
     return fields
 
 
@@ -142,7 +193,7 @@ def check_manifest(fields: Mapping, expected: Mapping, where: str | Path, asker:
 
 
 def _shown(value: object) -> str:
-    text = str(value)
+    text = printable(str(value))
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
 
@@ -187,6 +238,7 @@ def training_code_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    rows: Sequence[int] | None = None,
     workers: int = 0,
     threads: int = 2,
 ) -> Generator[dict[str, np.ndarray]]:
@@ -201,6 +253,7 @@ def training_code_batches(
         start_step: steps to leave out at the start; costs nothing.
         process_index: this process's place among process_count.
         process_count: processes that share every batch.
+        rows: of every batch to read, in place of the part that the two before say.
         workers: reader processes, which need a guarded entry point; 0 reads in threads of this process.
         threads: reader threads in each process; each holds one batch.
 
@@ -211,11 +264,11 @@ def training_code_batches(
     Raises:
         UsageError: options that do not fit each other; while iterating, a damaged record.
     """
-    rows = rows_per_process(batch_size, process_count)
+    rows = rows_of_process(batch_size, process_index, process_count) if rows is None else rows
     check_readers(threads, workers)
     check_seed(seed)
     examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(_training_example)
-    batches = examples.batch(rows)[start_step * process_count + process_index :: process_count]
+    batches = batches_of_rows(examples, batch_size, rows)[start_step:]
     return iterate(batches, workers, threads)
 
 
@@ -235,6 +288,7 @@ def evaluation_code_batches(
     examples: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    rows: Sequence[int] | None = None,
     threads: int = 2,
 ) -> Generator[dict[str, np.ndarray]]:
     """One pass over every image's first crop (the centre, but in a split tokenized otherwise).
@@ -245,6 +299,7 @@ def evaluation_code_batches(
         examples: how many images, spread evenly over the split so that every class has its share; 0 takes all.
         process_index: this process's place among process_count.
         process_count: processes that share every batch.
+        rows: of every batch to read, in place of the part that the two before say.
         threads: reader threads.
 
     Yields:
@@ -254,12 +309,12 @@ def evaluation_code_batches(
     Raises:
         UsageError: as `training_code_batches`.
     """
-    rows = rows_per_process(batch_size, process_count)
+    rows = rows_of_process(batch_size, process_index, process_count) if rows is None else rows
     check_readers(threads)
     count = min(examples, len(source)) if examples else len(source)
     padded = -(-count // batch_size) * batch_size
     load = functools.partial(_evaluation_example, source=source, count=count)
-    batches = grain.MapDataset.range(padded).map(load).batch(rows)[process_index::process_count]
+    batches = batches_of_rows(grain.MapDataset.range(padded).map(load), batch_size, rows)
     return iterate(batches, 0, threads)
 
 

@@ -2,13 +2,25 @@
 
 import functools
 import os
+import stat
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.data.sources import IMAGE_SUFFIXES, Collection, Example, held_out, printable, read_bounded
+from ibq_jax.data.preprocess import UnreadableImage
+from ibq_jax.data.sources import (
+    IMAGE_SUFFIXES,
+    Collection,
+    Example,
+    class_names_to_store,
+    held_out,
+    printable,
+    read_bounded,
+)
+
+IMAGES_A_PART = 8192
 
 
 class _Image(NamedTuple):
@@ -27,7 +39,7 @@ def image_folder(root: str | os.PathLike, name: str, validation: float = 0.05) -
     below `root`. Hidden files are left alone.
 
     Raises:
-        UsageError: no folder, no images, or images beside class folders.
+        UsageError: no folder, no images, images beside class folders, or folders' names that are no classes'.
     """
     root = Path(root)
     if not root.is_dir():
@@ -38,17 +50,23 @@ def image_folder(root: str | os.PathLike, name: str, validation: float = 0.05) -
     if len(folders) == 1:
         images = _with_validation(images, validation)
     label_of = {None: None} | {class_name: label for label, class_name in enumerate(class_names)}
-    examples = [
-        Example(image.split, image.path, functools.partial(_read, root / image.path), label_of[image.class_name])
-        for image in images
-    ]
+    read_part = functools.partial(_examples, root=root, label_of=label_of)
     return Collection(
         name=name,
         description=f"The images of the folder {printable(root.resolve().name)}.",
-        examples=lambda: examples,
-        class_names=tuple(printable(class_name) for class_name in class_names),
-        total=len(examples),
+        examples=lambda: read_part(images),
+        class_names=class_names_to_store(class_names, root),
+        total=len(images),
+        parts=tuple(tuple(images[first : first + IMAGES_A_PART]) for first in range(0, len(images), IMAGES_A_PART)),
+        read_part=read_part,
     )
+
+
+def _examples(images: Iterable[_Image], root: Path, label_of: Mapping[str | None, int | None]) -> list[Example]:
+    return [
+        Example(image.split, image.path, functools.partial(_read, root / image.path), label_of[image.class_name])
+        for image in images
+    ]
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -105,5 +123,7 @@ def _with_validation(images: list[_Image], fraction: float) -> list[_Image]:
 
 
 def _read(path: Path) -> bytes:
+    if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for ever, and a device may have no end
+        raise UnreadableImage("no regular file")
     with path.open("rb") as file:
         return read_bounded(file)

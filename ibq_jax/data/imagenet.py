@@ -5,22 +5,31 @@ the order of the classes are TFDS's, and a copy that TFDS made in ArrayRecord fo
 """
 
 import functools
+import itertools
 import os
 import re
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.data.sources import Collection, Example, read_bounded
+from ibq_jax.data.sources import MAX_ENCODED_BYTES, Collection, Example
+from ibq_jax.data.tar_reader import BrokenTar, Member, members, open_stream
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 EXPECTED_IMAGES = {"train": 1_281_167, "validation": 50_000}
 _TFDS_FILES = "datasets/imagenet2012"
+SYNSETS_A_PART, IMAGES_A_PART = 8, 10_000  # some 10,000 images both
+
+
+class _Part(NamedTuple):
+    split: str
+    tar: Path
+    first: int  # member
+    stop: int | None
 
 
 def imagenet2012(tars: str | os.PathLike) -> Collection:
@@ -42,9 +51,13 @@ def imagenet2012(tars: str | os.PathLike) -> Collection:
     validation = tfds.core.tfds_path(f"{_TFDS_FILES}/validation_labels.txt").read_text().split()
     label_of = {synset: label for label, synset in enumerate(synsets)}
 
+    read_part = functools.partial(_examples, label_of=label_of, validation=[label_of[synset] for synset in validation])
+    train = _parts("train", folder / TRAIN_TAR, len(synsets), SYNSETS_A_PART)
+    held_out = _parts("validation", folder / VALIDATION_TAR, len(validation), IMAGES_A_PART)
+
     def examples() -> Iterator[Example]:
-        yield from _whole(folder / TRAIN_TAR, _training_examples, label_of)
-        yield from _whole(folder / VALIDATION_TAR, _validation_examples, [label_of[synset] for synset in validation])
+        for part in (train[0], held_out[0]):
+            yield from read_part(part._replace(stop=None))
 
     return Collection(
         name="imagenet2012",
@@ -56,36 +69,46 @@ def imagenet2012(tars: str | os.PathLike) -> Collection:
         homepage="https://image-net.org/",
         citation="Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, IJCV 2015",
         license="https://image-net.org/download (non-commercial research and education)",
+        parts=(*train, *held_out),
+        read_part=read_part,
     )
 
 
-def _whole(path: Path, read: Callable[[tarfile.TarFile, Any], Iterator[Example]], labels: Any) -> Iterator[Example]:
+def _parts(split: str, tar: Path, count: int, size: int) -> list[_Part]:
+    parts = [_Part(split, tar, first, first + size) for first in range(0, count, size)]
+    return [*parts[:-1], parts[-1]._replace(stop=None)]
+
+
+def _examples(part: _Part, label_of: dict[str, int], validation: list[int]) -> Iterator[Example]:
     try:
-        with tarfile.open(path, "r:") as tar:
-            yield from read(tar, labels)
-    except tarfile.TarError as error:
-        raise UsageError(f"{path} is broken ({error}): download it again") from error
+        with open_stream(part.tar) as stream:
+            found = itertools.islice(members(stream), part.first, part.stop)  # what comes before is skipped, unread
+            if part.split == "train":
+                yield from _training_examples(found, part.tar, label_of)
+            else:
+                yield from _validation_examples(found, part.tar, validation)
+    except BrokenTar as error:
+        raise UsageError(f"{part.tar} is broken ({error}): download it again") from error
 
 
-def _training_examples(tar: tarfile.TarFile, label_of: dict[str, int]) -> Iterator[Example]:
+def _training_examples(found: Iterator[Member], path: Path, label_of: dict[str, int]) -> Iterator[Example]:
     """The training tar holds one tar a synset, e.g. n01440764.tar."""
-    for member in filter(tarfile.TarInfo.isfile, tar):
+    for member in found:
         synset = member.name.removesuffix(".tar")
         if synset not in label_of:
-            raise UsageError(f"{tar.name} holds {member.name!r}, which is no ILSVRC 2012 synset")
-        with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as images:
-            for image in filter(tarfile.TarInfo.isfile, images):
-                yield _example("train", images, image, label_of[synset])
+            raise UsageError(f"{path} holds {member.name!r}, which is no ILSVRC 2012 synset")
+        for image in members(member):
+            yield _example("train", image, label_of[synset])
 
 
-def _validation_examples(tar: tarfile.TarFile, labels: list[int]) -> Iterator[Example]:
-    for image in filter(tarfile.TarInfo.isfile, tar):
+def _validation_examples(found: Iterator[Member], path: Path, labels: list[int]) -> Iterator[Example]:
+    for image in found:
         number = re.search(r"ILSVRC2012_val_(\d{8})\.JPEG$", image.name)
         if not number or not 1 <= int(number[1]) <= len(labels):
-            raise UsageError(f"{tar.name} holds {image.name!r}, which is no ILSVRC 2012 validation image")
-        yield _example("validation", tar, image, labels[int(number[1]) - 1])
+            raise UsageError(f"{path} holds {image.name!r}, which is no ILSVRC 2012 validation image")
+        yield _example("validation", image, labels[int(number[1]) - 1])
 
 
-def _example(split: str, tar: tarfile.TarFile, image: tarfile.TarInfo, label: int) -> Example:
-    encoded = read_bounded(tar.extractfile(image))
+def _example(split: str, image: Member, label: int) -> Example:
+    encoded = image.read(MAX_ENCODED_BYTES + 1)  # one byte too many tells an oversized one
     return Example(split, image.name.rpartition("/")[2], functools.partial(bytes, encoded), label)

@@ -1,15 +1,16 @@
 """Batches as a pure function of (seed, step), from a TFDS data set in ArrayRecord form, by way of Grain.
 
 Shapes: B images of a global batch, b = B / processes of this process's part, S the side of an image in pixels.
-Positions count a run's examples from its start: step s holds positions s*B .. (s+1)*B - 1, and process i reads rows
-i*b .. (i+1)*b - 1 of them. What lies at a position, crop included, depends on the seed and the position alone, not on
-the number of processes, workers or threads.
+Positions count a run's examples from its start: step s holds positions s*B .. (s+1)*B - 1, and a process reads some
+rows of them. What lies at a position, crop included, depends on the seed and the position alone, not on the number of
+processes, workers or threads.
 """
 
 import contextlib
 import functools
 import os
-from collections.abc import Generator, Iterator
+import resource
+from collections.abc import Generator, Iterator, Sequence
 from typing import TypedDict
 
 import grain
@@ -17,11 +18,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags
 
-from ibq_jax.base.errors import UsageError
+from ibq_jax.base.errors import UsageError, one_line
 from ibq_jax.data.preprocess import UnreadableImage, centre_crop, decode, random_crop, resize_shorter_side
 from ibq_jax.data.store import find_dataset, open_builder
 
 NO_LABEL = -1
+OTHER_FILES = 256  # that a process has open besides a data set's shards
 
 
 class Record(TypedDict):
@@ -53,9 +55,10 @@ class ImageSource:
     def __getitem__(self, index: int) -> Record:
         try:
             record = self._records[index]
-        except RuntimeError as error:  # ArrayRecord's
-            raise UsageError(f"{self}, record {index} is damaged ({error}): prepare it with --overwrite") from error
-        label = int(record["label"]) if self.class_names else NO_LABEL
+            label = int(record["label"]) if self.class_names else NO_LABEL
+        except Exception as error:  # ArrayRecord's, protobuf's and TFDS's, of which each has its own
+            reason = one_line(error)
+            raise UsageError(f"{self}, record {index} is damaged ({reason}): prepare it with --overwrite") from error
         return Record(image=record["image"], label=label, index=index)
 
     def __iter__(self) -> Iterator[Record]:
@@ -66,6 +69,17 @@ class ImageSource:
 
     def __reduce__(self):
         return open_split, (self.name, self.data_dir, self.split)
+
+
+def _allow_open_files(shards: int, what: str) -> None:
+    """ArrayRecord keeps every shard it has read from open, and systems allow 1,024 files to a process that asks not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or shards + OTHER_FILES <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and shards + OTHER_FILES > hard:
+        raise UsageError(f"{what} has {shards} shards, and no process may open over {hard} files: raise ulimit -Hn")
+    wanted = 2 * shards + OTHER_FILES  # for a second split too
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def open_split(name: str, data_dir: str | os.PathLike, split: str) -> ImageSource:
@@ -95,9 +109,14 @@ def open_split(name: str, data_dir: str | os.PathLike, split: str) -> ImageSourc
     if not images:
         raise UsageError(f"data set {path} has no images in split {split!r}")
     try:
+        _allow_open_files(len(builder.info.splits[split].file_instructions), f"data set {path}, split {split!r}")
         return ImageSource(name, data_dir, split, builder)
+    except UsageError:
+        raise
     except NotImplementedError as error:
         raise UsageError(f"data set {path} is in {builder.info.file_format.value} form, not array_record") from error
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:  # of metadata that do not fit the files
+        raise UsageError(f"data set {path} is damaged ({one_line(error)}): prepare it with --overwrite") from error
 
 
 def training_batches(
@@ -110,6 +129,7 @@ def training_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    rows: Sequence[int] | None = None,
     workers: int = 0,
     threads: int = 2,
 ) -> Generator[dict[str, np.ndarray]]:
@@ -124,6 +144,7 @@ def training_batches(
         start_step: steps to leave out at the start; costs nothing.
         process_index: this process's place among process_count.
         process_count: processes that share every batch.
+        rows: of every batch to read, in place of the part that the two before say.
         workers: reader processes, which need a script that guards its entry point with `if __name__ == "__main__"`; 0
             reads in threads of this process.
         threads: reader threads in each process; each holds one batch.
@@ -135,13 +156,13 @@ def training_batches(
     Raises:
         UsageError: sizes that do not fit each other; while iterating, a record that cannot be decoded.
     """
-    rows = rows_per_process(batch_size, process_count)
+    rows = rows_of_process(batch_size, process_index, process_count) if rows is None else rows
     check_sizes(image_size, resize)
     check_readers(threads, workers)
     check_seed(seed)
     crop = functools.partial(_training_example, image_size=image_size, resize=resize, origin=str(source))
     examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(crop)
-    batches = examples.batch(rows)[start_step * process_count + process_index :: process_count]
+    batches = batches_of_rows(examples, batch_size, rows)[start_step:]
     return iterate(batches, workers, threads)
 
 
@@ -165,6 +186,7 @@ def evaluation_batches(
     examples: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    rows: Sequence[int] | None = None,
     antialias: bool = True,
     threads: int = 2,
 ) -> Generator[dict[str, np.ndarray]]:
@@ -178,6 +200,7 @@ def evaluation_batches(
         examples: how many records, spread evenly over the split so that every class has its share; 0 takes all.
         process_index: this process's place among process_count.
         process_count: processes that share every batch.
+        rows: of every batch to read, in place of the part that the two before say.
         antialias: False resizes as the published numbers' evaluation did (`preprocess.resize_shorter_side`).
         threads: reader threads.
 
@@ -188,7 +211,7 @@ def evaluation_batches(
     Raises:
         UsageError: as `training_batches`.
     """
-    rows = rows_per_process(batch_size, process_count)
+    rows = rows_of_process(batch_size, process_index, process_count) if rows is None else rows
     check_sizes(image_size, resize)
     check_readers(threads)
     count = min(examples, len(source)) if examples else len(source)
@@ -196,7 +219,7 @@ def evaluation_batches(
     load = functools.partial(
         _evaluation_example, source=source, count=count, image_size=image_size, resize=resize, antialias=antialias
     )
-    batches = grain.MapDataset.range(padded).map(load).batch(rows)[process_index::process_count]
+    batches = batches_of_rows(grain.MapDataset.range(padded).map(load), batch_size, rows)
     return iterate(batches, 0, threads)
 
 
@@ -234,11 +257,31 @@ def iterate(batches: grain.MapDataset, workers: int, threads: int) -> Generator[
             raise UsageError(str(error).partition("\n")[0]) from error  # Grain adds lines on its tracebacks
 
 
-def rows_per_process(batch_size: int, process_count: int) -> int:
-    """Raises UsageError for a batch that the processes cannot share evenly."""
+class _Rows:
+    """Of every B examples of `examples`, those at `rows`: a source that Grain reads at random."""
+
+    def __init__(self, examples: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+        self._examples, self._batch_size, self._rows = examples, batch_size, [int(row) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self._examples) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        step, place = divmod(int(index), len(self._rows))
+        return self._examples[step * self._batch_size + self._rows[place]]
+
+
+def batches_of_rows(examples: grain.MapDataset, batch_size: int, rows: Sequence[int]) -> grain.MapDataset:
+    """Batches of B examples in order, and of each the examples at `rows`."""
+    return grain.MapDataset.source(_Rows(examples, batch_size, rows)).batch(len(rows))
+
+
+def rows_of_process(batch_size: int, process_index: int, process_count: int) -> range:
+    """The rows of the process's part of a batch. Raises UsageError for one that does not divide."""
     if batch_size <= 0 or batch_size % process_count:
         raise UsageError(f"a batch of {batch_size} images does not divide among {process_count} processes")
-    return batch_size // process_count
+    part = batch_size // process_count
+    return range(process_index * part, (process_index + 1) * part)
 
 
 def check_sizes(image_size: int, resize: int) -> None:

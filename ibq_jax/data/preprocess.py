@@ -6,11 +6,15 @@ they are among the views (named crops) that its codes are stored of.
 """
 
 import io
-import struct
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from ibq_jax.base.errors import one_line
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # Pillow knows dozens; for one of them, PostScript, it would start Ghostscript
+MAX_ASPECT = 100  # of the sides: resized by its shorter one, a thin image of a few bytes would take gigabytes
 
 
 class UnreadableImage(ValueError):
@@ -24,15 +28,22 @@ def decode(encoded: bytes) -> np.ndarray:
     frame. An EXIF orientation is not applied: the ImageNet pipelines whose numbers are compared do not apply it either.
 
     Raises:
-        UnreadableImage: broken or foreign bytes, or more pixels than Pillow's guard against decompression bombs allows.
+        UnreadableImage: broken or foreign bytes, more pixels than Pillow's guard against decompression bombs allows, or
+            one side over 100 times as long as the other.
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise UnreadableImage(
+                    f"{image.width}x{image.height} pixels, one side over {MAX_ASPECT} times the other"
+                )
             return np.asarray(_to_rgb(image))
+    except UnreadableImage:
+        raise
     except UnidentifiedImageError as error:
         raise UnreadableImage("no image of a known format") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UnreadableImage(str(error) or type(error).__name__) from error
+    except Exception as error:  # from foreign bytes Pillow's parsers may raise anything
+        raise UnreadableImage(one_line(error)) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -4,12 +4,18 @@ Each kind of source is a module that returns a `Collection`; `store.write_datase
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ibq_jax.base.errors import UsageError, printable
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp"})
 MAX_ENCODED_BYTES = 2**28  # no photograph's file is larger, and a hostile one can be any size
+
+# Maps a function that gives JSON values over files, in order: `map`, or something that runs it on many machines.
+Each = Callable[[Callable[[Path], Any], Sequence[Path]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Collection:
-    """A data set that can be built: who it is, and a stream of its examples."""
+    """A data set that can be built: who it is, and a stream of its examples.
+
+    The stream also comes in `parts`, for workers that share it: `read_part` of one after another gives all of it.
+    """
 
     name: str
     description: str
@@ -35,6 +44,8 @@ class Collection:
     homepage: str = ""
     citation: str = ""
     license: str = ""
+    parts: tuple[Any, ...] = ()  # small, picklable, and known by their repr; Paths where they are files
+    read_part: Callable[[Any], Iterable[Example]] = iter  # picklable
 
 
 def read_bounded(file: BinaryIO, limit: int = MAX_ENCODED_BYTES) -> bytes:
@@ -42,9 +53,15 @@ def read_bounded(file: BinaryIO, limit: int = MAX_ENCODED_BYTES) -> bytes:
     return file.read(limit + 1)
 
 
-def printable(name: str) -> str:
-    """`name` with control characters and undecodable bytes escaped, fit for a terminal and for UTF-8."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
+def class_names_to_store(names: Iterable[str], where: object) -> tuple[str, ...]:
+    """`names` as `printable` shows them. Raises UsageError for those that a data set's file of names, a name a line
+    without blanks around it, cannot tell apart."""
+    shown = tuple(printable(name) for name in names)
+    for before, name in zip((None, *sorted(shown)), sorted(shown), strict=False):
+        if name == before or name != name.strip() or not name:
+            what = "is another's, once control characters are escaped" if name == before else "is empty or padded"
+            raise UsageError(f"{where}: the class name {name!r} {what}; rename it")
+    return shown
 
 
 def _name_hash(name: str) -> int:

@@ -12,22 +12,24 @@ import os
 import shutil
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import tensorflow_datasets as tfds
-from google.protobuf.json_format import ParseError
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tqdm import tqdm
 
-from ibq_jax.base.errors import UsageError
+from ibq_jax.base.errors import UsageError, one_line
+from ibq_jax.base.json_files import read_json
 from ibq_jax.data.preprocess import UnreadableImage, decode
 from ibq_jax.data.sources import MAX_ENCODED_BYTES, Collection, Example, printable
 
 EXAMPLES_PER_SHARD = 8192
 EXAMPLES_PER_CALL = 256  # TFDS rewrites its metadata at every call
+FEATURES = "tensorflow_datasets.core.features."  # where TFDS's own kinds of features are
+CLASS_NAMES = ("pythonClassName", "python_class_name", "type")  # fields of features.json, new and old
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,28 @@ def find_dataset(name: str, data_dir: str | os.PathLike) -> Path | None:
 
 
 def open_builder(path: Path) -> tfds.core.DatasetBuilder:
-    """The data set at `path`, as TFDS reads it. Raises UsageError when its metadata are damaged."""
+    """The data set at `path`, as TFDS reads it.
+
+    Raises UsageError when its metadata are damaged, or name a kind of feature that is not TFDS's own.
+    """
     try:
+        if (path / "features.json").is_file():
+            _check_features(read_json(path / "features.json"))
         return tfds.builder_from_directory(path)
-    except (ValueError, ParseError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"data set {path} has damaged metadata ({reason}): prepare it with --overwrite") from error
+    except Exception as error:  # from foreign metadata TFDS may raise anything
+        raise UsageError(
+            f"data set {path} has damaged metadata ({one_line(error)}): prepare it with --overwrite"
+        ) from error
+
+
+def _check_features(described: object) -> None:
+    """TFDS imports whatever module a feature's class is said to be in, and that would run code."""
+    for name, value in described.items() if isinstance(described, dict) else ():
+        if name in CLASS_NAMES and isinstance(value, str) and not value.startswith(FEATURES):
+            raise ValueError(f"a feature of type {value}, which is none of TFDS's")
+        _check_features(value)
+    for value in described if isinstance(described, list) else ():
+        _check_features(value)
 
 
 def made_with(path: Path) -> Mapping[str, str | int | float] | None:
@@ -80,25 +98,32 @@ def write_dataset(
             the disk is full.
     """
     path = Path(data_dir, collection.name, collection.version)
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} is there already: pass --overwrite to build it anew, or choose another --name")
+    check_absent(path, overwrite)
     counts: dict[str, Counter] = {}
     skipped: list[str] = []
     with _complete_or_absent(path) as folder:
-        info = _dataset_info(collection, folder, settings)
-        writer = tfds.core.SequentialWriter(info, EXAMPLES_PER_SHARD, file_format="array_record")
-        readable = _readable(collection, skipped)
-        while chunk := list(itertools.islice(readable, EXAMPLES_PER_CALL)):
-            _write(chunk, writer, counts)
-        if not counts:
-            first = f", the first {skipped[0]}" if skipped else ""
-            raise UsageError(f"{collection.name}: {len(skipped)} images found and none can be read{first}")
+        info = dataset_info(collection, folder, settings)
         info.metadata["skipped"] = skipped
-        writer.close_all()
+        write_examples(_readable(collection, skipped), info, counts, EXAMPLES_PER_SHARD)
+        check_some(collection, counts, skipped)
     return Written(path, counts, tuple(skipped))
 
 
-def _dataset_info(collection: Collection, folder: Path, settings: Mapping) -> tfds.core.DatasetInfo:
+def check_absent(path: Path, overwrite: bool) -> None:
+    """Raises UsageError when there is something at `path` and `overwrite` is off."""
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} is there already: pass --overwrite to build it anew, or choose another --name")
+
+
+def check_some(collection: Collection, counts: Mapping[str, Counter], skipped: Sequence[str]) -> None:
+    """Raises UsageError when no image could be read."""
+    if not counts:
+        first = f", the first {skipped[0]}" if skipped else ""
+        raise UsageError(f"{collection.name}: {len(skipped)} images found and none can be read{first}")
+
+
+def dataset_info(collection: Collection, folder: Path, settings: Mapping) -> tfds.core.DatasetInfo:
+    """What TFDS is to know of the collection's data set, which will be in `folder`; no splits yet."""
     features = {"image": tfds.features.Image(), "file_name": tfds.features.Text()}
     if collection.class_names:
         features["label"] = tfds.features.ClassLabel(names=list(collection.class_names))
@@ -117,6 +142,23 @@ def _dataset_info(collection: Collection, folder: Path, settings: Mapping) -> tf
         license=collection.license,
         metadata=tfds.core.MetadataDict(settings=dict(settings)),
     )
+
+
+def write_examples(
+    examples: Iterable[tuple[Example, bytes]],
+    info: tfds.core.DatasetInfo,
+    counts: dict[str, Counter],
+    per_shard: int,
+) -> None:
+    """Writes examples with their bytes, and the metadata, to the folder of `info`; adds them up in `counts`.
+
+    Metadata that grow meanwhile, `info.metadata`, are written as they are at the end.
+    """
+    writer = tfds.core.SequentialWriter(info, per_shard, file_format="array_record")
+    examples = iter(examples)
+    while chunk := list(itertools.islice(examples, EXAMPLES_PER_CALL)):
+        _write(chunk, writer, counts)
+    writer.close_all()
 
 
 def _write(
@@ -141,7 +183,7 @@ def _readable(collection: Collection, skipped: list[str]) -> Iterator[tuple[Exam
     with ThreadPoolExecutor(cores) as pool, tqdm(total=collection.total, unit=" images", dynamic_ncols=True) as bar:
         while True:
             for example in itertools.islice(examples, 4 * cores - len(pending)):
-                pending.append((example, pool.submit(_load, example)))
+                pending.append((example, pool.submit(load, example)))
             if not pending:
                 return
             example, encoded = pending.popleft()
@@ -149,13 +191,19 @@ def _readable(collection: Collection, skipped: list[str]) -> Iterator[tuple[Exam
             if error := encoded.exception():
                 if not isinstance(error, OSError | UnreadableImage):
                     raise error
-                skipped.append(printable(f"{example.name}: {error}"))
+                skipped.append(why_skipped(example, error))
                 bar.write(f"skipped {skipped[-1]}", file=sys.stderr)
             else:
                 yield example, encoded.result()
 
 
-def _load(example: Example) -> bytes:
+def why_skipped(example: Example, error: Exception) -> str:
+    """The line that names an image that was left out."""
+    return printable(f"{example.name}: {error}")
+
+
+def load(example: Example) -> bytes:
+    """The example's bytes, which decode. Raises OSError or UnreadableImage."""
     encoded = example.read()
     if len(encoded) > MAX_ENCODED_BYTES:
         raise UnreadableImage(f"larger than {MAX_ENCODED_BYTES >> 20} MiB")
@@ -170,24 +218,45 @@ def _complete_or_absent(path: Path) -> Iterator[Path]:
     A killed process leaves it behind, locked by no one; the next one empties it.
     """
     unfinished = path.with_name(f"{path.name}.incomplete")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    lock = os.open(unfinished, os.O_RDONLY)
+    with locked(unfinished), full_disk_said(path, "nothing was kept"):
+        try:
+            for leftover in unfinished.iterdir():
+                leftover.unlink()
+            yield unfinished
+            put_in_place(unfinished, path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def put_in_place(folder: Path, path: Path) -> None:
+    """Renames `folder`, complete, to `path`; what was there is removed."""
+    if path.exists():
+        shutil.rmtree(path)
+    folder.rename(path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes `folder` and keeps every other process out of such a block. Raises UsageError if one is inside."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            told = f"{folder} is being written by another process: wait, or choose another --name"
+            raise UsageError(told) from error
+        yield
+    finally:
         os.close(lock)
-        raise UsageError(f"{unfinished} is being written by another process: wait, or choose another --name") from error
+
+
+@contextlib.contextmanager
+def full_disk_said(path: Path, kept: str) -> Iterator[None]:
+    """Raises UsageError, with what was `kept`, when the block fails because the disk of `path` is full."""
     try:
-        for leftover in unfinished.iterdir():
-            leftover.unlink()
-        yield unfinished
-        if path.exists():
-            shutil.rmtree(path)
-        unfinished.rename(path)
+        yield
     except (OSError, RuntimeError) as error:  # ArrayRecord's are RuntimeErrors with the system's words in them
         if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-            raise UsageError(f"{path}: the disk is full; nothing was kept") from error
+            raise UsageError(f"{path}: the disk is full; {kept}") from error
         raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        os.close(lock)

@@ -7,79 +7,104 @@ import contextlib
 import functools
 import glob
 import itertools
-import json
 import os
-import tarfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.json_files import parse_json
 from ibq_jax.data.preprocess import UnreadableImage
 from ibq_jax.data.sources import (
     IMAGE_SUFFIXES,
     MAX_ENCODED_BYTES,
     Collection,
+    Each,
     Example,
+    class_names_to_store,
     is_held_out,
     printable,
-    read_bounded,
 )
+from ibq_jax.data.tar_reader import BrokenTar, members, open_stream
 
 LABEL_SUFFIXES = frozenset({"cls", "json"})
 MAX_LABEL_BYTES = 2**20
 MAX_CLASSES = 2**20
-BROKEN_TAR = (tarfile.TarError, OSError, EOFError, zlib.error)
+MAX_LABEL_CHARACTERS = 256
 
 Label = int | str | None  # as written in a shard
 
 
-def tar_shards(pattern: str, name: str, validation: float = 0.05) -> Collection:
+def tar_shards(pattern: str, name: str, validation: float = 0.05, each: Each = map) -> Collection:
     """The images of every shard that matches `pattern`, e.g. "shards/*.tar", in the order of the shards' names.
 
     A sample is an image (.jpg .jpeg .png .webp .bmp) and, for its class, a .cls (a number or a name) or a .json with
     "label" or "cls"; other members are passed over. Numbers stay as they are, names are numbered in their order: a
     first pass over the shards collects them, a second reads the images. The fraction `validation` is held out, by the
     hashes of shard and key. A shard that breaks off counts as one unreadable image; what precedes the break is kept.
+    `each` maps the first pass over the shards; a shard is a part of the collection.
 
     Raises:
-        UsageError: no shard, no images in them, or samples with a number, with a name or with no label side by side.
+        UsageError: no shard, no images in them, samples with a number, with a name or with no label side by side, or
+            labels that are no class's.
     """
     shards = [Path(path) for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
     if not shards:
         raise UsageError(f"no file matches {pattern}")
-    total, seen = _survey(shards)
+    total, seen = _survey(shards, each)
     if not total:
         raise UsageError(f"the {len(shards)} shards of {pattern} hold no images")
     class_names = _class_names(seen)
     label_of: dict[Label, int | None] = {class_name: label for label, class_name in enumerate(class_names)}
     label_of |= {label: label for label in seen if not isinstance(label, str)}
-
-    def examples() -> Iterator[Example]:
-        for shard in shards:
-            yield from _examples(shard, label_of, validation)
+    read_part = functools.partial(_examples, label_of=label_of, validation=validation)
 
     return Collection(
         name=name,
         description=f"The images of {len(shards)} tar shards.",
-        examples=examples,
-        class_names=tuple(printable(class_name) for class_name in class_names),
+        examples=lambda: itertools.chain.from_iterable(map(read_part, shards)),
+        class_names=class_names_to_store(class_names, pattern),
         total=total,
+        parts=tuple(shards),
+        read_part=read_part,
     )
 
 
-def _survey(shards: list[Path]) -> tuple[int, dict[Label, str]]:
+def _survey(shards: list[Path], each: Each) -> tuple[int, dict[Label, str]]:
     """The number of images, and every label that occurs with the first sample that has it."""
     total, seen = 0, {}
-    for shard in tqdm(shards, desc="reading labels", unit=" shards", dynamic_ncols=True):
-        with contextlib.suppress(*BROKEN_TAR):  # the second pass reports it
-            for key, sample in _samples(shard, LABEL_SUFFIXES):
-                if _image_suffix(sample):
-                    total += 1
-                    seen.setdefault(_label(sample), f"{shard.name}:{key}")
+    found = each(_labels, shards)
+    for images, labels in tqdm(found, "reading labels", len(shards), unit=" shards", dynamic_ncols=True):
+        total += images
+        for label, where in labels:
+            _note(seen, label, where)
     return total, seen
+
+
+def _labels(shard: Path) -> tuple[int, list[tuple[Label, str]]]:
+    """The number of images in a shard, and every label with the first sample that has it."""
+    images, seen = 0, {}
+    with contextlib.suppress(BrokenTar):  # the second pass reports it
+        for key, sample in _samples(shard, LABEL_SUFFIXES):
+            if _image_suffix(sample):
+                images += 1
+                where = f"{shard.name}:{key}"
+                _note(seen, _checked(_label(sample), where), where)
+    return images, list(seen.items())
+
+
+def _note(seen: dict[Label, str], label: Label, where: str) -> None:
+    seen.setdefault(label, where)
+    if len(seen) > MAX_CLASSES:
+        raise UsageError(f"there are over {MAX_CLASSES} labels, the last at {printable(where)}")
+
+
+def _checked(label: Label, where: str) -> Label:
+    if len(str(label)) > MAX_LABEL_CHARACTERS:
+        told = f"{str(label)[:20]!r}... at {printable(where)}"
+        raise UsageError(f"label {told} has {len(str(label))} characters; they have {MAX_LABEL_CHARACTERS} at most")
+    return label
 
 
 def _class_names(seen: dict[Label, str]) -> tuple[str, ...]:
@@ -104,7 +129,7 @@ def _examples(shard: Path, label_of: dict[Label, int | None], validation: float)
                 name = f"{shard.name}:{key}.{suffix}"
                 split = "validation" if is_held_out(name, validation) else "train"
                 yield Example(split, name, functools.partial(bytes, sample[suffix]), label_of[_label(sample)])
-    except BROKEN_TAR as error:
+    except BrokenTar as error:
         yield Example("train", shard.name, functools.partial(_break_off, str(error)))
 
 
@@ -113,14 +138,18 @@ def _break_off(reason: str) -> bytes:
 
 
 def _samples(shard: Path, wanted: frozenset[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, suffix -> contents) of each sample; contents of a suffix that is not wanted are empty."""
-    with tarfile.open(shard) as tar:
-        named = ((*_key_and_suffix(member.name), member) for member in tar if member.isfile())
-        for key, members in itertools.groupby(named, key=lambda entry: entry[0]):
+    """(key, suffix -> contents) of each sample; contents of an image that is not wanted are empty.
+
+    As of `sources.read_bounded`, one byte too many tells an oversized member.
+    """
+    with open_stream(shard) as stream:
+        named = ((*_key_and_suffix(member.name), member) for member in members(stream))
+        for key, parts in itertools.groupby(named, key=lambda entry: entry[0]):
             sample = {}
-            for _, suffix, member in members:
+            for _, suffix, member in parts:
                 limit = MAX_LABEL_BYTES if suffix in LABEL_SUFFIXES else MAX_ENCODED_BYTES
-                sample[suffix] = read_bounded(tar.extractfile(member), limit) if suffix in wanted else b""
+                if suffix in LABEL_SUFFIXES | IMAGE_SUFFIXES:
+                    sample[suffix] = member.read(limit + 1) if suffix in wanted else b""
             yield key, sample
 
 
@@ -137,10 +166,10 @@ def _image_suffix(sample: dict[str, bytes]) -> str | None:
 def _label(sample: dict[str, bytes]) -> Label:
     if "cls" in sample:
         text = sample["cls"].decode("utf-8", "replace").strip()
-        return int(text) if text.isdecimal() else text
+        return int(text) if text.isdecimal() and len(text) <= MAX_LABEL_CHARACTERS else text
     try:
-        described = json.loads(sample.get("json", b"null"))
-    except (ValueError, RecursionError):
+        described = parse_json(sample.get("json", b"null"))
+    except ValueError:
         return None
     label = described.get("label", described.get("cls")) if isinstance(described, dict) else None
     return label if type(label) in (int, str) else None

@@ -3,6 +3,7 @@
 Shapes: N pictures uint8 [N, H, W, 3]; features [N, D]; B pictures of a batch, mask bool [B].
 """
 
+import math
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +13,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ibq_jax.base.errors import UsageError
+from ibq_jax.base.archive_limits import check_archive
+from ibq_jax.base.errors import UsageError, one_line
 from ibq_jax.base.sharding import global_batch, replicated
 from ibq_jax.evaluate.gather import of_all_processes, on_host, own_rows
 from ibq_jax.evaluate.judges import DIMS, FD, FID, LOGITS, SFID, Judges, features_of
@@ -20,6 +22,7 @@ from ibq_jax.evaluate.protocols import Protocol
 from ibq_jax.evaluate.statistics import FeatureStatistics, inception_score, precision_recall
 
 PICTURES = "arr_0"  # in an .npz, as ADM's evaluation reads it
+MOST_PIXELS = 2**22  # of a picture: a batch of larger ones would not fit into memory
 MOMENTS = {FID: "", SFID: "_s"}  # what follows "mu" and "sigma" there
 
 
@@ -97,13 +100,22 @@ class PictureSet:
         self.path = path
         try:
             with zipfile.ZipFile(path) as archive, archive.open(f"{PICTURES}.npy") as member:
+                check_archive(path, archive)
                 self.shape, fortran, dtype = _header(member)
+                held = archive.getinfo(f"{PICTURES}.npy").file_size - member.tell()
         except FileNotFoundError as error:
             raise UsageError(f"{path}: no such file") from error
-        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise UsageError(f"{path}: not a whole .npz file with pictures as {PICTURES!r} ({error})") from error
+        except Exception as error:  # from foreign bytes zipfile and NumPy may raise anything
+            words = one_line(error)
+            raise UsageError(f"{path}: not a whole .npz file with pictures as {PICTURES!r} ({words})") from error
         if dtype != np.uint8 or fortran or len(self.shape) != 4 or self.shape[-1] != 3:
             raise UsageError(f"{path}: {PICTURES} is {dtype} {list(self.shape)}, pictures are uint8 [N, H, W, 3]")
+        if min(self.shape) < 0 or not 1 <= math.prod(self.shape[1:3]) <= MOST_PIXELS:
+            raise UsageError(
+                f"{path}: pictures of {self.shape[1]}x{self.shape[2]}; they have 1 to {MOST_PIXELS:,} pixels"
+            )
+        if held != math.prod(self.shape):
+            raise UsageError(f"{path}: cut short ({held} bytes of pictures {list(self.shape)})")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -122,8 +134,8 @@ class PictureSet:
                     images = np.zeros((batch_size, *self.shape[1:]), np.uint8)
                     images[:count] = read
                     yield {"image": images[own], "mask": (np.arange(batch_size) < count)[own]}
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            raise UsageError(f"{self.path}: cut short ({error})") from error
+        except Exception as error:  # from foreign bytes zipfile may raise anything
+            raise UsageError(f"{self.path}: cut short ({one_line(error)})") from error
 
 
 def _header(member) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -141,8 +153,8 @@ def read_moments(path: Path) -> dict[str, FeatureStatistics]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path}: no such file, or not a whole .npz file ({error})") from error
+    except Exception as error:  # from foreign bytes zipfile may raise anything
+        raise UsageError(f"{path}: no such file, or not a whole .npz file ({one_line(error)})") from error
     moments = {}
     for name, suffix in MOMENTS.items():
         if f"mu{suffix}" in names:

@@ -1,11 +1,16 @@
 """What a run logged: `metrics.jsonl` read back as a series a name."""
 
-import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from ibq_jax.base.json_files import parse_json
+
+MAX_STEP = 2**53  # what a plot's float64 counts
+MAX_LINE_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,12 @@ def read_history(path: Path) -> History:
     """Of a metrics.jsonl; empty where there is none. A line that a kill cut short is counted and left out."""
     found: dict[str, dict[int, float]] = {}
     grids, unreadable, not_finite = {}, 0, {}
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+    for line in _lines(path) if path.is_file() else ():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             step = int(row.pop("step"))
+            if abs(step) > MAX_STEP or len(line) > MAX_LINE_BYTES:
+                raise ValueError("out of range")
             for name, value in row.items():
                 if isinstance(value, list):
                     grids[name] = _grid(value)
@@ -67,10 +74,19 @@ def read_history(path: Path) -> History:
     return History({name: _series(points) for name, points in found.items()}, grids, unreadable, not_finite)
 
 
+def _lines(path: Path) -> Iterator[bytes]:
+    """One by one, and of a line without end no more than its first part."""
+    with path.open("rb") as file:
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            yield line
+
+
 def _grid(rows: list) -> np.ndarray:
     values = np.asarray(rows, np.float64)
     if values.ndim != 2:
         raise ValueError(f"a grid has rows and columns, not {values.ndim} dimensions")
+    if not values.size:
+        raise ValueError("an empty grid")
     return values
 
 

@@ -5,13 +5,12 @@ np.asarray takes is taken. What is wrong with an argument is said in a UsageErro
 """
 
 import itertools
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from ibq_jax.base.errors import UsageError
+from ibq_jax.base.archive_limits import open_npz
+from ibq_jax.base.errors import UsageError, one_line, printable
 from ibq_jax.base.files import whole_or_absent
 
 BUFFER_ROWS = 1024  # features that wait for one product: at D = 2048 four times as fast as 64 at a time
@@ -363,14 +362,13 @@ def _read(path: Path, suffix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray |
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     try:
-        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as arrays:
+        with open_npz(path) as arrays:
             mean, covariance = f"mu{suffix}", f"sigma{suffix}"
-            if not {mean, covariance} <= set(arrays):
-                raise UsageError(
-                    f"{path}: holds {', '.join(arrays) or 'nothing'}; statistics are {mean} and {covariance}"
-                )
-            return arrays[mean], arrays[covariance], arrays["count"] if "count" in arrays.files else None
+            if not {mean, covariance} <= set(arrays.names):
+                held = printable(", ".join(arrays.names)) or "nothing"
+                raise UsageError(f"{path}: holds {held}; statistics are {mean} and {covariance}")
+            return arrays[mean], arrays[covariance], arrays["count"] if "count" in arrays.names else None
     except UsageError:
         raise
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UsageError(f"{path}: cut short, or not an .npz file of plain arrays ({error})") from error
+    except Exception as error:  # from foreign bytes zipfile and NumPy may raise anything
+        raise UsageError(f"{path}: cut short, or not an .npz file of plain arrays ({one_line(error)})") from error

@@ -1,0 +1,234 @@
+"""A TFDS data set in ArrayRecord form, written by the workers of an Apache Beam runner.
+
+The records are the local path's (`store.write_dataset`): every split holds the same file names, labels and image bytes
+in the same order, so that whatever reads by index, batches of training included, is the same to the bit. Only how many
+records lie in a file differs: a work item, a tar shard or several in a row, gives one file of each split, at times an
+empty one.
+
+TFDS 4.9.10 has two Beam writers (`tensorflow_datasets.core.writer`). `BeamWriter` needs no TensorFlow for ArrayRecord
+files, but sends every image through the runner's shuffle, holds a shard's images in memory, orders them by hashes, and
+starts from nothing when it is killed; `NoShuffleBeamWriter` has no sink for ArrayRecord files. So the workers write
+with `tfds.core.SequentialWriter`, as the local path does, and TFDS's metadata are put together at the end.
+
+DATA_DIR/NAME/beam.incomplete/labels/    results of the first pass over tar shards (`beam_map`)
+DATA_DIR/NAME/beam.incomplete/shards/    results of the second
+DATA_DIR/NAME/beam.incomplete/data/      what becomes DATA_DIR/NAME/VERSION
+
+Workers write with ordinary files: input and DATA_DIR have to lie on a file system that each has under the same path.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import shutil
+import socket
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core import naming
+from tensorflow_datasets.core.file_adapters import FileFormat
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.base.files import PARTIAL
+from ibq_jax.data.beam_map import BeamRunner, beam_map, partial_name, paths_in
+from ibq_jax.data.preprocess import UnreadableImage
+from ibq_jax.data.sources import Collection, Each, Example
+from ibq_jax.data.store import (
+    Written,
+    check_absent,
+    check_some,
+    dataset_info,
+    full_disk_said,
+    load,
+    locked,
+    put_in_place,
+    why_skipped,
+    write_examples,
+)
+
+SPLITS = ("train", "validation")
+MOST_NAMED = 10_000  # unreadable images in the metadata, which are read whole whenever the data set is opened
+MOST_ITEMS = 4096  # a file of each split for every item, and a reader keeps all of them open
+KEPT = "free room and rerun, what is whole was kept"
+SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"  # as SequentialWriter has it
+
+
+def write_dataset_with_beam(
+    collect: Callable[[Each], Collection],
+    name: str,
+    data_dir: str | os.PathLike,
+    settings: Mapping[str, str | int | float],
+    runner: BeamRunner,
+    overwrite: bool = False,
+) -> tuple[Collection, Written]:
+    """Does what `store.write_dataset` does. Killed and called again, it makes only the shards that are missing.
+
+    A shard is missing, too, when its tar or the settings have changed since; of a folder's images, when the names have.
+
+    Args:
+        collect: makes the collection, which needs parts; is given a map over files that Beam runs.
+        name: the collection's.
+        data_dir: of the data sets.
+        settings: kept in the metadata.
+        runner: where it runs.
+        overwrite: whether to replace the data set once this one is complete.
+
+    Raises:
+        UsageError: as `store.write_dataset`; or a worker does not see the input.
+        Failed: the runner gave up.
+    """
+    home = Path(data_dir, name).resolve()
+    work = home / "beam.incomplete"
+    with locked(work), full_disk_said(home, KEPT):
+        mapped = functools.partial(beam_map, runner=runner)
+        each = functools.partial(mapped, folder=work / "labels", description="reading labels")
+        collection = collect(each)
+        path = home / collection.version
+        check_absent(path, overwrite)
+        data = work / "data"
+        data.mkdir(exist_ok=True)
+        _remove_partial(data)
+        writer = _ShardWriter(dataclasses.replace(collection, examples=tuple, parts=()), data)
+        results = mapped(
+            writer,
+            _items(collection),
+            folder=work / "shards",
+            identity=json.dumps([settings, collection.class_names]),
+            description="writing images",
+            still_whole=writer.has_whole,
+        )
+        counts, skipped = _finish(collection, data, settings, results)
+        _remove_partial(data)
+        put_in_place(data, path)
+        shutil.rmtree(work, ignore_errors=True)
+    return collection, Written(Path(data_dir, name, collection.version), counts, tuple(skipped))
+
+
+def _remove_partial(data: Path) -> None:
+    for leftover in data.glob(f"*{PARTIAL}"):
+        shutil.rmtree(leftover, ignore_errors=True)  # a worker that outlived its runner may be writing still
+
+
+def _items(collection: Collection) -> list[tuple]:
+    """(number, *parts): at most MOST_ITEMS runs of neighbouring parts, as even as may be."""
+    count = min(len(collection.parts), MOST_ITEMS)
+    bounds = [len(collection.parts) * number // count for number in range(count + 1)]
+    return [(number, *collection.parts[bounds[number] : bounds[number + 1]]) for number in range(count)]
+
+
+@dataclass(frozen=True)
+class _ShardWriter:
+    """Writes the images of an item: a file of each split in `data`, and what there is to tell of them."""
+
+    collection: Collection  # without its parts, which are many
+    data: Path
+
+    def __call__(self, item: tuple) -> dict:
+        number, *parts = item
+        for path in paths_in(parts):
+            if not path.exists():
+                raise UsageError(f"the worker {socket.gethostname()} does not see {path}: it needs it under this path")
+        folder = partial_name(self.data / f"{number:05}")
+        folder.mkdir()
+        try:
+            with full_disk_said(self.data, KEPT):
+                return self._write(number, parts, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _write(self, number: int, parts: list, folder: Path) -> dict:
+        skipped: list[str] = []
+        counts: dict[str, Counter] = {}
+        info = dataset_info(self.collection, folder, {})
+        examples = itertools.chain.from_iterable(map(self.collection.read_part, parts))
+        write_examples(_readable(examples, skipped), info, counts, per_shard=2**62)
+        files = {}
+        for split in SPLITS:
+            [written] = list(folder.glob(f"*-{split}.array_record-*")) or [_empty_shard(folder / split)]
+            files[split] = written.stat().st_size
+            os.replace(written, self._shard(split, number))
+        return {
+            "number": number,
+            "files": files,
+            "images": {split: sorted(counted.items()) for split, counted in counts.items()},
+            "bytes": {split: info.splits[split].num_bytes for split in counts},
+            "skipped": skipped,
+        }
+
+    def _shard(self, split: str, number: int) -> Path:
+        return Path(_template(self.collection, self.data, split).sharded_filepath(shard_index=number, num_shards=None))
+
+    def has_whole(self, result: Mapping) -> bool:
+        """Whether the files that a result tells of are there, as long as they were."""
+        for split, size in result["files"].items():
+            path = self._shard(split, result["number"])
+            if not path.is_file() or path.stat().st_size != size:
+                return False
+        return True
+
+
+def _readable(examples: Iterable[Example], skipped: list[str]) -> Iterator[tuple[Example, bytes]]:
+    for example in examples:
+        try:
+            encoded = load(example)
+        except (OSError, UnreadableImage) as error:
+            skipped.append(why_skipped(example, error))
+        else:
+            yield example, encoded
+
+
+def _empty_shard(path: Path) -> Path:
+    """Numbers of shards have no gaps."""
+    ArrayRecordWriter(str(path), "group_size:1").close()
+    return path
+
+
+def _template(collection: Collection, folder: Path, split: str) -> naming.ShardedFileTemplate:
+    return naming.ShardedFileTemplate(
+        dataset_name=collection.name,
+        data_dir=folder,
+        split=split,
+        filetype_suffix=FileFormat.ARRAY_RECORD.file_suffix,
+        template=SHARD_NAME,
+    )
+
+
+def _finish(
+    collection: Collection, data: Path, settings: Mapping, results: list[Mapping]
+) -> tuple[dict[str, Counter], list[str]]:
+    """Writes TFDS's metadata. Returns images per split and label, and what was skipped."""
+    skipped = [line for result in results for line in result["skipped"]]
+    counts: dict[str, Counter] = {}
+    splits, whole = [], set()
+    for split in SPLITS:
+        lengths = [sum(count for _, count in result["images"].get(split, ())) for result in results]
+        if not any(lengths):
+            continue
+        counts[split] = Counter()
+        for result in results:
+            counts[split].update(dict(map(tuple, result["images"].get(split, ()))))
+        template = _template(collection, data, split)
+        size = sum(result["bytes"].get(split, 0) for result in results)
+        splits.append(tfds.core.SplitInfo(split, lengths, size, filename_template=template))
+        whole |= {
+            Path(template.sharded_filepath(shard_index=number, num_shards=None)) for number in range(len(results))
+        }
+    check_some(collection, counts, skipped)
+    for path in set(data.iterdir()) - whole:  # of a split without images, or of an earlier call with more shards
+        if not path.name.endswith(PARTIAL):
+            path.unlink()
+    for line in skipped[:MOST_NAMED]:
+        print(f"skipped {line}", file=sys.stderr)
+    info = dataset_info(collection, data, settings)
+    info.metadata["skipped"] = skipped[:MOST_NAMED]
+    info.set_file_format(FileFormat.ARRAY_RECORD)
+    info.set_splits(tfds.core.splits.SplitDict(splits))
+    info.write_to_directory(data)
+    return counts, skipped
