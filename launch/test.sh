@@ -4,7 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh tests torch hub
 # Two workers: most of the time one thread compiles. A file's tests stay together, for they share what they set up.
-.venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+# Of the injected faults some; all of them, and the table: .venv/bin/python -m pytest tests/faults
+IBQ_FAULTS=few .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
 # Plans for TPUs need the TPU's compiler, in a venv of its own, since JAX would look for a TPU wherever it is installed.
 if [ $# -eq 0 ] && [ "$(uname -sm)" = "Linux x86_64" ]; then
   VENV=.venv-tpu bash launch/setup.sh tests tpu

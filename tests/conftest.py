@@ -1,8 +1,9 @@
-"""Eight simulated devices for every test, set here and nowhere else; the data set that tests of commands share."""
+"""Eight simulated devices for every test, set here and nowhere else; what the tests of commands share."""
 
 import jax
 import pytest
 from absl import flags
+from jobs import Starter
 
 from ibq_jax.__main__ import main
 
@@ -17,3 +18,11 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     assert main(["prepare", "openmoji", "--size=16", f"--data_dir={folder}"]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """Starts commands in processes of their own, which are killed in the end."""
+    starter = Starter(tmp_path_factory.mktemp("compiled"))
+    yield starter
+    starter.close()

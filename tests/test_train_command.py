@@ -1,65 +1,40 @@
-"""Training from the command line, end to end: a preset shrunk, killed, resumed, moved, and used wrongly."""
+"""Training from the command line, end to end: a preset shrunk, made longer, grown, and used wrongly."""
 
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jobs import finished, lines
 from PIL import Image
-from small_runs import ROOT, STEPS, arguments
+from small_runs import STEPS, arguments
 
 from ibq_jax import Tokenizer
 from ibq_jax.__main__ import main
 from ibq_jax.data.pipeline import evaluation_batches, open_split
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """Compiled once for all the processes that these tests start."""
-    return tmp_path_factory.mktemp("compiled")
+@pytest.fixture
+def train(start):
+    """Trains in a process of its own, and returns what that printed."""
 
+    def train(workdir: Path, data_dir: Path, *overrides: str) -> str:
+        return finished(start(arguments(workdir, data_dir, *overrides), devices=1))
 
-def start(workdir: Path, data_dir: Path, cache: Path, *overrides: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "ibq_jax", *arguments(workdir, data_dir, *overrides)]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    out, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, out
-    return out
+    return train
 
 
 def logged(workdir: Path) -> list[dict]:
-    path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in lines(workdir)]
 
 
-def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
-    while process.poll() is None:
-        path = workdir / "metrics.jsonl"
-        if path.exists() and path.read_text().count("loss/total") >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"ended before step {step}: {process.communicate()[0]}")
-
-
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory, data_dir, cache):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data_dir, start):
     """A run that nothing disturbed, and what it printed."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, finish(start(workdir, data_dir, cache))
+    return workdir, finished(start(arguments(workdir, data_dir), devices=1))
 
 
 @pytest.mark.slow
@@ -97,62 +72,21 @@ def test_a_run_says_and_leaves_what_it_should(whole, data_dir, tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_killed_at_a_random_step_and_started_again_it_ends_the_same_to_the_bit(whole, data_dir, cache, tmp_path):
-    workdir, kills = tmp_path / "killed", sorted(random.sample(range(1, STEPS), 2))
-    for step in kills:
-        process = start(workdir, data_dir, cache)
-        wait_for_step(process, workdir, step)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    saved = [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
-    out = finish(start(workdir, data_dir, cache))
-    assert not saved or f"continuing from step {max(map(int, saved))}" in out  # a kill can come before a save is whole
-    assert logged(workdir) == logged(whole[0]), f"killed at steps {kills}"
-
-
-@pytest.mark.slow
-def test_sigterm_saves_first(whole, data_dir, cache, tmp_path):
-    workdir = tmp_path / "stopped"
-    process = start(workdir, data_dir, cache)
-    wait_for_step(process, workdir, 5)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=600)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert out.splitlines()[-1].startswith("ibq_jax train: SIGTERM: saved step ")
-    saved = int(out.splitlines()[-1].split("saved step ")[1].split()[0])
-    assert 5 < saved < STEPS and (workdir / "checkpoints" / str(saved)).is_dir()
-    assert f"continuing from step {saved}" in finish(start(workdir, data_dir, cache))
-    assert logged(workdir) == logged(whole[0])
-
-
-@pytest.mark.slow
-def test_a_truncated_checkpoint_costs_only_itself(whole, data_dir, cache, tmp_path):
-    workdir = tmp_path / "damaged"
-    shutil.copytree(whole[0], workdir)
-    files = [path for path in (workdir / "checkpoints" / "12").rglob("*") if path.is_file()]
-    os.truncate(max(files, key=lambda path: path.stat().st_size), 100)
-    out = finish(start(workdir, data_dir, cache))
-    assert f"checkpoint {workdir}/checkpoints/12 is not whole" in out and "continuing from step 8" in out
-    assert (workdir / "checkpoints" / "broken" / "12").is_dir()
-    assert logged(workdir) == logged(whole[0])
-
-
-@pytest.mark.slow
-def test_a_complete_run_is_left_alone_and_can_be_made_longer(whole, data_dir, cache, tmp_path):
+def test_a_complete_run_is_left_alone_and_can_be_made_longer(whole, data_dir, train, tmp_path):
     workdir = tmp_path / "longer"
     shutil.copytree(whole[0], workdir)
-    assert "complete: step 12 of 12" in finish(start(workdir, data_dir, cache))
+    assert "complete: step 12 of 12" in train(workdir, data_dir)
     assert logged(workdir) == logged(whole[0])
-    finish(start(workdir, data_dir, cache, "train.steps=13"))
+    train(workdir, data_dir, "train.steps=13")
     assert logged(workdir)[-2]["step"] == 13
 
 
 @pytest.mark.slow
-def test_a_run_continues_with_more_codes_and_with_fewer(whole, data_dir, cache, tmp_path, capsys):
+def test_a_run_continues_with_more_codes_and_with_fewer(whole, data_dir, train, tmp_path, capsys):
     grown, pruned = tmp_path / "grown", tmp_path / "pruned"
     assert main(["convert", f"--in={whole[0]}", f"--out={grown}", "--codebook-size=128"]) == 0
     assert f"step {STEPS} with 128 codes instead of 64" in capsys.readouterr().out
-    longer = finish(start(grown, data_dir, cache, "codebook.size=128", f"train.steps={STEPS + 2}"))
+    longer = train(grown, data_dir, "codebook.size=128", f"train.steps={STEPS + 2}")
     assert f"continuing from step {STEPS}" in longer and logged(grown)[-1]["step"] == STEPS + 2
     assert main(["convert", f"--in={grown}", f"--out={pruned}", "--prune", "--multiple-of=1"]) == 0
     size, kept = json.loads((pruned / "config.json").read_text())["codebook"]["size"], np.load(pruned / "index_map.npy")
@@ -183,25 +117,6 @@ def test_convert_used_wrongly_is_one_line_and_writes_nothing(whole, tmp_path, ca
         assert not out.exists() and not list(tmp_path.iterdir())
     assert main(["convert", run, f"--out={whole[0]}", "--codebook-size=128"]) == 2
     assert "exists already" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(whole, data_dir, cache, tmp_path):
-    workdir = tmp_path / "small_disk"
-    workdir.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", workdir], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root can mount a small disk")
-    try:
-        process = start(workdir, data_dir, cache)
-        out, _ = process.communicate(timeout=600)
-        assert process.returncode == 2 and "Traceback" not in out, out
-        assert out.splitlines()[-1].startswith("ibq_jax train: cannot write a checkpoint under ")
-        subprocess.run(["mount", "-o", "remount,size=200m", workdir], check=True)
-        finish(start(workdir, data_dir, cache))
-        assert logged(workdir) == logged(whole[0])
-    finally:
-        subprocess.run(["umount", workdir], check=True)
 
 
 @pytest.mark.parametrize(

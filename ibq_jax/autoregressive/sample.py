@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from ibq_jax.autoregressive.decode import Filter, generate, step_weights
 from ibq_jax.autoregressive.model import GeneratorModel
+from ibq_jax.base import processes
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import batch_sharding, replicated, to_host
 
@@ -68,7 +69,7 @@ class Sampler:
         self._params = jax.device_put(params, replicated(mesh))
         prepare = jax.jit(step_weights, static_argnums=0, out_shardings=replicated(mesh))
         self._weights = prepare(self._model, self._params)
-        self._generate = jax.jit(generate, static_argnums=(0, 1, 2), out_shardings=batch_sharding(mesh))
+        self._generate = processes.jit(generate, static_argnums=(0, 1, 2), out_shardings=batch_sharding(mesh))
 
     @property
     def round_size(self) -> int:

@@ -21,6 +21,7 @@ from ibq_jax.base.processes import barrier, first_failure
 
 WEIGHTS_ONLY = "weights_only"  # in the metadata of a checkpoint that holds part of a state
 WRITTEN_AT_ONCE = 2**26  # bytes of an array, and of a file: larger arrays are cut, so that no second copy is held
+SAVE_SECONDS = 20 * 86_400  # Orbax takes them from the wall clock, which may jump; what hangs is ended by the watchdog
 
 Wanted = Callable[[str], bool]  # whether a leaf is to be read, by its name: "params/encoder/conv_in/kernel"
 
@@ -72,7 +73,9 @@ class Checkpoints:
                 )
             )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+            preservation_policy=AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
         )
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)

@@ -162,9 +162,10 @@ class Loop:
                 finite = bool(metrics["finite"])
             if not finite:
                 numbers = {name: float(value) for name, value in metrics.items()}
-                bad = ", ".join(name for name, value in numbers.items() if not math.isfinite(value))
+                bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+                which = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
                 raise TrainingStopped(
-                    f"step {step}: {bad or 'a gradient'} is not finite; no later step was saved. Try a lower "
+                    f"step {step}: {which or 'a gradient'} is not finite; no later step was saved. Try a lower "
                     "optimizer.learning_rate, optimizer.gradient_clip=1.0, or dtype=float32"
                 )
             if due:

@@ -15,13 +15,14 @@ say so, and end with exit code 1. The same command then continues from the last 
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -178,6 +179,27 @@ def barrier(name: str, seconds: float = BARRIER_SECONDS) -> None:
         raise Failed(f"not all processes came to {name!r} within {seconds:g} s ({one_line(error)})") from error
 
 
+def jit(function: Callable, **options) -> Callable:
+    """`jax.jit(function, **options)`, whose first run begins in all processes at once, and not before each compiled it.
+
+    A collective on CPUs waits half a minute for a peer, and compiling may take one longer than another by more.
+    """
+    compiled = jax.jit(function, **options)
+    if not joined():
+        return compiled
+    met = False
+
+    def run(*arguments):
+        nonlocal met
+        if not met:
+            compiled.lower(*arguments).compile()
+            barrier("compiled")
+            met = True
+        return compiled(*arguments)
+
+    return run
+
+
 def asked_to_stop(step: int) -> bool:
     """Whether all processes stop after this step, because one was sent SIGTERM. To be asked in each, at every step."""
     return _watch is not None and multihost_utils.reached_preemption_sync_point(step)
@@ -198,7 +220,8 @@ class _PeerWatch(threading.Thread):
         super().__init__(name="peer watch", daemon=True)
         self.timeout = timeout
         self._command, self._ended, self._silent = command, threading.Event(), threading.Event()
-        self._heard: dict[str, tuple[str, float]] = {}  # of each process: its last sign of life, and when it came
+        silent = "at its start ", time.monotonic()  # all have come, or there would be no watch
+        self._heard = {str(index): silent for index in range(jax.process_count())}  # the last sign of life, and when
 
     def stop(self) -> None:
         self._ended.set()
@@ -214,7 +237,7 @@ class _PeerWatch(threading.Thread):
         while not self._ended.wait(BEAT_SECONDS):
             beats += 1
             try:
-                client.key_value_set(f"{BEATS}{mine}", f"{socket.gethostname()} {beats}", allow_overwrite=True)
+                client.key_value_set(f"{BEATS}{mine}", f"on {socket.gethostname()} {beats}", allow_overwrite=True)
                 if mine == 0:
                     self._find_the_dead(client)
                 failures = dict(client.key_value_dir_get(FAILURES))
@@ -228,10 +251,12 @@ class _PeerWatch(threading.Thread):
         now = time.monotonic()
         for key, beat in client.key_value_dir_get(BEATS):
             index = key.rpartition("/")[2]
-            if self._heard.get(index, ("", 0.0))[0] != beat:
+            if self._heard[index][0] != beat:
                 self._heard[index] = beat, now
-            elif now - self._heard[index][1] > self.timeout:
-                reason = f"on {beat.split()[0]} gave no sign of life for {self.timeout} s: killed, or its host is gone"
+        for index, (beat, heard) in self._heard.items():
+            if now - heard > self.timeout:
+                where = beat.rpartition(" ")[0]
+                reason = f"{where} gave no sign of life for {self.timeout} s: killed, or its host is gone"
                 client.key_value_set(f"{FAILURES}{index}", reason, allow_overwrite=True)
 
     def _end_with(self, index: str, reason: str) -> None:
@@ -290,7 +315,9 @@ def _seconds(variable: str, default: int) -> int:
 
 
 def _exit(code: int) -> NoReturn:
-    """At once: what JAX does at a regular exit is to wait for the others."""
+    """At once: what JAX does at a regular exit is to wait for the others. Readers of data end too, stalled or not."""
+    for child in multiprocessing.active_children():
+        child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ibq_jax.base import processes
 from ibq_jax.base.errors import UsageError
 
 DATA, FSDP, CODEBOOK = "data", "fsdp", "codebook"
@@ -150,14 +151,14 @@ def abstract_state(create: Callable, mesh: Mesh, *args):
 def create_sharded(create: Callable, mesh: Mesh, *args):
     """`create(*args)`, every array born where it belongs."""
     _, shardings = abstract_state(create, mesh, *args)
-    return jax.jit(lambda *a: nn.meta.unbox(create(*a)), out_shardings=shardings)(*args)
+    return processes.jit(lambda *a: nn.meta.unbox(create(*a)), out_shardings=shardings)(*args)
 
 
 def jit_step(step: Callable, create_state: Callable, mesh: Mesh, argument_shardings: tuple[NamedSharding, ...]):
     """`step(state, *arguments)` -> (state, metrics), compiled for `mesh`: the state as `create_state` lays it out, and
     donated; metrics on every device."""
     _, shardings = abstract_state(create_state, mesh, 0)
-    return jax.jit(
+    return processes.jit(
         step,
         in_shardings=(shardings, *argument_shardings),
         out_shardings=(shardings, replicated(mesh)),

@@ -1,4 +1,4 @@
-"""One process of a job in a child of its own, so that a violent end of it still ends with a sentence.
+"""A process in a child of its own, so that a violent end of it still ends with a sentence; and children that end too.
 
 JAX aborts a process whose coordinator is gone, the kernel kills one that runs out of memory; neither leaves room for a
 last word. Here the parent, which knows nothing of JAX, waits for the child and says what happened.
@@ -8,8 +8,11 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 
+PARENT_SECONDS = 1.0  # between two looks whether the parent lives
 PR_SET_PDEATHSIG = 1  # Linux's prctl: a signal for this process when its parent dies
 
 REASONS = {
@@ -41,3 +44,14 @@ def supervised(name: str, main: Callable[[], int]) -> int:
         f"{name}: ended by {number.name}: {REASONS.get(number, 'a crash')}; the same command continues", file=sys.stderr
     )
     return 1
+
+
+def end_after(parent: int) -> None:
+    """Ends this process soon after its `parent` (a process's number), however that ended; says so to nobody."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()

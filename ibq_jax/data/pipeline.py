@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 
 from ibq_jax.base.errors import UsageError, one_line
+from ibq_jax.base.supervise import end_after
 from ibq_jax.data.preprocess import UnreadableImage, centre_crop, decode, random_crop, resize_shorter_side
 from ibq_jax.data.store import find_dataset, open_builder
 
@@ -249,12 +250,17 @@ def iterate(batches: grain.MapDataset, workers: int, threads: int) -> Generator[
     # Every thread makes whole batches, so as many are in flight, finished or not, as there are threads.
     stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     if workers:
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1))
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+        stream = stream.mp_prefetch(options, worker_init_fn=functools.partial(_begin_worker, os.getpid()))
     with contextlib.closing(iter(stream)) as iterator:
         try:
             yield from iterator
         except UsageError as error:
             raise UsageError(str(error).partition("\n")[0]) from error  # Grain adds lines on its tracebacks
+
+
+def _begin_worker(parent: int, _index: int, _count: int) -> None:
+    end_after(parent)  # a killed run would leave its readers behind, with all the memory they hold
 
 
 class _Rows:

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from ibq_jax.base import processes
 from ibq_jax.base.archive_limits import check_archive
 from ibq_jax.base.errors import UsageError, one_line
 from ibq_jax.base.sharding import global_batch, replicated
@@ -43,7 +44,7 @@ class PictureJudge:
     def __init__(self, judges: Judges, protocol: Protocol, mesh: jax.sharding.Mesh):
         self._mesh, self._distances = mesh, judges.distances
         self._weights = jax.device_put(dict(judges.weights), replicated(mesh))
-        self._features = jax.jit(
+        self._features = processes.jit(
             lambda weights, pictures: features_of(weights, protocol.as_seen(pictures), protocol),
             out_shardings=replicated(mesh),
         )

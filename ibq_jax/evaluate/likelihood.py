@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ibq_jax.base import processes
 from ibq_jax.base.sharding import global_batch, replicated
 
 PROTOCOL = "teacher forced, the true class given, first crop, mean over all codes, nats"
@@ -55,7 +56,7 @@ class LikelihoodEvaluator:
         def sums(params, codes, labels, mask):
             return jnp.sum(jnp.where(mask[:, None], code_losses(params, codes, labels), 0.0), axis=0)
 
-        self._sums = jax.jit(sums, out_shardings=replicated(mesh))
+        self._sums = processes.jit(sums, out_shardings=replicated(mesh))
 
     def __call__(self, params: dict) -> Likelihood:
         total, images = np.zeros(self._grid), 0

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ibq_jax.base import processes
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import batch_sharding, global_batch, replicated, to_host
 from ibq_jax.evaluate.gather import of_all_processes, on_host, own_rows
@@ -49,10 +50,10 @@ class ReconstructionEvaluator:
         self.protocol = protocol
         self._distances = tuple(name for name in judges.distances if name != SFID)
         self._weights = jax.device_put(dict(judges.weights), replicated(mesh))
-        self._measure = jax.jit(
+        self._measure = processes.jit(
             lambda *arguments: _measure(reconstruct, num_codes, protocol, *arguments), out_shardings=replicated(mesh)
         )
-        self._reconstruct = jax.jit(
+        self._reconstruct = processes.jit(
             lambda params, images: to_uint8(reconstruct(params, images)[0]), out_shardings=batch_sharding(mesh)
         )
 
