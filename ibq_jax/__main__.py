@@ -21,6 +21,7 @@ from ibq_jax.base.supervise import supervised
 COMMANDS = {
     "prepare": "makes a data set: openmoji, a folder of images, tar shards, ImageNet",
     "train": "trains a config in a work folder, or continues what is there",
+    "sweep": "trains a grid of configs, a point after the other or a job each: one table, plots, spread over seeds",
     "sample": "draws pictures from a trained generator: a sheet to look at, or a set to evaluate",
     "evaluate": "measures a tokenizer's reconstructions, a generator's likelihood or generated pictures",
     "report": "one HTML page of a run, or of several side by side: curves, pictures, numbers, what to try",

@@ -20,6 +20,9 @@ GOLDEN = ROOT / "tests/golden/launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", ROOT / ".ci/run"])
 POD = ["--name=pod", "--zone=us-west4-a", "--type=v5litepod-64"]
 TRAIN = ["train", "--config=configs/tokenizer.py:imagenet256_16384"]
+SWEEP = ["sweep", "--config=configs/tokenizer.py:openmoji32", "--over", "codebook.size=8,16,32", "--workdir=runs/s"]
+TUPLES = ["--over", "model.channel_multipliers=(1,2),(1,2,2)"]
+SLURM_FLAGS = ["--sbatch=--account=me", "--sbatch=--time=8:00:00"]
 AWKWARD = ["--config.note=it's $HOME", "two words", "", "a;b", "--workdir=gs://bucket/my run"]
 
 # In the place of python -m ibq_jax: says what it got, and with HANG goes on until SIGTERM. FAIL=INDEX:CODE ends one.
@@ -86,6 +89,11 @@ elif sys.argv[-1].endswith("tpu_worker.sh tail"):
 """
 )
 GIT = RECORD + 'print(" M README.md" if sys.argv[1] == "status" else "", end="")'
+SBATCH = RECORD + 'print("4711;cluster" if "--parsable" in sys.argv else "Submitted batch job 4712")'
+SIX_POINTS = """
+import json, os, pathlib, sys
+print("\\n".join(f"{i}  point  pending" for i in range(6)) if "--list" in sys.argv else json.dumps(sys.argv[1:]))
+"""
 CURL = (
     RECORD
     + """
@@ -194,6 +202,8 @@ DRY_RUNS = {
             *AWKWARD,
         ],
     ),
+    "sweep_here": ("sweep.sh", ["--dry-run", *SLURM_FLAGS, *SWEEP, *TUPLES]),
+    "sweep_slurm": ("sweep.sh", ["--dry-run", *SLURM_FLAGS, *SWEEP, *TUPLES], {"IBQ_PYTHON": "six_points"}),
     "tpu_run": ("tpu_pod.sh", [*POD, "--dry-run", "run", *TRAIN, *AWKWARD]),
     "tpu_run_queued": (
         "tpu_pod.sh",
@@ -219,6 +229,9 @@ def test_a_dry_run_prints_these_lines_and_runs_none(stand, name):
     environment = {"IBQ_PYTHON": ".venv/bin/python"} | (more[0] if more else {})
     if "GPUS" in environment:
         stand.have("nvidia-smi", EIGHT_GPUS)
+    if name == "sweep_slurm":
+        stand.have("sbatch", SBATCH)
+        stand.have("six_points", SIX_POINTS)
     out, _ = stand.run(script, *arguments, **environment)
     assert out == (GOLDEN / f"{name}.txt").read_text()
     assert not (stand.folder / "calls").exists() and not (stand.folder / "logs").exists()
@@ -254,6 +267,8 @@ WRONG = [
     ("tpu_pod.sh", [*POD[:2], "run", *TRAIN], "--type=TYPE is missing, such as v5litepod-64"),
     ("tpu_pod.sh", [*POD, "run"], "COMMAND is missing, such as: train --config=... --workdir=..."),
     ("tpu_pod.sh", [*POD, "delete", "now"], "delete takes nothing after it"),
+    ("sweep.sh", ["--dry-rum", *SWEEP], "there is no flag --dry-rum"),
+    ("sweep.sh", TRAIN, "write sweep and its flags, such as: sweep --config=... --over FIELD=A,B --workdir=..."),
     ("slurm.sbatch", TRAIN, "type sbatch --nodes=2 launch/slurm.sbatch train ... in the repository's root"),
 ]
 
@@ -386,6 +401,28 @@ def test_slurm_dry_run_and_settings(stand):
     lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
     settings = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
     assert settings >= {"--signal=TERM@300", "--requeue", "--open-mode=append", "--ntasks-per-node=1"}
+
+
+def test_slurm_trains_a_point_a_job_and_then_writes_the_table(stand):
+    stand.have("sbatch", SBATCH)
+    stand.have("interpreter", SIX_POINTS)
+    out, _ = stand.run("sweep.sh", *SLURM_FLAGS, *SWEEP, *TUPLES)
+    assert out == "Submitted batch job 4712\n"
+    points, table = stand.calls("sbatch")
+    assert "--array=0-5" in points and "--dependency=afterany:4711" in table and "--account=me" in table
+    said = []
+    for call in (points, table):
+        (script,) = (flag.removeprefix("--wrap=") for flag in call if flag.startswith("--wrap="))
+        task = stand.environment | {"SLURM_ARRAY_TASK_ID": "5"}
+        said.append(json.loads(subprocess.check_output(["sh", "-c", script], env=task, text=True)))
+    flags = ["-m", "ibq_jax", *SWEEP, *TUPLES]
+    assert said == [[*flags, "--launcher=bash launch/slurm.sbatch", "--point=5"], [*flags, "--table"]]
+
+
+def test_a_sweep_that_is_wrong_submits_nothing(stand):
+    stand.have("sbatch", SBATCH)
+    stand.run("sweep.sh", *SWEEP, code=2, FAIL=":2")
+    assert stand.calls("sbatch") == []
 
 
 # A TPU

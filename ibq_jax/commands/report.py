@@ -21,7 +21,7 @@ from ibq_jax.commands.report_pictures import pictures_of
 from ibq_jax.data.codes import read_fields
 from ibq_jax.evaluate.curves import PANELS, plot, plot_grid
 from ibq_jax.evaluate.doctor import diagnose
-from ibq_jax.evaluate.history import History, Series, read_history
+from ibq_jax.evaluate.history import History, Series, read_history, stopped_by_itself
 from ibq_jax.evaluate.page import render
 
 NO_CURVES = "metrics.jsonl is not there or empty: there are no curves."
@@ -97,7 +97,7 @@ def _read(folder: Path) -> Run:
         saved=saved,
         history=history,
         evaluations=tuple(_evaluation(file) for file in sorted((saved.workdir / FOLDER).glob("*.json"))),
-        stopped=_stopped(saved.workdir, history.last_step),
+        stopped=stopped_by_itself(saved.workdir, history.last_step),
         order_0=_order_0(saved.workdir / CODES),
     )
 
@@ -109,18 +109,6 @@ def _evaluation(path: Path) -> dict:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"{path}: not an evaluation that `evaluate` wrote; remove it") from error
     return found
-
-
-def _stopped(workdir: Path, last_step: int) -> str:
-    """What the loop wrote when it stopped by itself; "" where training went on from before."""
-    for path in workdir.glob("stopped_step*_process0.json"):
-        try:
-            found = json.loads(path.read_text())
-            if found["step"] >= last_step:
-                return str(found["reason"])
-        except (ValueError, TypeError, KeyError):
-            continue  # cut short by a kill
-    return ""
 
 
 def _order_0(manifest: Path) -> float | None:

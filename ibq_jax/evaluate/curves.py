@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -94,7 +95,7 @@ def plot(panel: Panel, runs: Mapping[str, History], levels: Mapping[str, float] 
         labels = [label for label, *_ in lines]
         columns = 2 if max(map(len, labels)) <= LEGEND_COLUMN else 1
         rows = -(-len(lines) // columns) if len(lines) > 1 else 0
-        figure, axes = _axes(panel.title, SIZE[1] + rows * LEGEND_ROW)
+        figure, axes = titled_axes(panel.title, SIZE[1] + rows * LEGEND_ROW)
         drawn = []
         for _, series, colour, dash in lines:
             marker = "o" if len(series.steps) < FEW else ""
@@ -112,7 +113,7 @@ def plot(panel: Panel, runs: Mapping[str, History], levels: Mapping[str, float] 
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         lowest, highest = (f(f(series.values) for _, series, *_ in lines) for f in (min, max))
-        _scale(axes.yaxis, lowest, highest, log=panel.log and lowest > 0)
+        scale(axes.yaxis, lowest, highest, log=panel.log and lowest > 0)
         if len(lines) > 1:
             short = [label if len(label) <= LONGEST else f"…{label[-LONGEST:]}" for label in labels]
             figure.legend(drawn, short, loc="outside lower left", ncols=columns, fontsize=8, handlelength=1.6)
@@ -124,21 +125,21 @@ def plot_ranks(counts: np.ndarray) -> str:
     title = "How often a code is chosen, by rank"
     counts = np.sort(counts[counts > 0])[::-1]
     with rc_context(STYLE | {"svg.hashsalt": title}):
-        figure, axes = _axes(title)
+        figure, axes = titled_axes(title)
         ranks = np.unique(np.linspace(1, len(counts), RANKS_DRAWN).round().astype(int))
         axes.fill_between(ranks, counts[ranks - 1], color=COLOURS[0], alpha=0.2, linewidth=0)
         axes.plot(ranks, counts[ranks - 1], color=COLOURS[0], linewidth=1.4)
         axes.set_xlabel("rank of the code")
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(_plain))
-        _scale(axes.yaxis, counts.min(initial=np.inf), counts.max(initial=0), log=True)
+        axes.xaxis.set_major_formatter(FuncFormatter(plain))
+        scale(axes.yaxis, counts.min(initial=np.inf), counts.max(initial=0), log=True)
         return _svg(figure, title)
 
 
 def plot_grid(values: np.ndarray, title: str) -> str:
     """A number [h, w] a place of the picture, as SVG."""
     with rc_context(STYLE | {"axes.grid": False, "svg.hashsalt": title}):
-        figure, axes = _axes(title)
+        figure, axes = titled_axes(title)
         figure.colorbar(axes.imshow(values, cmap="viridis"), ax=axes)
         axes.set_xlabel("column")
         axes.set_ylabel("row")
@@ -161,14 +162,15 @@ def _in_groups(series: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     return np.asarray([group[-1] for group in steps]), low, middle, high
 
 
-def _axes(title: str, height: float = SIZE[1]) -> tuple:
+def titled_axes(title: str, height: float = SIZE[1]) -> tuple[Figure, Axes]:
+    """To be drawn in, inside an rc_context of STYLE."""
     figure = Figure((SIZE[0], height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=10)
     return figure, axes
 
 
-def _scale(axis: Axis, lowest: float, highest: float, log: bool) -> None:
+def scale(axis: Axis, lowest: float, highest: float, log: bool) -> None:
     """Numbers as one reads them, not as powers: inside a decade round ones, over some 1, 2 and 5."""
     if log:
         axis.axes.set_yscale("log")
@@ -176,10 +178,11 @@ def _scale(axis: Axis, lowest: float, highest: float, log: bool) -> None:
         few = MaxNLocator(5, steps=[1, 2, 5, 10])
         axis.set_major_locator(few if decades < 1 else LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
         axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(_plain))
+    axis.set_major_formatter(FuncFormatter(plain))
 
 
-def _plain(value: float, _position: int) -> str:
+def plain(value: float, _position: int) -> str:
+    """A number at an axis."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 

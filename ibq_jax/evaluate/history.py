@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ibq_jax.base.json_files import parse_json
+from ibq_jax.base.json_files import parse_json, read_json
 
 MAX_STEP = 2**53  # what a plot's float64 counts
 MAX_LINE_BYTES = 2**22
@@ -72,6 +72,18 @@ def read_history(path: Path) -> History:
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             unreadable += 1
     return History({name: _series(points) for name, points in found.items()}, grids, unreadable, not_finite)
+
+
+def stopped_by_itself(workdir: Path, last_step: int) -> str:
+    """What the loop wrote when it stopped by itself; "" where training went on from before."""
+    for path in workdir.glob("stopped_step*_process0.json"):
+        try:
+            found = read_json(path)
+            if found["step"] >= last_step:
+                return str(found["reason"])
+        except (ValueError, TypeError, KeyError):
+            continue  # cut short by a kill
+    return ""
 
 
 def _lines(path: Path) -> Iterator[bytes]:
