@@ -53,7 +53,7 @@ class Run:
     def __init__(self, workdir):
         self.workdir, self.mesh = workdir, make_mesh({"data": -1})
         self.pace = Pace(total_steps=6, log_every=1, images_every=3, evaluate_every=3, checkpoint_every=2)
-        self.closed = False
+        self.closed, self.profile = False, range(0)
 
     def batches(self, start):
         try:
@@ -68,7 +68,7 @@ class Run:
         restored = checkpoints.restore(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state))
         state, start = (restored.state, restored.step) if restored else (state, 0)
         telemetry = Telemetry(self.workdir, start, self.pace.total_steps)
-        loop = Loop(stage, self.mesh, self.pace, checkpoints, telemetry, self.workdir, {})
+        loop = Loop(stage, self.mesh, self.pace, checkpoints, telemetry, self.workdir, {}, profile=self.profile)
         try:
             return loop.run(state, self.batches(start), start)
         finally:
@@ -116,6 +116,20 @@ def test_what_the_stage_will_not_go_on_with_names_its_batch_too(run):
     with pytest.raises(TrainingStopped, match="negative"):
         run(CountingStage(step3=lambda loss: -loss))
     assert json.loads((run.workdir / "stopped_step3_process0.json").read_text())["indices"] == list(range(24, 32))
+
+
+@pytest.mark.parametrize("profile", [range(2, 5), range(5, 100)])
+def test_a_trace_of_some_steps_can_be_opened(run, profile, monkeypatch):
+    examined, stage = [], CountingStage()
+    stop_trace = jax.profiler.stop_trace
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: (examined.extend(stage.events), stop_trace()))
+    run.profile = profile
+    run(stage)
+    (trace,) = run.workdir.glob("profile/plugins/profile/*/*.xplane.pb")
+    planes = list(jax.profiler.ProfileData.from_file(str(trace)).planes)
+    assert any(event.duration_ns for plane in planes for line in plane.lines for event in line.events)
+    last = min(profile.stop - 1, run.pace.total_steps)
+    assert f"examine {last}" in examined and f"queue {last + 1}" not in examined
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import NamedSharding
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from ibq_jax.__main__ import main
 from ibq_jax.base.chips import CHIPS, topology_devices
 from ibq_jax.base.config import load_config
+from ibq_jax.base.errors import UsageError
 from ibq_jax.base.hlo import Module
 from ibq_jax.base.plan import DoesNotFit, compile_plan
 from ibq_jax.base.sharding import make_mesh
@@ -143,7 +145,7 @@ def test_a_shape_that_no_pod_has_is_one_line(capsys):
 @pytest.mark.slow
 def test_a_step_larger_than_the_chip_is_said_and_exits_with_1(capsys, monkeypatch):
     chip = dataclasses.replace(CHIPS["v5e"], hbm_bytes=1e6)
-    monkeypatch.setattr(plan_command, "topology_devices", lambda name: (chip, jax.devices()))
+    monkeypatch.setattr(plan_command, "topology_devices", lambda name, slices: (chip, jax.devices()))
     assert main(["plan", f"--config={CONFIG}", "--topology=v5e:2x4", *SMALL]) == 1
     out, error = capsys.readouterr()
     assert "| memory: peak |" in out
@@ -168,3 +170,29 @@ def test_a_plan_for_a_tpu(capsys):
     assert main(["plan", f"--config={CONFIG}", "--topology=v5e:2x4", "--mesh=data:4,codebook:2", *SMALL]) == 0
     table = capsys.readouterr().out
     assert "8 v5e chips (data 4, codebook 2)" in table and "bound by HBM" in table and "to spare" in table
+
+
+@needs_libtpu
+def test_slices_share_the_axis_data_alone():
+    _, devices = topology_devices("v5e:2x4", slices=2)
+    mesh = make_mesh({"data": -1, "codebook": 4}, devices)
+    slices = np.vectorize(lambda device: device.slice_index, otypes=[int])(mesh.devices)
+    assert mesh.shape["data"] == 4
+    np.testing.assert_array_equal(slices[:, 0, :], np.repeat([[0], [0], [1], [1]], 4, axis=1))
+    with pytest.raises(UsageError, match="the devices are 2 slices, between which only the axis 'data' can lie"):
+        make_mesh({"data": 1, "codebook": 16}, devices)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_plan_for_two_slices(capsys):
+    flags = ["--topology=v5e:2x4", "--slices=2", "--mesh=data:4,codebook:4", "--config.data.batch_size=16"]
+    assert main(["plan", f"--config={CONFIG}", *SMALL, *flags]) == 0
+    table = capsys.readouterr().out
+    assert "16 v5e chips in 2 slices (data 4, codebook 4)" in table and "over codebook" in table
+    assert "Collectives over data go between the slices too" in table
+
+
+def test_slices_are_of_a_topology(capsys):
+    assert main(["plan", f"--config={CONFIG}", "--cpu-devices=8", "--slices=2"]) == 2
+    assert "--slices=2: slices are of a --topology" in capsys.readouterr().err

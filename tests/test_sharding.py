@@ -1,5 +1,7 @@
 """The mesh and where arrays lie on it."""
 
+from types import SimpleNamespace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from ibq_jax.base.sharding import (
     global_batch,
     make_mesh,
     partition_spec,
+    process_rows,
 )
 
 
@@ -82,6 +85,16 @@ def test_a_batch_lies_on_every_axis_in_order():
     assert batch.sharding.spec == PartitionSpec(AXES)
     assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 1)}
     np.testing.assert_array_equal(batch, rows)
+
+
+@pytest.mark.parametrize("hosts", [[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 1, 1, 0]])
+def test_a_process_reads_the_rows_that_lie_on_its_devices(hosts, monkeypatch):
+    devices = np.array([SimpleNamespace(process_index=host) for host in hosts]).reshape(2, 1, 4)
+    mesh, batch = SimpleNamespace(devices=devices, size=8), np.arange(24)
+    for host in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        on_devices = [rows for place, rows in zip(hosts, np.split(batch, 8), strict=True) if place == host]
+        np.testing.assert_array_equal(process_rows(mesh, 24), np.concatenate(on_devices))
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_a_number_that_does():

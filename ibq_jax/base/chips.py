@@ -51,8 +51,8 @@ ENVIRONMENT = {
 INSTALL = "VENV=.venv-tpu bash launch/setup.sh tpu"
 
 
-def topology_devices(name: str) -> tuple[Chip, list[jax.Device]]:
-    """The chip and the devices of a topology such as "v5e:16x16", which need not exist anywhere near.
+def topology_devices(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
+    """The chip and the devices of a topology such as "v5e:16x16", or of several such slices; none need exist here.
 
     Raises UsageError for a name that libtpu does not know (with near ones), or when libtpu is not installed.
     """
@@ -69,6 +69,8 @@ def topology_devices(name: str) -> tuple[Chip, list[jax.Device]]:
     options = dict(chip.options)
     if math.prod(map(int, shape.split("x"))) == 1:
         options["chips_per_host_bounds"] = [1, 1, 1]
+    if slices > 1:
+        options["num_slices"] = slices
     try:
         topology = topologies.get_topology_desc(name, "tpu", **options)
     except jax.errors.JaxRuntimeError as error:

@@ -27,6 +27,10 @@ PEAKS = (
     "Peaks of a {name} chip: {flops:.3g} operations/s in bfloat16, {hbm_bytes_per_second:.3g} bytes/s of HBM, "
     "{ici_bytes_per_second:.3g} bytes/s to its neighbours ({source})."
 )
+BETWEEN_SLICES = (
+    "Collectives over data go between the slices too, by a network whose speed is not known here: the bound by "
+    "interconnect takes it for that inside a slice."
+)
 TO_TRY = (
     "try a larger codebook or fsdp axis in --mesh, --config.model.remat=blocks, or --config.train.accumulate=2 or "
     "more chips (fewer images a chip at a time)"
@@ -50,7 +54,12 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"{flags.config} is of stage {config.stage!r}; plan knows {', '.join(STAGES)}")
     stage, check_config = STAGES[config.stage]
     jax.config.update("jax_platforms", "cpu")  # nothing runs: an accelerator of this machine stays free
-    chip, devices = topology_devices(flags.topology) if flags.topology else (None, _cpu_devices(flags.cpu_devices))
+    if flags.topology:
+        chip, devices = topology_devices(flags.topology, flags.slices)
+    elif flags.slices > 1:
+        raise UsageError(f"--slices={flags.slices}: slices are of a --topology")
+    else:
+        chip, devices = None, _cpu_devices(flags.cpu_devices)
     mesh = make_mesh(_mesh_sizes(flags.mesh) if flags.mesh else config.mesh, devices)
     check_config(config, mesh)
     trainer = stage.Trainer(config, mesh, steps_per_epoch=1)
@@ -60,7 +69,7 @@ def main(argv: list[str]) -> None:
         raise Failed(
             f"{flags.config} {error}: {(error.needed - error.capacity) / 2**30:.1f} GiB over; {TO_TRY}"
         ) from None
-    report = _report(plan, flags.config, config.data.batch_size, mesh)
+    report = _report(plan, flags.config, config.data.batch_size, mesh, flags.slices)
     if flags.json is None:
         print(_table(report))
     else:
@@ -85,6 +94,7 @@ def _parser() -> Parser:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--topology", help="TPU chips, such as v5e:16x16 (needs libtpu, see requirements-tpu.txt)")
     where.add_argument("--cpu_devices", type=positive, metavar="N", help="simulated devices instead")
+    parser.add_argument("--slices", type=positive, default=1, help="so many of that topology; the axis data joins them")
     parser.add_argument("--mesh", help="such as data:16,codebook:16 (default: the config's)")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE, or instead of the table")
     return parser
@@ -109,13 +119,14 @@ def _cpu_devices(count: int) -> list[jax.Device]:
     return devices[:count]
 
 
-def _report(plan: Plan, config: str, batch_size: int, mesh: jax.sharding.Mesh) -> dict:
+def _report(plan: Plan, config: str, batch_size: int, mesh: jax.sharding.Mesh, slices: int) -> dict:
     bounds = plan.bounds
     binding = max(bounds, key=bounds.get) if bounds else None
     return {
         "config": config,
         "mesh": dict(mesh.shape),
         "devices": plan.devices,
+        "slices": slices,
         "images_a_step": batch_size,
         "chip": dataclasses.asdict(plan.chip) if plan.chip else None,
         "argument_bytes": plan.memory.arguments,
@@ -154,7 +165,10 @@ def _table(report: dict) -> str:
     ]
     rows.append(("compiled in", f"{report['compile_seconds']:.0f} s"))
     kind = f"{chip['name']} chips" if chip else "simulated devices"
+    if report["slices"] > 1:
+        kind += f" in {report['slices']} slices"
     title = f"{report['config']}, {report['images_a_step']} images a step on {report['devices']} {kind}"
     lines = [f"{title} ({mesh or 'one device'}); a device's share of a step:", "", "| what | figure |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows]
-    return "\n".join(lines + (["", PEAKS.format_map(chip)] if chip else []))
+    lines += ["", PEAKS.format_map(chip)] if chip else []
+    return "\n".join(lines + ([BETWEEN_SLICES] if report["slices"] > 1 else []))
