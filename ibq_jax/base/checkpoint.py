@@ -17,7 +17,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import absolute, is_remote
-from ibq_jax.base.processes import barrier, first_failure
+from ibq_jax.base.processes import barrier, first_failure, may_be_a_peers
 
 WEIGHTS_ONLY = "weights_only"  # in the metadata of a checkpoint that holds part of a state
 WRITTEN_AT_ONCE = 2**26  # bytes of an array, and of a file: larger arrays are cut, so that no second copy is held
@@ -94,6 +94,8 @@ class Checkpoints:
         try:
             self._manager.save(step, args=args, metrics=metrics)
         except (ValueError, OSError) as error:
+            if may_be_a_peers(error):
+                raise
             raise self._unwritable(error) from error
 
     def wait(self) -> None:
@@ -101,6 +103,8 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except (ValueError, OSError) as error:
+            if may_be_a_peers(error):
+                raise
             raise self._unwritable(error) from error
 
     def _check_room(self, state) -> None:

@@ -133,12 +133,17 @@ def index() -> int:
     return jax.process_index() if joined() else 0
 
 
+def may_be_a_peers(error: Exception) -> bool:
+    """Whether it is what a collective says when another process is gone."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+
+
 def wait_for_news(error: Exception) -> None:
     """After a collective failed: waits until it is known which process died, and ends with that message.
 
     Returns when `error` is another one, or every process is alive.
     """
-    if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+    if may_be_a_peers(error):
         print(f"{one_line(error)}: looking which process is gone", file=sys.stderr)
         time.sleep(_watch.timeout + 5 * BEAT_SECONDS)
 
