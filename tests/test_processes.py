@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from jobs import CALM, ended, finished, lines
-from small_runs import STEPS, arguments
+from small_runs import STEPS, arguments, generator_arguments
 
 from ibq_jax.__main__ import main
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.processes import Place
+from ibq_jax.data.codes import open_codes
 
 
 def check_close(workdir: Path, other: Path) -> None:
@@ -57,6 +58,36 @@ def test_a_checkpoint_goes_on_elsewhere_and_back(whole, start, data_dir, tmp_pat
         for run in (workdir, whole)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_whole_chain_in_several_processes(processes, whole, start, data_dir, tmp_path):
+    """Each command, on what one process made before it, does what one process does."""
+    one, several = tmp_path / "one", tmp_path / "several"
+    outs = {one: 1, several: processes}
+
+    def in_both(command) -> None:
+        for out, count in outs.items():
+            finished(start(*[command(out)] * count, devices=8 // count))
+
+    splits = "--splits=train[:96],validation[:40]"
+    in_both(lambda out: ["tokenize", f"--tokenizer={whole}", f"--out={out}/codes", splits])
+    codes = [[open_codes(out / "codes", split) for out in outs] for split in ("train", "validation")]
+    for ours, theirs in codes:
+        assert len(ours) == len(theirs) > 0
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(a["codes"], b["codes"])
+    in_both(lambda out: generator_arguments(out / "ar", one / "codes", CALM, f"tokenizer={whole}"))
+    check_close(one / "ar", several / "ar")
+    in_both(lambda out: ["sample", f"--run={one}/ar", "--num=40", f"--out={out}/samples.npz"])
+    pictures = [np.load(out / "samples.npz")["arr_0"] for out in outs]
+    assert pictures[0].shape == pictures[1].shape == (40, 16, 16, 3)
+    assert np.mean(pictures[0] == pictures[1]) > 0.999  # rounding to uint8 may go the other way
+    for run in (whole, one / "ar"):
+        in_both(lambda out, run=run: ["evaluate", f"--run={run}", f"--json={out}/{run.name}.json"])
+        ours, theirs = (json.loads((out / f"{run.name}.json").read_text())["metrics"] for out in outs)
+        assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.slow

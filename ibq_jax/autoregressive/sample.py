@@ -69,7 +69,7 @@ class Sampler:
         self._params = jax.device_put(params, replicated(mesh))
         prepare = jax.jit(step_weights, static_argnums=0, out_shardings=replicated(mesh))
         self._weights = prepare(self._model, self._params)
-        self._generate = processes.jit(generate, static_argnums=(0, 1, 2), out_shardings=batch_sharding(mesh))
+        self._generate = processes.jit(generate, mesh, static_argnums=(0, 1, 2), out_shardings=batch_sharding(mesh))
 
     @property
     def round_size(self) -> int:

@@ -184,13 +184,14 @@ def barrier(name: str, seconds: float = BARRIER_SECONDS) -> None:
         raise Failed(f"not all processes came to {name!r} within {seconds:g} s ({one_line(error)})") from error
 
 
-def jit(function: Callable, **options) -> Callable:
-    """`jax.jit(function, **options)`, whose first run begins in all processes at once, and not before each compiled it.
+def jit(function: Callable, mesh: jax.sharding.Mesh, **options) -> Callable:
+    """`jax.jit(function, **options)`, for arrays on `mesh`. Where that spans processes, which then all call it, the
+    first run begins in all of them at once, and not before each compiled it.
 
     A collective on CPUs waits half a minute for a peer, and compiling may take one longer than another by more.
     """
     compiled = jax.jit(function, **options)
-    if not joined():
+    if not (joined() and mesh.is_multi_process):
         return compiled
     met = False
 

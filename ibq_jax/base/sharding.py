@@ -151,7 +151,7 @@ def abstract_state(create: Callable, mesh: Mesh, *args):
 def create_sharded(create: Callable, mesh: Mesh, *args):
     """`create(*args)`, every array born where it belongs."""
     _, shardings = abstract_state(create, mesh, *args)
-    return processes.jit(lambda *a: nn.meta.unbox(create(*a)), out_shardings=shardings)(*args)
+    return processes.jit(lambda *a: nn.meta.unbox(create(*a)), mesh, out_shardings=shardings)(*args)
 
 
 def jit_step(step: Callable, create_state: Callable, mesh: Mesh, argument_shardings: tuple[NamedSharding, ...]):
@@ -160,6 +160,7 @@ def jit_step(step: Callable, create_state: Callable, mesh: Mesh, argument_shardi
     _, shardings = abstract_state(create_state, mesh, 0)
     return processes.jit(
         step,
+        mesh,
         in_shardings=(shardings, *argument_shardings),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

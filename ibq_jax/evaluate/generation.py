@@ -46,6 +46,7 @@ class PictureJudge:
         self._weights = jax.device_put(dict(judges.weights), replicated(mesh))
         self._features = processes.jit(
             lambda weights, pictures: features_of(weights, protocol.as_seen(pictures), protocol),
+            mesh,
             out_shardings=replicated(mesh),
         )
         self._everywhere = jax.jit(lambda mask: mask, out_shardings=replicated(mesh))

@@ -56,7 +56,7 @@ class LikelihoodEvaluator:
         def sums(params, codes, labels, mask):
             return jnp.sum(jnp.where(mask[:, None], code_losses(params, codes, labels), 0.0), axis=0)
 
-        self._sums = processes.jit(sums, out_shardings=replicated(mesh))
+        self._sums = processes.jit(sums, mesh, out_shardings=replicated(mesh))
 
     def __call__(self, params: dict) -> Likelihood:
         total, images = np.zeros(self._grid), 0

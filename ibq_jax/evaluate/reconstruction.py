@@ -51,10 +51,14 @@ class ReconstructionEvaluator:
         self._distances = tuple(name for name in judges.distances if name != SFID)
         self._weights = jax.device_put(dict(judges.weights), replicated(mesh))
         self._measure = processes.jit(
-            lambda *arguments: _measure(reconstruct, num_codes, protocol, *arguments), out_shardings=replicated(mesh)
+            lambda *arguments: _measure(reconstruct, num_codes, protocol, *arguments),
+            mesh,
+            out_shardings=replicated(mesh),
         )
         self._reconstruct = processes.jit(
-            lambda params, images: to_uint8(reconstruct(params, images)[0]), out_shardings=batch_sharding(mesh)
+            lambda params, images: to_uint8(reconstruct(params, images)[0]),
+            mesh,
+            out_shardings=batch_sharding(mesh),
         )
 
     def __call__(self, params: dict) -> Iterator[tuple[str, float]]:
