@@ -78,6 +78,31 @@ def test_a_loop_counts_as_often_as_it_runs(steps):
     assert steps * 4 * 3 * 64**2 <= traffic <= steps * 4 * 10 * 64**2  # x, w and y at least; not all weights each time
 
 
+@pytest.mark.parametrize(
+    ("image", "kernel", "labels", "options"),
+    [
+        ((2, 9, 7, 4), (3, 3, 4, 8), ("NHWC", "HWIO", "NHWC"), {"padding": "SAME"}),
+        ((2, 9, 7, 4), (3, 3, 4, 8), ("NHWC", "HWIO", "NHWC"), {"padding": "SAME", "window_strides": (2, 2)}),
+        ((2, 9, 7, 4), (3, 3, 4, 8), ("NHWC", "HWIO", "NHWC"), {"padding": [(1, 2), (0, 1)], "lhs_dilation": (3, 1)}),
+        ((2, 9, 7, 4), (3, 3, 4, 8), ("NHWC", "HWIO", "NHWC"), {"padding": "VALID", "rhs_dilation": (2, 3)}),
+        (  # the products of 4 x 3 pairs of matrices, as the compiler for TPUs writes them
+            (4, 5, 3, 7),
+            (4, 3, 6, 5),
+            ("HCWN", "HWOI", "HWNC"),
+            {"padding": [(0, 0), (0, 0)], "window_strides": (3, 2), "lhs_dilation": (4, 3)},
+        ),
+    ],
+)
+def test_a_convolution_in_a_loop_counts_as_xla_counts_one(image, kernel, labels, options):
+    def convolve(x, w):
+        return lax.conv_general_dilated(x, w, **({"window_strides": (1, 1), "dimension_numbers": labels} | options))
+
+    x, w, ws = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (image, kernel, (5, *kernel)))
+    one = jax.jit(convolve).lower(x, w).cost_analysis()["flops"]
+    looped = jax.jit(lambda x, ws: lax.map(lambda w: convolve(x, w), ws)).lower(x, ws).compile()
+    assert Module(looped.as_text()).loop_flops() == pytest.approx(4 * one, rel=1e-6)
+
+
 def test_collectives_know_their_groups_and_bytes():
     mesh = make_mesh({"data": 2, "codebook": 4})
 

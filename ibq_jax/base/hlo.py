@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BOOKKEEPING = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id", "replica-id")
@@ -213,12 +215,11 @@ class Module:
         if instruction.opcode not in ("dot", "convolution"):
             return 0.0
         left, right = (computation.instructions[name].arrays[0].shape for name in instruction.operands[:2])
-        outputs = math.prod(instruction.arrays[0].shape)
         if instruction.opcode == "dot":
+            outputs = math.prod(instruction.arrays[0].shape)
             contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
             return 2.0 * outputs * math.prod(left[int(i)] for i in contracted.split(",") if i)
-        kernel = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)[1]
-        return 2.0 * outputs * math.prod(right) / right[kernel.index("o")]
+        return _convolution_flops(instruction, left, right)
 
     def collectives(self) -> list[Collective]:
         found = []
@@ -231,6 +232,29 @@ class Module:
                 whole = max(operands, max((a.bytes for a in instruction.arrays), default=0))
                 found.append(Collective(kind, _groups(instruction), whole, times, instruction.op_name))
         return found
+
+
+def _convolution_flops(convolution: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
+    """Without the places of a window that see padding, or the holes of a dilated input: as a window with holes in all
+    places but one is how the compiler for TPUs writes a product's batch dimensions."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes).groups()
+    window = re.search(r"window=\{(.*?)\}", convolution.attributes)
+    window = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
+    result = convolution.arrays[0].shape
+    seen = result[labels[2].index("b")] * result[labels[2].index("f")] * right[labels[1].index("i")]
+    for axis in range(len(result) - 2):
+        places, size, outputs = (
+            shape[label.index(str(axis))] for shape, label in zip((left, right, result), labels, strict=True)
+        )
+
+        def at(name: str, default: str, axis: int = axis) -> str:
+            return window[name].split("x")[axis] if name in window else default
+
+        pad, dilation = int(at("pad", "0_0").split("_")[0]), int(at("lhs_dilate", "1"))
+        taps = np.arange(size) * int(at("rhs_dilate", "1"))
+        where = np.arange(outputs)[:, None] * int(at("stride", "1")) - pad + taps
+        seen *= np.count_nonzero((where >= 0) & (where <= (places - 1) * dilation) & (where % dilation == 0))
+    return 2.0 * seen
 
 
 def _size(instruction: Instruction) -> int:
