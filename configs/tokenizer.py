@@ -51,14 +51,18 @@ def _imagenet256(codebook_size: int, epochs: int = 330, drop_epochs: tuple[int, 
 
     config.codebook = ConfigDict()
     config.codebook.size = codebook_size
-    config.codebook.dim = 256
+    config.codebook.dim = 256  # of ibq, vq and simvq; of lfq and fsq the size decides
     config.codebook.block_size = 0  # codes a block of the streamed quantizer; 0 chooses by a memory budget
-    config.codebook.implementation = "streamed"  # or "dense", the plain form
+    config.codebook.implementation = "streamed"  # or "dense", the plain form; of ibq and lfq
 
     config.quantizer = ConfigDict()
+    config.quantizer.name = "ibq"  # or, to compare with it, "vq", "simvq", "lfq" (K a power of two) or "fsq"
     config.quantizer.beta = 0.25
-    config.quantizer.beta_on = "codebook"  # as released; "commitment" is the paper's text
-    config.quantizer.entropy_temperature = 0.01
+    config.quantizer.beta_on = "codebook"  # as released; "commitment" is the paper's text, and what vq, simvq, lfq do
+    config.quantizer.double_loss = True  # of ibq; False: without the term that reaches every row
+    config.quantizer.l2_normalize = False  # of vq: latents and rows of length 1
+    config.quantizer.levels = ()  # of fsq, whose product is codebook.size, such as (8, 8, 8, 5); (): the usual ones
+    config.quantizer.entropy_temperature = 0.01  # this and the following: of ibq and lfq
     config.quantizer.entropy_group_tokens = 1024  # tokens an average entropy is taken over; 0: the whole batch
     config.quantizer.sample_entropy_weight = 1.0
     config.quantizer.batch_entropy_weight = 1.0

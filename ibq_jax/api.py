@@ -54,7 +54,8 @@ class Tokenizer:
         return cls(TokenizerModel(**names.model_fields(config)), jax.tree.map(jnp.asarray, params))
 
     def to_torch(self) -> dict[str, np.ndarray]:
-        """The weights under their published names, in PyTorch's layouts."""
+        """The weights under their published names, in PyTorch's layouts. Raises UsageError for other quantizers."""
+        names.check_quantizer(self.model.quantizer)
         return names.tokenizer_to_torch(self.params)
 
     @property

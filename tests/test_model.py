@@ -105,7 +105,9 @@ def test_initialize_makes_the_parameters_of_a_forward_pass():
 
 def test_build_model_reads_every_quantizer_field():
     overrides = ["beta=0.5", "beta_on=commitment", "entropy_temperature=0.02", "entropy_group_tokens=64"]
-    overrides += ["sample_entropy_weight=0.5", "batch_entropy_weight=2.0"]
+    overrides += ["sample_entropy_weight=0.5", "batch_entropy_weight=2.0", "double_loss=False"]
     model = build_model(load_config(f"{CONFIG}:openmoji32", [f"--config.quantizer.{field}" for field in overrides]))
-    assert (model.beta, model.beta_on, model.entropy_temperature) == (0.5, "commitment", 0.02)
-    assert (model.entropy_group_tokens, model.sample_entropy_weight, model.batch_entropy_weight) == (64, 0.5, 2.0)
+    quantizer = model.bind({}).quantize
+    assert (quantizer.beta, quantizer.beta_on, quantizer.entropy_temperature) == (0.5, "commitment", 0.02)
+    assert quantizer.entropy_group_tokens == 64 and not quantizer.double_loss
+    assert (quantizer.sample_entropy_weight, quantizer.batch_entropy_weight) == (0.5, 2.0)

@@ -212,7 +212,9 @@ def _identity(manifest: Mapping) -> dict:
 
 
 def _codebook(config: ConfigDict, tokenizer: TokenizerWeights) -> jax.Array:
-    codebook = tokenizer[1]["quantize"]["codebook"]
+    model, params = tokenizer
+    of_quantizer = {name: jax.device_get(leaves) for name, leaves in params.items() if name == "quantize"}
+    codebook = model.apply({"params": of_quantizer}, method="code_rows")
     if codebook.shape[1] != config.model.codebook_dim:
         raise UsageError(
             f"model.codebook_dim={config.model.codebook_dim}, the tokenizer's codes have {codebook.shape[1]} dimensions"

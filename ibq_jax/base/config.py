@@ -19,6 +19,9 @@ from ibq_jax.base.json_files import read_json
 PREFIX = "--config."
 MAX_DEPTH = 10  # of groups in groups
 LONGEST_SHOWN = 80  # characters of a foreign name in a message
+ADDED_FIELDS = {  # that configs saved by earlier versions lack, with what was done then
+    "quantizer": {"name": "ibq", "double_loss": True, "l2_normalize": False, "levels": ()},
+}
 POSITIVE = (  # in every stage
     "data.batch_size",
     "optimizer.learning_rate",
@@ -138,6 +141,9 @@ def read_config(path: Path) -> ConfigDict:
     if not isinstance(fields, dict):
         raise UsageError(f"{path} is not a saved config: it holds no JSON object")
     _check_names(fields, path)
+    for group, added in ADDED_FIELDS.items():
+        if isinstance(fields.get(group), dict):
+            fields[group] = added | fields[group]
     return ConfigDict(_tuples(fields)).lock()
 
 

@@ -20,6 +20,7 @@ from ibq_jax.interop.hub_layout import write_hub_folder
 from ibq_jax.interop.load import is_weights_file
 from ibq_jax.interop.to_file import WEIGHTS, export_run, relabel_file
 from ibq_jax.tokenizer.check import check_config
+from ibq_jax.tokenizer.quantizers import check_trained_rows
 from ibq_jax.tokenizer.run import restore_whole_run
 from ibq_jax.tokenizer.surgery import kept_map, split_map, with_codebook
 
@@ -78,6 +79,7 @@ def _write_weights(flags: Namespace, source: Path, from_file: bool) -> None:
 def _resize(flags: Namespace, source: Path) -> None:
     """A run of another codebook size."""
     trainer, restored = restore_whole_run(source)
+    check_trained_rows(trainer.model.quantizer, "a codebook of another size")
     codes = trainer.config.codebook.size
     if flags.prune:
         counts = validation_evaluator(trainer, examples=0).histogram(restored.state.ema)

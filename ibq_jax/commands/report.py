@@ -23,6 +23,7 @@ from ibq_jax.evaluate.curves import PANELS, plot, plot_grid
 from ibq_jax.evaluate.doctor import diagnose
 from ibq_jax.evaluate.history import History, Series, read_history, stopped_by_itself
 from ibq_jax.evaluate.page import render
+from ibq_jax.tokenizer.model import latent_dim
 
 NO_CURVES = "metrics.jsonl is not there or empty: there are no curves."
 KEY = {  # scalars at the head of a page: what they are called there, and how they are written
@@ -182,8 +183,10 @@ def _plots(run: Run, about_codebook: bool) -> Iterator[str]:
 
 def _what(config: ConfigDict) -> str:
     if config.stage == "tokenizer":
-        data, codebook = config.data, config.codebook
-        return f"tokenizer of {codebook.size:,} codes of {codebook.dim} dimensions, {data.name} at {data.image_size} px"
+        data, quantizer = config.data, config.quantizer.name
+        codes = f"{config.codebook.size:,} codes of {latent_dim(config)} dimensions"
+        named = "" if quantizer == "ibq" else f" ({quantizer})"
+        return f"tokenizer of {codes}{named}, {data.name} at {data.image_size} px"
     model = config.model
     rows, columns = model.grid
     return f"generator of {rows}x{columns} of {model.vocabulary:,} codes, {model.layers} layers of width {model.width}"

@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ibq_jax.evaluate.history import History
+from ibq_jax.tokenizer.quantizers import WITH_ENTROPY, WITH_TRAINED_ROWS
 
 FALLEN = 0.8  # of its highest: a fifth of the codes that were in use are so no more
 LITTLE_USED = 0.5  # published IBQ codebooks use 84% and more of their codes (arXiv 2412.02692)
@@ -68,10 +69,7 @@ def _usage(history: History, config: ConfigDict) -> Iterator[Finding]:
         f"{last:.1%} of {config.codebook.size:,} codes in the last window of steps ({dead:,} were never chosen there), "
         f"{highest:.1%} at its highest"
     )
-    advice = (
-        "raise loss.entropy_weight, lower optimizer.learning_rate, or take fewer codebook.dim; "
-        "convert --prune drops the codes that are not used"
-    )
+    advice = _more_codes(config.quantizer.name)
     if last < FALLEN * highest:
         yield Finding("act", "the codebook is collapsing", seen, advice)
     elif last < LITTLE_USED:
@@ -80,16 +78,26 @@ def _usage(history: History, config: ConfigDict) -> Iterator[Finding]:
         yield Finding("fine", "the codebook is in use", seen)
 
 
+def _more_codes(quantizer: str) -> str:
+    """What may bring more codes into use."""
+    more_entropy = "raise loss.entropy_weight, " if quantizer in WITH_ENTROPY else ""
+    fewer = "a smaller codebook.size"
+    if quantizer in WITH_TRAINED_ROWS:
+        fewer = "fewer codebook.dim; convert --prune drops the codes that are not used"
+    return f"{more_entropy}lower optimizer.learning_rate, or take {fewer}"
+
+
 def _evenness(history: History, config: ConfigDict) -> Iterator[Finding]:
     if "codebook/perplexity" not in history or "codebook/usage" not in history:
         return
     used, perplexity = history["codebook/usage"].last * config.codebook.size, history["codebook/perplexity"].last
+    more = "raise loss.entropy_weight" if config.quantizer.name in WITH_ENTROPY else "take a smaller codebook.size"
     if used and perplexity < UNEVEN * used:
         yield Finding(
             "look",
             "few codes carry most of the pictures",
             f"perplexity {perplexity:,.0f} of {used:,.0f} codes in use",
-            "plain backgrounds do this by themselves; else raise loss.entropy_weight",
+            "plain backgrounds do this by themselves; else " + more,
         )
 
 

@@ -92,8 +92,18 @@ def model_fields(published: Mapping) -> dict:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
+def check_quantizer(name: str) -> None:
+    """Raises UsageError where no published file could hold such a tokenizer."""
+    if name != "ibq":
+        raise UsageError(f"published names and PyTorch's model are IBQ's tokenizer; the quantizer here is {name}")
+
+
 def architecture(config: Mapping) -> dict:
-    """The configuration, as the published ones are written, of a tokenizer's config from configs/tokenizer.py."""
+    """The configuration, as the published ones are written, of a tokenizer's config from configs/tokenizer.py.
+
+    Raises UsageError for one of another quantizer.
+    """
+    check_quantizer(config["quantizer"]["name"])
     layout = {theirs: config["model"][ours] for ours, theirs in GENERATOR_CONFIG.items()}
     return {
         "ddconfig": SUPPORTED

@@ -38,6 +38,7 @@ def export_run(run: Path, weights: str = "all") -> tuple[dict[str, np.ndarray], 
     origin = json.loads((saved.workdir / IMPORTED).read_text()) if (saved.workdir / IMPORTED).is_file() else {}
     if saved.config.stage == TOKENIZER:
         trainer, restored = restore_tokenizer(run)
+        names.check_quantizer(trainer.model.quantizer)
         as_found = origin if restored.step == 0 else {}
         tensors = _tokenizer(restored, trainer.config.optimizer.ema_decay, weights, as_found)
     else:

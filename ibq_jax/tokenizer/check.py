@@ -7,12 +7,14 @@ from ibq_jax.base.config import check_choices, check_positive, check_seed_and_le
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import check_batch
 from ibq_jax.tokenizer.autoencoder import NORM_GROUPS
-from ibq_jax.tokenizer.model import downsampling
+from ibq_jax.tokenizer.model import downsampling, latent_dim
+from ibq_jax.tokenizer.quantizers import QUANTIZERS, WITH_ENTROPY, check_settings
 
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "codebook.implementation": ("streamed", "dense"),
     "model.remat": ("none", "blocks"),
+    "quantizer.name": tuple(QUANTIZERS),
     "quantizer.beta_on": ("codebook", "commitment"),
 }
 POSITIVE = (
@@ -54,7 +56,7 @@ def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
     micro = config.data.batch_size // config.train.accumulate
     tokens = micro * (config.data.image_size // downsampling(config)) ** 2
     entropy_group, norm_group = config.quantizer.entropy_group_tokens, config.discriminator.norm_group
-    if entropy_group and tokens % entropy_group:
+    if config.quantizer.name in WITH_ENTROPY and entropy_group and tokens % entropy_group:
         raise UsageError(
             f"quantizer.entropy_group_tokens={entropy_group} does not divide the {tokens} tokens of a micro-batch"
         )
@@ -63,6 +65,8 @@ def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def _check_codebook(config: ConfigDict, mesh: Mesh) -> None:
+    check_settings(config.quantizer.name, config.quantizer)
+    latent_dim(config)  # raises for sizes that the quantizer cannot have
     codebook, parts = config.codebook, mesh.shape["codebook"]
     block = codebook.block_size or 1
     if codebook.size % parts or codebook.size // parts % block:

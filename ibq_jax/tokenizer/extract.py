@@ -31,6 +31,7 @@ from ibq_jax.data.codes import MANIFEST, VERSION, read_manifest, record_type
 from ibq_jax.data.pipeline import ImageSource, check_readers, check_sizes, decode_record, iterate
 from ibq_jax.data.preprocess import VIEWS, resize_shorter_side, views
 from ibq_jax.tokenizer.model import TokenizerModel
+from ibq_jax.tokenizer.quantizers import identity
 from ibq_jax.tokenizer.train import to_float
 
 # Fields of the model that decide which codes an image gets; the others say where and how fast, or how it was trained.
@@ -74,6 +75,7 @@ def fingerprint(model: TokenizerModel, params: Mapping) -> str:
     """
     fields = {name: getattr(model, name) for name in DECIDING_FIELDS}
     fields["dtype"] = jnp.dtype(model.dtype).name
+    fields |= identity(model.quantizer, model.quantizer_settings)
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -3,21 +3,24 @@
 Shapes: images float [B, H, W, 3] in [-1, 1], latents [B, h, w, D], codes int32 [B, h, w]; H = h * downsampling.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.tokenizer.autoencoder import Decoder, Encoder, conv
-from ibq_jax.tokenizer.quantizer import IndexBackpropQuantizer, Quantized
+from ibq_jax.tokenizer.quantizer import Quantized
+from ibq_jax.tokenizer.quantizers import build_quantizer
 
 
 class TokenizerModel(nn.Module):
-    """Fields are those of `Encoder` and `Decoder`, then those of `IndexBackpropQuantizer` with its defaults."""
+    """Fields are those of `Encoder` and `Decoder`, then what `build_quantizer` takes: a quantizer's name, its settings,
+    and sizes. `code_dim` is D but for the quantizers whose number of codes fixes it."""
 
     channels: int
     channel_multipliers: Sequence[int]
@@ -27,14 +30,8 @@ class TokenizerModel(nn.Module):
     resolution: int
     num_codes: int
     code_dim: int
-    beta: float = IndexBackpropQuantizer.beta
-    beta_on: str = IndexBackpropQuantizer.beta_on
-    entropy_temperature: float = IndexBackpropQuantizer.entropy_temperature
-    entropy_group_tokens: int = IndexBackpropQuantizer.entropy_group_tokens
-    sample_entropy_weight: float = IndexBackpropQuantizer.sample_entropy_weight
-    batch_entropy_weight: float = IndexBackpropQuantizer.batch_entropy_weight
-    block_size: int = IndexBackpropQuantizer.block_size
-    implementation: str = IndexBackpropQuantizer.implementation
+    quantizer: str = "ibq"
+    quantizer_settings: Mapping = FrozenDict()
     dtype: jnp.dtype = jnp.float32
     remat: str = Encoder.remat
     mesh: Mesh | None = None
@@ -52,22 +49,12 @@ class TokenizerModel(nn.Module):
         )
         self.encoder = Encoder(**layout)
         self.decoder = Decoder(**layout)
-        # Latents are float32 on both sides of the quantizer, whatever the rest computes in.
-        self.quant_conv = conv(self.z_channels, self.code_dim, 1)
-        self.post_quant_conv = conv(self.code_dim, self.z_channels, 1)
-        self.quantize = IndexBackpropQuantizer(
-            num_codes=self.num_codes,
-            dim=self.code_dim,
-            beta=self.beta,
-            beta_on=self.beta_on,
-            entropy_temperature=self.entropy_temperature,
-            entropy_group_tokens=self.entropy_group_tokens,
-            sample_entropy_weight=self.sample_entropy_weight,
-            batch_entropy_weight=self.batch_entropy_weight,
-            block_size=self.block_size,
-            implementation=self.implementation,
-            mesh=self.mesh,
+        self.quantize = build_quantizer(
+            self.quantizer, self.quantizer_settings, num_codes=self.num_codes, dim=self.code_dim, mesh=self.mesh
         )
+        # Latents are float32 on both sides of the quantizer, whatever the rest computes in.
+        self.quant_conv = conv(self.z_channels, self.quantize.latent_dim, 1)
+        self.post_quant_conv = conv(self.quantize.latent_dim, self.z_channels, 1)
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, Quantized]:
         """Images -> (reconstructions float32 [B, H, W, 3], what the quantizer made)."""
@@ -96,6 +83,10 @@ class TokenizerModel(nn.Module):
         """Codes [B, h, w] -> images float32 [B, H, W, 3], not clipped."""
         return self._decode_latent(self.quantize.lookup(indices))
 
+    def code_rows(self) -> jax.Array:
+        """What the decoder gets for each code: [K, D]."""
+        return self.quantize.lookup(jnp.arange(self.num_codes))
+
     def _decode_latent(self, z_q: jax.Array) -> jax.Array:
         return self.decoder(self.post_quant_conv(z_q))
 
@@ -105,15 +96,26 @@ def downsampling(config: ConfigDict) -> int:
     return 2 ** (len(config.model.channel_multipliers) - 1)
 
 
+def latent_dim(config: ConfigDict) -> int:
+    """D, numbers that a code stands for. Raises UsageError for a codebook size that the quantizer cannot have."""
+    size = dict(num_codes=config.codebook.size, dim=config.codebook.dim)
+    return build_quantizer(config.quantizer.name, quantizer_settings(config), **size).latent_dim
+
+
 def build_model(config: ConfigDict, mesh: Mesh | None = None) -> TokenizerModel:
     """The model of a config from configs/tokenizer.py; on a `mesh`, codebook rows lie on its axis `codebook`."""
     return TokenizerModel(
         **config.model,
-        **config.quantizer,
         num_codes=config.codebook.size,
         code_dim=config.codebook.dim,
-        block_size=config.codebook.block_size,
-        implementation=config.codebook.implementation,
+        quantizer=config.quantizer.name,
+        quantizer_settings=quantizer_settings(config),
         dtype=jnp.dtype(config.dtype),
         mesh=mesh,
     )
+
+
+def quantizer_settings(config: ConfigDict) -> FrozenDict:
+    """What a config says of how codes are found and trained: of all quantizers, each takes its own."""
+    of_codebook = {"block_size": config.codebook.block_size, "implementation": config.codebook.implementation}
+    return FrozenDict({**config.quantizer, **of_codebook}).pop("name")[0]

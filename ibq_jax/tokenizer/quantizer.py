@@ -1,6 +1,7 @@
-"""The quantizer as a module: the codebook, its losses, and the way from latents to codes and back (arXiv 2412.02692).
+"""IBQ's quantizer as a module: the codebook, its losses, and the way from latents to codes and back (arXiv 2412.02692).
 
-Shapes: latents [B, h, w, D], codebook [K, D], codes [B, h, w]. Everything here is float32.
+Shapes: latents [B, h, w, D], codebook [K, D], codes [B, h, w]. Everything here is float32. What it does for the model
+the other quantizers do too, see `ibq_jax.tokenizer.quantizers`.
 """
 
 import flax.linen as nn
@@ -18,16 +19,21 @@ BETA_ON = ("codebook", "commitment")
 
 @flax.struct.dataclass
 class Quantized:
-    """What the quantizer makes of a batch of latents; all but the first two are scalars."""
+    """What a quantizer makes of a batch of latents; all but the first two are scalars. None: it has no such thing."""
 
-    z_q: jax.Array  # [B, h, w, D], the chosen rows; differentiable in the latents and in every row of the codebook
+    z_q: jax.Array  # [B, h, w, D], the chosen rows; differentiable in the latents, IBQ's in every row too
     indices: jax.Array  # [B, h, w] int32
     quant_loss: jax.Array
-    sample_entropy: jax.Array  # nats
-    avg_entropy: jax.Array  # nats
     entropy_loss: jax.Array
-    max_probability: jax.Array  # mean over tokens of the chosen code's probability; no gradient
-    max_logit: jax.Array  # largest |z . e|; no gradient
+    sample_entropy: jax.Array | None = None  # nats
+    avg_entropy: jax.Array | None = None  # nats
+    max_probability: jax.Array | None = None  # mean over tokens of the chosen code's probability; no gradient
+    max_logit: jax.Array | None = None  # largest |z . e|; no gradient
+
+
+def straight_through(value: jax.Array, z: jax.Array) -> jax.Array:
+    """`value` to the last bit, with its gradient copied to `z` as it is."""
+    return jax.lax.stop_gradient(value) + (z - jax.lax.stop_gradient(z))
 
 
 class IndexBackpropQuantizer(nn.Module):
@@ -35,14 +41,16 @@ class IndexBackpropQuantizer(nn.Module):
 
     quant_loss is three mean squares: of z_q - z, of the chosen row from the latent's side (commitment) and from the
     row's side (codebook). `beta` scales the codebook term as the released code does, or with beta_on="commitment" the
-    commitment term as the paper writes. entropy_loss = sample_entropy_weight * sample_entropy - batch_entropy_weight *
-    avg_entropy. The other fields are those of `ibq_jax.ops.index_backprop`.
+    commitment term as the paper writes. Without `double_loss` the first, whose gradient reaches every row, is left out,
+    and VQ's loss remains. entropy_loss = sample_entropy_weight * sample_entropy - batch_entropy_weight * avg_entropy.
+    The other fields are those of `ibq_jax.ops.index_backprop`.
     """
 
     num_codes: int
     dim: int
     beta: float = 0.25
     beta_on: str = "codebook"
+    double_loss: bool = True
     entropy_temperature: float = 0.01
     entropy_group_tokens: int = 0
     sample_entropy_weight: float = 1.0
@@ -56,6 +64,10 @@ class IndexBackpropQuantizer(nn.Module):
             raise UsageError(f"quantizer.beta_on is {self.beta_on!r}; it must be one of {', '.join(BETA_ON)}")
         codebook_init = nn.with_logical_partitioning(normal(1.0), ("codes", "code_dim"))
         self.codebook = jnp.asarray(self.param("codebook", codebook_init, (self.num_codes, self.dim), jnp.float32))
+
+    @property
+    def latent_dim(self) -> int:
+        return self.dim
 
     def __call__(self, z: jax.Array) -> Quantized:
         z = z.astype(jnp.float32)
@@ -82,7 +94,9 @@ class IndexBackpropQuantizer(nn.Module):
         )
 
     def _quant_loss(self, z: jax.Array, z_q: jax.Array, indices: jax.Array) -> jax.Array:
-        both = jnp.mean((z_q - z) ** 2)
+        # The paper's "double" loss is taken to be the sum as released, its "single" one what VQ has: the authors' code
+        # has no switch, and their ablation no formula.
+        both = jnp.mean((z_q - z) ** 2) if self.double_loss else 0.0
         commitment = jnp.mean((jax.lax.stop_gradient(z_q) - z) ** 2)
         codebook = jnp.mean((self.lookup(indices) - jax.lax.stop_gradient(z)) ** 2)
         if self.beta_on == "codebook":

@@ -24,6 +24,7 @@ from ibq_jax.tokenizer import losses
 from ibq_jax.tokenizer.discriminator import PatchDiscriminator
 from ibq_jax.tokenizer.model import TokenizerModel, build_model, downsampling
 from ibq_jax.tokenizer.perceptual import lpips
+from ibq_jax.tokenizer.quantizers import WITH_TRAINED_ROWS
 from ibq_jax.tokenizer.watch import CodebookWindow
 
 
@@ -148,7 +149,8 @@ class Trainer:
         )
         metrics |= scalars | {"loss/total": image_loss + codebook_loss, "gradient_norm": optax.tree.norm(gradient)}
         metrics["finite"] = jnp.isfinite(sum(metrics.values()))
-        metrics["codebook/max_norm"] = jnp.sqrt(jnp.max(jnp.sum(params["quantize"]["codebook"] ** 2, axis=1)))
+        if self.model.quantizer in WITH_TRAINED_ROWS:
+            metrics["codebook/max_norm"] = jnp.sqrt(jnp.max(jnp.sum(params["quantize"]["codebook"] ** 2, axis=1)))
         return state, metrics | state.window.metrics(step, self.window_steps)
 
     def reconstruct(self, params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -169,13 +171,15 @@ class Trainer:
                 "codebook/average_entropy": quantized.avg_entropy,
                 "codebook/max_probability": quantized.max_probability,
             }
-            return reconstruction, quantized.indices, scalars, quantized.max_logit
+            scalars = {name: value for name, value in scalars.items() if value is not None}
+            peaks = {} if quantized.max_logit is None else {"codebook/max_logit": quantized.max_logit}
+            return reconstruction, quantized.indices, scalars, peaks
 
-        reconstructions, indices, scalars, max_logit = self._in_micro_batches(one, images)
+        reconstructions, indices, scalars, peaks = self._in_micro_batches(one, images)
         scalars = jax.tree.map(jnp.mean, scalars)
         weights = self.config.loss
         loss = weights.quantizer_weight * scalars["loss/quantizer"] + weights.entropy_weight * scalars["loss/entropy"]
-        metrics = scalars | {"loss/codebook": loss, "codebook/max_logit": jnp.max(max_logit)}
+        metrics = scalars | {"loss/codebook": loss} | jax.tree.map(jnp.max, peaks)
         return (_joined(reconstructions), loss), (_joined(indices), jax.lax.stop_gradient(metrics))
 
     def _train_adversary(self, state: TokenizerState, images: jax.Array, reconstructions: jax.Array):

@@ -10,6 +10,12 @@ import jax.numpy as jnp
 from ibq_jax.base.loop import TrainingStopped
 
 NEVER = -(2**30)
+SATURATED = 0.99  # mean highest probability
+MEASURES = {  # of a collapse, where a quantizer has them
+    "codebook/max_probability": "mean highest probability",
+    "codebook/max_logit": "largest |logit|",
+    "codebook/max_norm": "largest code norm",
+}
 
 
 @flax.struct.dataclass
@@ -61,16 +67,20 @@ def check_collapse(step: int, metrics: dict[str, float], *, usage_floor: float, 
     usage = metrics["codebook/usage"]
     if step < warmup_steps or usage >= usage_floor:
         return
-    probability = metrics["codebook/max_probability"]
-    saturated = probability > 0.99
-    advice = (
-        "the softmax is saturated, so the encoder gets no gradient: try a lower optimizer.learning_rate or a smaller "
-        "codebook.dim"
-        if saturated
-        else "try a larger loss.entropy_weight, or a longer warm-up (optimizer.warmup_steps)"
-    )
+    if metrics.get("codebook/max_probability", 0.0) > SATURATED:
+        advice = (
+            "the softmax is saturated, so the encoder gets no gradient: try a lower optimizer.learning_rate or a "
+            "smaller codebook.dim"
+        )
+    elif "codebook/average_entropy" in metrics or "codebook/max_probability" in metrics:
+        advice = "try a larger loss.entropy_weight, or a longer warm-up (optimizer.warmup_steps)"
+    else:
+        advice = (
+            "this quantizer has no loss against it: try a lower optimizer.learning_rate, fewer codes (codebook.size) "
+            "or another quantizer.name, or let it go on with watch.usage_floor=0"
+        )
+    seen = "".join(f"; {words} {metrics[name]:.3g}" for name, words in MEASURES.items() if name in metrics)
     raise TrainingStopped(
         f"step {step}: the codebook has collapsed: {usage:.2%} of the codes are in use, under watch.usage_floor="
-        f"{usage_floor:.2%}; mean highest probability {probability:.3f}, largest |logit| "
-        f"{metrics['codebook/max_logit']:.3g}, largest code norm {metrics['codebook/max_norm']:.3g}; {advice}"
+        f"{usage_floor:.2%}{seen}; {advice}"
     )

@@ -1,0 +1,22 @@
+"""The paper's claim, small: as the codebook grows, IBQ keeps it in use and reconstructs better, VQ lets it go.
+
+    python -m ibq_jax prepare openmoji
+    python -m ibq_jax sweep --study=configs/studies/codebook_scaling.py --workdir=runs/codebook_scaling
+
+What it came to is told in docs/codebook_scaling.md.
+"""
+
+CONFIG = "configs/tokenizer.py:openmoji32"
+OVER = {
+    "quantizer.name": ("ibq", "vq"),
+    "codebook.size": (256, 1_024, 4_096, 16_384),
+}
+SEEDS = 2
+OVERRIDES = {
+    "train.steps": 600,
+    "evaluate.every": 300,
+    "evaluate.judges": "efficientnet",
+    "checkpoint.every": 300,
+    "log.images_every": 600,
+    "watch.usage_floor": 0.0,  # a collapse is what is to be seen
+}

@@ -1,0 +1,20 @@
+"""The quantizers side by side, at two sizes.
+
+    python -m ibq_jax sweep --study=configs/studies/quantizers.py --workdir=runs/quantizers
+
+What it came to is told in docs/codebook_scaling.md.
+"""
+
+CONFIG = "configs/tokenizer.py:openmoji32"
+OVER = {
+    "quantizer.name": ("ibq", "vq", "simvq", "lfq", "fsq"),
+    "codebook.size": (1_024, 16_384),
+}
+OVERRIDES = {
+    "train.steps": 600,
+    "evaluate.every": 300,
+    "evaluate.judges": "efficientnet",
+    "checkpoint.every": 300,
+    "log.images_every": 600,
+    "watch.usage_floor": 0.0,
+}

@@ -1,0 +1,173 @@
+"""Quantizers without a trained codebook, to compare with IBQ: every dimension of a latent is rounded by itself.
+
+Shapes: latents [B, h, w, D], codes [B, h, w]; the codebook [K, D] is all combinations of the dimensions' levels, and D
+follows from K. Everything here is float32. Gradients pass the rounding as if it were not there (straight-through).
+"""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.ops.index_backprop import index_backprop
+from ibq_jax.tokenizer.quantizer import Quantized, straight_through
+
+PAPER_LEVELS = ((8, 6, 5), (8, 5, 5, 5), (7, 5, 5, 5, 5), (8, 8, 8, 6, 5), (8, 8, 8, 5, 5, 5))  # arXiv 2309.15505
+MOST_LEVELS = 256  # of a dimension; of many more, EPSILON would add another
+EPSILON = 1e-3  # by which a dimension reaches beyond its outermost levels
+
+
+class LookupFreeQuantizer(nn.Module):
+    """LFQ (MAGVIT-v2, arXiv 2310.05737, section 3.1): K = 2^D codes, the corners of {-1, 1}^D; a latent's code has the
+    signs of its dimensions for bits, the first the least.
+
+    The entropies are those of softmax(2 z . c / entropy_temperature) over all corners c, exactly: over a batch they do
+    not fall apart into dimensions. quant_loss is `beta` times the mean square between a latent and its corner.
+    """
+
+    num_codes: int
+    beta: float = 0.25
+    entropy_temperature: float = 0.01
+    entropy_group_tokens: int = 0
+    sample_entropy_weight: float = 1.0
+    batch_entropy_weight: float = 1.0
+    block_size: int = 0
+    implementation: str = "streamed"
+    mesh: Mesh | None = None
+
+    @property
+    def latent_dim(self) -> int:
+        """D. Raises UsageError where K is no power of two."""
+        if self.num_codes < 2 or self.num_codes & (self.num_codes - 1):
+            near = 2 ** max(1, round(math.log2(max(self.num_codes, 2))))
+            raise UsageError(f"codebook.size={self.num_codes}: quantizer lfq takes powers of two, such as {near}")
+        return self.num_codes.bit_length() - 1
+
+    def __call__(self, z: jax.Array) -> Quantized:
+        z = z.astype(jnp.float32)
+        indices = self.nearest(z)
+        corner = self.lookup(indices)
+        out = index_backprop(
+            2.0 * z.reshape(-1, self.latent_dim),
+            self.lookup(jnp.arange(self.num_codes)),
+            entropy_temperature=self.entropy_temperature,
+            entropy_group_tokens=self.entropy_group_tokens,
+            block_size=self.block_size,
+            implementation=self.implementation,
+            mesh=self.mesh,
+        )
+        return Quantized(
+            z_q=straight_through(corner, z),
+            indices=indices,
+            quant_loss=self.beta * jnp.mean((corner - z) ** 2),
+            entropy_loss=self.sample_entropy_weight * out.sample_entropy - self.batch_entropy_weight * out.avg_entropy,
+            sample_entropy=out.sample_entropy,
+            avg_entropy=out.avg_entropy,
+        )
+
+    def nearest(self, z: jax.Array) -> jax.Array:
+        """Latents [B, h, w, D] -> int32 [B, h, w]; a 0 counts as negative."""
+        return jnp.sum((z > 0) * _last(2 ** np.arange(self.latent_dim), z.ndim), axis=-1, dtype=jnp.int32)
+
+    def lookup(self, indices: jax.Array) -> jax.Array:
+        """Codes [...], each in 0..K-1 -> their corners [..., D]."""
+        bits = (indices[..., None] >> _last(np.arange(self.latent_dim), indices.ndim + 1)) & 1
+        return (2 * bits - 1).astype(jnp.float32)
+
+
+class FiniteScalarQuantizer(nn.Module):
+    """FSQ (arXiv 2309.15505, section 3.1): dimension i is bounded by a tanh and rounded to one of L_i values, evenly
+    spread over [-1, 1]; the first dimension counts least in a code. No loss, no entropy.
+
+    The L_i are `levels`, whose product is K; without them those of the paper's table 1, or of a power of two as many
+    eights as there are in it, one or two of them doubled.
+    """
+
+    num_codes: int
+    levels: Sequence[int] = ()
+
+    @property
+    def latent_dim(self) -> int:
+        """D. Raises UsageError for levels that do not make K codes, or where none are known for K."""
+        return len(self._levels)
+
+    @property
+    def _levels(self) -> np.ndarray:
+        """int32 [D]."""
+        levels = tuple(self.levels) or _usual_levels(self.num_codes)
+        if not all(isinstance(level, int) and 2 <= level <= MOST_LEVELS for level in levels):
+            raise UsageError(f"quantizer.levels={levels}: each is a whole number from 2 to {MOST_LEVELS}")
+        if math.prod(levels) != self.num_codes:
+            raise UsageError(
+                f"quantizer.levels={levels} make {math.prod(levels)} codes, codebook.size is {self.num_codes}; "
+                f"set codebook.size={math.prod(levels)}, or other levels"
+            )
+        return np.array(levels, np.int32)
+
+    def __call__(self, z: jax.Array) -> Quantized:
+        bounded = self._bounded(z.astype(jnp.float32))
+        rounded = jnp.round(bounded)
+        return Quantized(
+            z_q=straight_through(rounded, bounded) / self._half_widths(z.ndim),
+            indices=self._index(rounded),
+            quant_loss=jnp.zeros(()),
+            entropy_loss=jnp.zeros(()),
+        )
+
+    def nearest(self, z: jax.Array) -> jax.Array:
+        """Latents [B, h, w, D] -> int32 [B, h, w]."""
+        return self._index(jnp.round(self._bounded(z.astype(jnp.float32))))
+
+    def lookup(self, indices: jax.Array) -> jax.Array:
+        """Codes [...], each in 0..K-1 -> their values [..., D] in [-1, 1]."""
+        ndim = indices.ndim + 1
+        digits = indices[..., None] // _last(self._places(), ndim) % _last(self._levels, ndim)
+        return (digits - _last(self._levels // 2, ndim)) / self._half_widths(ndim)
+
+    def _bounded(self, z: jax.Array) -> jax.Array:
+        """Rounded, these are the whole numbers from -(L // 2) to (L - 1) // 2.
+
+        The paper's listing has (1 - eps) and tan for arctanh; so 0 stays 0, and no level is out of a latent's reach.
+        """
+        half = (self._levels - 1) * (1 + EPSILON) / 2
+        offset = np.where(self._levels % 2, 0.0, 0.5)
+        shift = np.arctanh(offset / half)
+        half, offset, shift = (_last(array.astype(np.float32), z.ndim) for array in (half, offset, shift))
+        return jnp.tanh(z + shift) * half - offset
+
+    def _half_widths(self, ndim: int) -> np.ndarray:
+        return _last((self._levels // 2).astype(np.float32), ndim)
+
+    def _places(self) -> np.ndarray:
+        """What a step of each dimension adds to a code: int32 [D]."""
+        return np.cumprod((1, *self._levels[:-1]), dtype=np.int32)
+
+    def _index(self, rounded: jax.Array) -> jax.Array:
+        digits = rounded.astype(jnp.int32) + _last(self._levels // 2, rounded.ndim)
+        return jnp.sum(digits * _last(self._places(), rounded.ndim), axis=-1, dtype=jnp.int32)
+
+
+def _usual_levels(num_codes: int) -> tuple[int, ...]:
+    """None is under 5, as the paper advises. Raises UsageError where there are none."""
+    for levels in PAPER_LEVELS:
+        if math.prod(levels) == num_codes:
+            return levels
+    power = num_codes.bit_length() - 1
+    eights, doubled = divmod(power, 3)
+    if num_codes != 2**power or doubled > eights or not eights:
+        known = ", ".join(f"{math.prod(levels)}" for levels in PAPER_LEVELS)
+        raise UsageError(
+            f"codebook.size={num_codes}: quantizer fsq knows no levels for it; set quantizer.levels to numbers of that "
+            f"product, or take {known}, or a power of two from 64 on"
+        )
+    return (16,) * doubled + (8,) * (eights - doubled)
+
+
+def _last(values: np.ndarray, ndim: int) -> np.ndarray:
+    """[D] -> [1, ..., 1, D]."""
+    return values.reshape((1,) * (ndim - 1) + (-1,))
