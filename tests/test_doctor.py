@@ -57,6 +57,20 @@ def test_a_healthy_tokenizer_has_nothing_to_be_looked_at(tokenizer):
 
 
 @pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("vq", "lower optimizer.learning_rate, or take fewer codebook.dim; convert --prune drops"),
+        ("lfq", "raise loss.entropy_weight, lower optimizer.learning_rate, or take a smaller codebook.size"),
+        ("fsq", "lower optimizer.learning_rate, or take a smaller codebook.size"),
+    ],
+)
+def test_the_advice_is_for_the_run_s_quantizer(name, advice):
+    config = load_config(f"{ROOT}/configs/tokenizer.py:openmoji32", [f"--config.quantizer.name={name}"])
+    (finding,) = [f for f in diagnose(history({"codebook/usage": 0.3 * FLAT}), config, 1000) if "idle" in f.title]
+    assert finding.advice.startswith(advice)
+
+
+@pytest.mark.parametrize(
     ("wrong", "title", "severity"),
     [
         ({"codebook/usage": np.linspace(0.9, 0.3, 100)}, "the codebook is collapsing", "act"),

@@ -41,3 +41,15 @@ def test_a_saturated_softmax_gets_another_advice():
     metrics = METRICS | {"codebook/usage": 0.01, "codebook/max_probability": 0.999}
     with pytest.raises(TrainingStopped, match=r"saturated.*learning_rate"):
         check_collapse(100, metrics, usage_floor=0.1, warmup_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({"codebook/average_entropy": 3.0}, r"watch.usage_floor=10.00%; try a larger loss.entropy_weight"),
+        ({"codebook/max_norm": 1.5}, r"largest code norm 1.5; this quantizer has no loss against it.*usage_floor=0"),
+    ],
+)
+def test_quantizers_without_a_softmax_get_advice_that_they_can_follow(metrics, words):
+    with pytest.raises(TrainingStopped, match=words):
+        check_collapse(100, metrics | {"codebook/usage": 0.01}, usage_floor=0.1, warmup_steps=0)

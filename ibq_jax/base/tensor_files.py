@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ibq_jax.base.archive_limits import check_pickle, open_npz
-from ibq_jax.base.errors import UsageError, one_line
+from ibq_jax.base.errors import UsageError, one_line, printable
 from ibq_jax.base.files import whole_or_absent
 from ibq_jax.base.state_dict_pickle import OLDER_FORM, read_state_dict
 
@@ -164,8 +164,8 @@ class _Pickled(TensorFile):
             refused = re.search(r"GLOBAL (\S+)", str(error))
             if refused:
                 raise UsageError(
-                    f"{self._path}: holds an object of type {refused[1]}, which is not read because loading it could "
-                    f"run code; where you trust the file, load it with PyTorch and save its state_dict alone"
+                    f"{self._path}: holds an object of type {printable(refused[1])}, which is not read because loading "
+                    f"it could run code; where you trust the file, load it with PyTorch and save its state_dict alone"
                 ) from error
             raise UsageError(f"{self._path}: cut short, or not a PyTorch file") from error
         about = {}
