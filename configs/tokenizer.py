@@ -52,6 +52,7 @@ def _imagenet256(codebook_size: int, epochs: int = 330, drop_epochs: tuple[int, 
     config.codebook = ConfigDict()
     config.codebook.size = codebook_size
     config.codebook.dim = 256  # of ibq, vq and simvq; of lfq and fsq the size decides
+    config.codebook.init_scale = 1.0  # ibq's standard deviation at the start, as released
     config.codebook.block_size = 0  # codes a block of the streamed quantizer; 0 chooses by a memory budget
     config.codebook.implementation = "streamed"  # or "dense", the plain form; of ibq and lfq
 

@@ -1,5 +1,6 @@
 """Config files and overrides: what is wrong is said in words, with the nearest right name."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,17 @@ def test_a_broken_saved_config_is_a_usage_error(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UsageError, match="is not a saved config"):
         read_config(tmp_path / "config.json")
+
+
+def test_a_config_saved_before_there_were_other_quantizers_is_of_ibq(tmp_path):
+    saved = {"stage": "tokenizer", "quantizer": {"beta": 0.5}, "codebook": {"size": 8}, "data": {"name": "x"}}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    config = read_config(tmp_path / "config.json")
+    assert config.quantizer.to_dict() == {
+        "beta": 0.5,
+        "name": "ibq",
+        "double_loss": True,
+        "l2_normalize": False,
+        "levels": (),
+    }
+    assert config.codebook.to_dict() == {"size": 8, "init_scale": 1.0} and config.data.to_dict() == {"name": "x"}

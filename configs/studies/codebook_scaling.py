@@ -2,8 +2,6 @@
 
     python -m ibq_jax prepare openmoji
     python -m ibq_jax sweep --study=configs/studies/codebook_scaling.py --workdir=runs/codebook_scaling
-
-What it came to is told in docs/codebook_scaling.md.
 """
 
 CONFIG = "configs/tokenizer.py:openmoji32"

@@ -1,8 +1,6 @@
 """The quantizers side by side, at two sizes.
 
     python -m ibq_jax sweep --study=configs/studies/quantizers.py --workdir=runs/quantizers
-
-What it came to is told in docs/codebook_scaling.md.
 """
 
 CONFIG = "configs/tokenizer.py:openmoji32"

@@ -21,6 +21,7 @@ MAX_DEPTH = 10  # of groups in groups
 LONGEST_SHOWN = 80  # characters of a foreign name in a message
 ADDED_FIELDS = {  # that configs saved by earlier versions lack, with what was done then
     "quantizer": {"name": "ibq", "double_loss": True, "l2_normalize": False, "levels": ()},
+    "codebook": {"init_scale": 1.0},
 }
 POSITIVE = (  # in every stage
     "data.batch_size",

@@ -36,6 +36,7 @@ BESIDE = (
     "model.attention:",
     "model.codebook_dim",  # where it is of the network, the shapes say so
     "codebook.implementation",
+    "codebook.init_scale",
 )
 
 Batches = Generator[Mapping[str, np.ndarray]]

@@ -24,6 +24,7 @@ POSITIVE = (
     "model.z_channels",
     "codebook.size",
     "codebook.dim",
+    "codebook.init_scale",
     "quantizer.entropy_temperature",
 )
 

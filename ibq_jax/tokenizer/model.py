@@ -117,5 +117,5 @@ def build_model(config: ConfigDict, mesh: Mesh | None = None) -> TokenizerModel:
 
 def quantizer_settings(config: ConfigDict) -> FrozenDict:
     """What a config says of how codes are found and trained: of all quantizers, each takes its own."""
-    of_codebook = {"block_size": config.codebook.block_size, "implementation": config.codebook.implementation}
+    of_codebook = {name: config.codebook[name] for name in ("init_scale", "block_size", "implementation")}
     return FrozenDict({**config.quantizer, **of_codebook}).pop("name")[0]

@@ -37,7 +37,8 @@ def straight_through(value: jax.Array, z: jax.Array) -> jax.Array:
 
 
 class IndexBackpropQuantizer(nn.Module):
-    """Index Backpropagation Quantization with a codebook of `num_codes` x `dim` that starts standard normal.
+    """Index Backpropagation Quantization with a codebook of `num_codes` x `dim` that starts normal, with the standard
+    deviation `init_scale`.
 
     quant_loss is three mean squares: of z_q - z, of the chosen row from the latent's side (commitment) and from the
     row's side (codebook). `beta` scales the codebook term as the released code does, or with beta_on="commitment" the
@@ -51,6 +52,7 @@ class IndexBackpropQuantizer(nn.Module):
     beta: float = 0.25
     beta_on: str = "codebook"
     double_loss: bool = True
+    init_scale: float = 1.0
     entropy_temperature: float = 0.01
     entropy_group_tokens: int = 0
     sample_entropy_weight: float = 1.0
@@ -62,7 +64,7 @@ class IndexBackpropQuantizer(nn.Module):
     def setup(self):
         if self.beta_on not in BETA_ON:
             raise UsageError(f"quantizer.beta_on is {self.beta_on!r}; it must be one of {', '.join(BETA_ON)}")
-        codebook_init = nn.with_logical_partitioning(normal(1.0), ("codes", "code_dim"))
+        codebook_init = nn.with_logical_partitioning(normal(self.init_scale), ("codes", "code_dim"))
         self.codebook = jnp.asarray(self.param("codebook", codebook_init, (self.num_codes, self.dim), jnp.float32))
 
     @property

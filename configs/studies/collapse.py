@@ -1,0 +1,20 @@
+"""What keeps a codebook of 4,096 codes in use: its dimension, its initial scale, the learning rate, the entropy term.
+
+    python -m ibq_jax sweep --study=configs/studies/collapse.py --workdir=runs/collapse
+"""
+
+CONFIG = "configs/tokenizer.py:openmoji32"
+OVER = {
+    "codebook.dim": (32, 256),
+    "codebook.init_scale": (1.0, 0.1),
+    "optimizer.learning_rate": (1e-3, 1e-4),
+    "loss.entropy_weight": (0.05, 0.0),
+}
+OVERRIDES = {
+    "codebook.size": 4_096,
+    "train.steps": 300,
+    "evaluate.every": 300,
+    "checkpoint.every": 300,
+    "log.images_every": 300,
+    "watch.usage_floor": 0.0,
+}
