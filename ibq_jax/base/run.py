@@ -28,7 +28,7 @@ from ibq_jax.base.watchdog import Watchdog
 
 IMPORTED = "imported.json"  # in a run that was made of a file of weights: where they come from
 ELSEWHERE = ("data.dir", "data.workers", "data.threads", "codes", "tokenizer", "loss.perceptual_file")  # may differ
-NETWORKS = ("stage:", "model.", "codebook.")
+NETWORKS = ("stage:", "model.", "codebook.", "quantizer.name:")
 BESIDE = (
     "model.dropout",
     "model.gamma_init",
