@@ -34,8 +34,8 @@ def whole(tmp_path_factory, data_dir, start):
     return workdir
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_train_as_one(processes, whole, start, data_dir, tmp_path):
     workdir = tmp_path / "run"
     devices = 8 // processes

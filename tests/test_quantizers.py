@@ -429,7 +429,7 @@ def test_its_codes_are_cached(trained, tmp_path):
     assert len({fingerprint(tokenizer.model.clone(quantizer=name), tokenizer.params) for name in QUANTIZERS}) == 5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("trained", ["fsq"], indirect=True)  # the furthest from IBQ: no parameter, no loss
 def test_it_is_evaluated_and_reported_and_a_generator_learns_its_codes(trained, tmp_path):
     _, workdir = trained

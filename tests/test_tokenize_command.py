@@ -252,7 +252,8 @@ def test_a_fingerprint_is_of_the_weights_and_the_architecture_alone(run, data_di
     sharded["quantize"]["codebook"] = jax.device_put(
         params["quantize"]["codebook"], NamedSharding(mesh, PartitionSpec("codebook"))
     )
-    assert fingerprint(model.clone(mesh=mesh, block_size=8, remat="blocks", beta=0.5), sharded) == print_
+    settings = model.quantizer_settings.copy({"block_size": 8, "beta": 0.5})
+    assert fingerprint(model.clone(mesh=mesh, remat="blocks", quantizer_settings=settings), sharded) == print_
     raw = Tokenizer.load(run, use_ema=False)
     other_bias = jax.tree.map(np.array, params)
     other_bias["quant_conv"]["bias"][0] += 1e-6

@@ -1,6 +1,6 @@
 """What keeps a codebook of 4,096 codes in use: its dimension, its initial scale, the learning rate, the entropy term.
 
-    python -m ibq_jax sweep --study=configs/studies/collapse.py --workdir=runs/collapse
+python -m ibq_jax sweep --study=configs/studies/collapse.py --workdir=runs/collapse
 """
 
 CONFIG = "configs/tokenizer.py:openmoji32"

@@ -1,6 +1,6 @@
 """The quantizers side by side, at two sizes.
 
-    python -m ibq_jax sweep --study=configs/studies/quantizers.py --workdir=runs/quantizers
+python -m ibq_jax sweep --study=configs/studies/quantizers.py --workdir=runs/quantizers
 """
 
 CONFIG = "configs/tokenizer.py:openmoji32"

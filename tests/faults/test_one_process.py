@@ -88,6 +88,7 @@ def test_a_corrupt_record_in_the_data(run, undisturbed, trials, data_dir, tmp_pa
     trials.recovered("a corrupt record in the data")
 
 
+@not_few
 def test_a_batch_of_nan(run, undisturbed, trials, tmp_path):
     [(code, out)] = ended(run(program=(INJECTED, "nan_batch")))
     said = out.splitlines()[-1]
