@@ -4,8 +4,9 @@ A step's folder appears under its number only when it is whole, so a kill leaves
 that is damaged afterwards is moved to `broken/` beside the others, said, and the newest whole one is used.
 """
 
+import contextlib
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,17 +92,19 @@ class Checkpoints:
         self._check_room(state)
         arrays = ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=WRITTEN_AT_ONCE)
         args = ocp.args.Composite(state=arrays, metadata=ocp.args.JsonSave(metadata))
-        try:
+        with self._writing():
             self._manager.save(step, args=args, metrics=metrics)
-        except (ValueError, OSError) as error:
-            if may_be_a_peers(error):
-                raise
-            raise self._unwritable(error) from error
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises UsageError when it could not be written (a full disk, say)."""
-        try:
+        with self._writing():
             self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What Orbax could not write is a UsageError; a peer that died meanwhile is not."""
+        try:
+            yield
         except (ValueError, OSError) as error:
             if may_be_a_peers(error):
                 raise

@@ -46,7 +46,7 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     file, _, preset = spec.partition(":")
     if not Path(file).is_file():
         raise UsageError(f"--config={spec}: there is no file {file}")
-    module = _run(Path(file))
+    module = run_file(Path(file))
     if preset not in module.PRESETS:
         near = difflib.get_close_matches(preset, module.PRESETS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -61,10 +61,11 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
 
 def preset_names(file: str) -> tuple[str, ...]:
     """The presets of a config file."""
-    return _run(Path(file)).PRESETS
+    return run_file(Path(file)).PRESETS
 
 
-def _run(path: Path):
+def run_file(path: Path):
+    """The module that a Python file makes."""
     module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)

@@ -239,21 +239,22 @@ def _convolution_flops(convolution: Instruction, left: tuple[int, ...], right: t
     places but one is how the compiler for TPUs writes a product's batch dimensions."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes).groups()
     window = re.search(r"window=\{(.*?)\}", convolution.attributes)
-    window = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
+    window = {name: text.split("x") for name, text in re.findall(r"(\w+)=(\S+)", window[1])} if window else {}
     result = convolution.arrays[0].shape
+    axes = len(result) - 2
+    pads, strides, holes, spacings = (
+        [int(text.split("_")[0]) for text in window.get(name, [default] * axes)]
+        for name, default in (("pad", "0"), ("stride", "1"), ("lhs_dilate", "1"), ("rhs_dilate", "1"))
+    )
     seen = result[labels[2].index("b")] * result[labels[2].index("f")] * right[labels[1].index("i")]
-    for axis in range(len(result) - 2):
+    for axis in range(axes):
         places, size, outputs = (
             shape[label.index(str(axis))] for shape, label in zip((left, right, result), labels, strict=True)
         )
 
-        def at(name: str, default: str, axis: int = axis) -> str:
-            return window[name].split("x")[axis] if name in window else default
-
-        pad, dilation = int(at("pad", "0_0").split("_")[0]), int(at("lhs_dilate", "1"))
-        taps = np.arange(size) * int(at("rhs_dilate", "1"))
-        where = np.arange(outputs)[:, None] * int(at("stride", "1")) - pad + taps
-        seen *= np.count_nonzero((where >= 0) & (where <= (places - 1) * dilation) & (where % dilation == 0))
+        where = np.arange(outputs)[:, None] * strides[axis] - pads[axis] + np.arange(size) * spacings[axis]
+        inside = (where >= 0) & (where <= (places - 1) * holes[axis])
+        seen *= np.count_nonzero(inside & (where % holes[axis] == 0))
     return 2.0 * seen
 
 

@@ -22,6 +22,7 @@ from ibq_jax.base import processes
 from ibq_jax.base.checkpoint import Checkpoints
 from ibq_jax.base.errors import Failed, Interrupted
 from ibq_jax.base.sharding import global_batch
+from ibq_jax.base.supervise import handling
 from ibq_jax.base.telemetry import Telemetry
 from ibq_jax.base.timing import STEP, Parts
 
@@ -197,12 +198,8 @@ class Loop:
         handlers = {signal.SIGTERM: self._on_signal, signal.SIGINT: self._on_signal}
         if processes.joined():
             handlers = {signal.SIGINT: lambda *_: signal.raise_signal(signal.SIGTERM)}
-        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
+        with handling(handlers):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame) -> None:
         if self._signal is not None:  # asked twice: the person means now

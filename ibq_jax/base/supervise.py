@@ -4,13 +4,14 @@ JAX aborts a process whose coordinator is gone, the kernel kills one that runs o
 last word. Here the parent, which knows nothing of JAX, waits for the child and says what happened.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 PARENT_SECONDS = 1.0  # between two looks whether the parent lives
 PR_SET_PDEATHSIG = 1  # Linux's prctl: a signal for this process when its parent dies
@@ -55,3 +56,14 @@ def end_after(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+@contextlib.contextmanager
+def handling(handlers: Mapping[int, Callable]) -> Iterator[None]:
+    """These handlers of signals, by number, inside the block; those of before after it. In the main thread only."""
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -3,12 +3,11 @@
 import difflib
 import itertools
 import re
-import runpy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ibq_jax.base.config import PREFIX, flatten, load_config
+from ibq_jax.base.config import PREFIX, flatten, load_config, run_file
 from ibq_jax.base.errors import UsageError
 from ibq_jax.evaluate.sweep_results import Point
 from ibq_jax.evaluate.sweep_table import short_names
@@ -67,7 +66,7 @@ def read_study(path: str) -> Grid:
     """
     if not Path(path).is_file():
         raise UsageError(f"--study={path}: there is no such file")
-    stated = {name: value for name, value in runpy.run_path(path).items() if name.isupper()}
+    stated = {name: value for name, value in vars(run_file(Path(path))).items() if name.isupper()}
     for name in stated.keys() - set(CONSTANTS):
         near = difflib.get_close_matches(name, CONSTANTS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(CONSTANTS)}"

@@ -4,14 +4,13 @@ A point's process may be a launch script instead. Its output goes to log.txt in 
 that file is locked, be it that the sweep was killed meanwhile.
 """
 
-import contextlib
 import fcntl
 import json
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from ibq_jax.base.errors import Interrupted, one_line
 from ibq_jax.base.files import PARTIAL, is_remote
+from ibq_jax.base.supervise import handling
 from ibq_jax.evaluate.history import read_history, stopped_by_itself
 from ibq_jax.evaluate.sweep_results import DONE, ENDED, FAILED, OUTCOME, STOPPED, Point, read_result
 
@@ -43,7 +43,8 @@ class PointTrainer:
 
     def train(self, points: Sequence[Point]) -> None:
         """All that are not at their end, one after the other. Raises Interrupted."""
-        with self._signals(), tqdm(total=len(points), unit="point", disable=None, dynamic_ncols=True) as bar:
+        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._on_signal)
+        with handling(handlers), tqdm(total=len(points), unit="point", disable=None, dynamic_ncols=True) as bar:
             for point in points:
                 status = read_result(self._folder, point).status
                 if status in ENDED:
@@ -115,15 +116,6 @@ class PointTrainer:
 
     def _interrupted(self, words: str) -> Interrupted:
         return Interrupted(self._asked, f"{signal.Signals(self._asked).name}: {words}; the same command continues")
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame) -> None:
         self._asked = self._asked or number

@@ -3,6 +3,8 @@
 Shapes: latents [B, h, w, D], codebook [K, D], codes [B, h, w]. Everything here is float32.
 """
 
+from abc import abstractmethod
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,9 +34,9 @@ class NearestRowQuantizer(nn.Module):
     def latent_dim(self) -> int:
         return self.dim
 
+    @abstractmethod
     def rows(self) -> jax.Array:
         """[K, D]."""
-        raise NotImplementedError
 
     def placed(self, z: jax.Array) -> jax.Array:
         """Latents where the rows are."""
