@@ -4,6 +4,7 @@ What they do when one of them is stopped, killed or absent is tested in tests/fa
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,14 @@ from ibq_jax.__main__ import main
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.processes import Place
 from ibq_jax.data.codes import open_codes
+
+CORES = """
+import os
+from ibq_jax.base.processes import join, leave
+join("test", stop_together=False)
+print("XLA has", os.environ["NPROC"])
+leave()
+"""
 
 
 def check_close(workdir: Path, other: Path) -> None:
@@ -100,6 +109,15 @@ def test_processes_of_different_configs_or_devices_do_not_start(start, data_dir,
         results = ended(start(arguments(workdir, data_dir), other))
         assert [code for code, _ in results] == [2, 2] and all(words in out for _, out in results), results
         assert not workdir.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [{}, {"NPROC": "7"}])
+def test_processes_on_the_same_cores_share_them(asked, start, monkeypatch):
+    monkeypatch.delenv("NPROC", raising=False)
+    cores = asked.get("NPROC", max(1, len(os.sched_getaffinity(0)) // 2))
+    for code, out in ended(start([], [], program=("-c", CORES), **asked)):
+        assert code == 0 and f"XLA has {cores}\n" in out, out
 
 
 @pytest.mark.parametrize("text", ["two", "host,2,0", "host:1,2,2", "host:1,2", "host:1,2,-1"])

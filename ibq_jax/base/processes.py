@@ -37,7 +37,8 @@ PROCESSES, START_TIMEOUT, PEER_TIMEOUT = "IBQ_PROCESSES", "IBQ_START_TIMEOUT", "
 BARRIER_SECONDS = 3600  # nothing that lies between two barriers takes longer; the dead are noticed much sooner
 BEAT_SECONDS = 1.0
 LAST_WORDS_SECONDS = 3.0  # that a failed process 0 stays: the store goes with it, and the others are to read why
-BEATS, FAILURES = "ibq/beats/", "ibq/failures/"
+BEATS, FAILURES, CORES = "ibq/beats/", "ibq/failures/", "ibq/cores/"
+XLA_THREADS = "NPROC"  # the variable in which XLA is told how many cores it has; by itself it takes all
 CODE = Path(__file__).parents[1]
 
 _uses: dict[str, int] = {}  # of a barrier's name, since each can be waited at once
@@ -95,6 +96,7 @@ def join(command: str, stop_together: bool) -> None:
             heartbeat_timeout_seconds=10 * peer,
             shutdown_timeout_seconds=peer,
         )
+        _share_cores(start + 60)
     _watch = _PeerWatch(command, peer)
     _watch.start()
     check_alike("processes", {"command": command, "devices": jax.local_device_count(), "code": code_revision()})
@@ -274,6 +276,23 @@ class _PeerWatch(threading.Thread):
                 file=sys.stderr,
             )
             _exit(1)
+
+
+def _share_cores(seconds: int) -> None:
+    """Of processes on the same cores each lets XLA compute with its part, unless the environment says with how many.
+
+    A thread a core in each of them, and they take the cores from one another while a collective waits for the last.
+    To be called before JAX looks at its devices, when XLA starts the threads.
+    """
+    if not hasattr(os, "sched_getaffinity"):  # it is Linux that tells
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    mine, client = json.dumps([socket.gethostname(), cores]), global_state.client
+    client.key_value_set(f"{CORES}{global_state.process_id}", mine)
+    client.wait_at_barrier(CORES, 1000 * seconds)
+    sharing = [place for _, place in client.key_value_dir_get(CORES)].count(mine)
+    if sharing > 1:
+        os.environ.setdefault(XLA_THREADS, str(max(1, len(cores) // sharing)))
 
 
 def _exchange(what: str, mine) -> list:
