@@ -1,5 +1,7 @@
 """The paper's claim, small: as the codebook grows, IBQ keeps it in use and reconstructs better, VQ lets it go.
 
+What came of it, in an hour on two cores: docs/codebook_scaling.md.
+
 python -m ibq_jax prepare openmoji
 python -m ibq_jax sweep --study=configs/studies/codebook_scaling.py --workdir=runs/codebook_scaling
 """
