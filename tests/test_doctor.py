@@ -1,5 +1,7 @@
 """The doctor: runs that are well, and runs with one thing wrong each."""
 
+import re
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -59,15 +61,17 @@ def test_a_healthy_tokenizer_has_nothing_to_be_looked_at(tokenizer):
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("vq", "lower optimizer.learning_rate, or take fewer codebook.dim; convert --prune drops"),
-        ("lfq", "raise loss.entropy_weight, lower optimizer.learning_rate, or take a smaller codebook.size"),
-        ("fsq", "lower optimizer.learning_rate, or take a smaller codebook.size"),
+        ("ibq", r"raise loss\.entropy_weight: .* 4,096 codes .*docs/collapse\.md"),
+        ("lfq", r"raise loss\.entropy_weight: with IBQ"),
+        ("vq", r"take quantizer\.name=ibq, .*docs/codebook_scaling\.md.* convert --prune drops"),
+        ("fsq", r"take a smaller codebook\.size$"),
     ],
 )
 def test_the_advice_is_for_the_run_s_quantizer(name, advice):
     config = load_config(f"{ROOT}/configs/tokenizer.py:openmoji32", [f"--config.quantizer.name={name}"])
     (finding,) = [f for f in diagnose(history({"codebook/usage": 0.3 * FLAT}), config, 1000) if "idle" in f.title]
-    assert finding.advice.startswith(advice)
+    assert re.match(advice, finding.advice), finding.advice
+    assert all((ROOT / path).is_file() for path in re.findall(r"docs/\S+\.md", finding.advice))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from ibq_jax.evaluate.sweep_table import field_words, short_names
 
 FOLDER = "plots"
 PNG = STYLE | {"savefig.transparent": False, "savefig.facecolor": "white", "savefig.dpi": 160}
+FITTING = 60  # letters of a legend beside its line, in the width of a plot
 WIDE = 8  # greatest over least of a field's values, from which on its axis is logarithmic
 
 
@@ -121,7 +122,8 @@ def _scale_up(axes: Axes, metric: str, lowest: float, highest: float) -> None:
 
 def _legend(figure: Figure, drawn: Sequence, labels: Sequence[str]) -> None:
     if len(labels) > 1:
-        figure.legend(drawn, labels, loc="outside lower left", fontsize=8, handlelength=1.6)
+        fontsize = 8 * min(1.0, FITTING / max(map(len, labels)))
+        figure.legend(drawn, labels, loc="outside lower left", fontsize=fontsize, handlelength=1.6)
 
 
 def _write(figure: Figure, path: Path) -> None:

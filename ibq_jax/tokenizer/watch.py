@@ -73,11 +73,11 @@ def check_collapse(step: int, metrics: dict[str, float], *, usage_floor: float, 
             "smaller codebook.dim"
         )
     elif "codebook/average_entropy" in metrics or "codebook/max_probability" in metrics:
-        advice = "try a larger loss.entropy_weight, or a longer warm-up (optimizer.warmup_steps)"
+        advice = "try a larger loss.entropy_weight (docs/collapse.md)"
     else:
         advice = (
-            "this quantizer has no loss against it: try a lower optimizer.learning_rate, fewer codes (codebook.size) "
-            "or another quantizer.name, or let it go on with watch.usage_floor=0"
+            "this quantizer has no loss against it: try quantizer.name=ibq (docs/codebook_scaling.md) or fewer codes "
+            "(codebook.size), or let it go on with watch.usage_floor=0"
         )
     seen = "".join(f"; {words} {metrics[name]:.3g}" for name, words in MEASURES.items() if name in metrics)
     raise TrainingStopped(
