@@ -6,6 +6,8 @@ A launch script tells each process of the others by the environment; everything 
                         or auto: JAX asks the platform (a TPU pod, Slurm, Kubernetes). Not set: one process.
     IBQ_START_TIMEOUT   seconds to wait until all are there (300)
     IBQ_PEER_TIMEOUT    seconds without a sign of life after which a peer counts as dead, and the others end (60)
+    NPROC               cores for XLA's threads, which it reads itself; not set: this process's part of those that it
+                        shares with others of the job
 
 JAX alone would let the survivors of a dead peer hang in a collective, or abort them by a signal. Here every process
 writes a sign of life into the job's key-value store once a second, and how it failed, if it did; the others read that,
@@ -38,7 +40,7 @@ BARRIER_SECONDS = 3600  # nothing that lies between two barriers takes longer; t
 BEAT_SECONDS = 1.0
 LAST_WORDS_SECONDS = 3.0  # that a failed process 0 stays: the store goes with it, and the others are to read why
 BEATS, FAILURES, CORES = "ibq/beats/", "ibq/failures/", "ibq/cores/"
-XLA_THREADS = "NPROC"  # the variable in which XLA is told how many cores it has; by itself it takes all
+XLA_THREADS = "NPROC"
 CODE = Path(__file__).parents[1]
 
 _uses: dict[str, int] = {}  # of a barrier's name, since each can be waited at once
