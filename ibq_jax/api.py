@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibq_jax.autoregressive.decode import Filter
+from ibq_jax.autoregressive.generate import Filter
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.autoregressive.sample import Guidance, Sampler, check_codes
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import make_mesh
-from ibq_jax.interop import generator_names, names
+from ibq_jax.interop import generator_names, tokenizer_names
 from ibq_jax.interop.load import load_generator, load_tokenizer
 from ibq_jax.tokenizer.model import TokenizerModel
-from ibq_jax.tokenizer.train import to_float
+from ibq_jax.tokenizer.step import to_float
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Tokenizer:
         `config` needs "ddconfig", "n_embed" and "embed_dim". Strict: raises UsageError naming what is missing, unknown
         or misshapen, and loads nothing then.
         """
-        params = names.tokenizer_from_torch(state_dict, config, use_ema)
-        return cls(TokenizerModel(**names.model_fields(config)), jax.tree.map(jnp.asarray, params))
+        params = tokenizer_names.tokenizer_from_torch(state_dict, config, use_ema)
+        return cls(TokenizerModel(**tokenizer_names.model_fields(config)), jax.tree.map(jnp.asarray, params))
 
     def to_torch(self) -> dict[str, np.ndarray]:
         """The weights under their published names, in PyTorch's layouts. Raises UsageError for other quantizers."""
-        names.check_quantizer(self.model.quantizer)
-        return names.tokenizer_to_torch(self.params)
+        tokenizer_names.check_quantizer(self.model.quantizer)
+        return tokenizer_names.tokenizer_to_torch(self.params)
 
     @property
     def num_codes(self) -> int:

@@ -9,8 +9,8 @@ IBQ_FAULTS=few .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
 # Plans for TPUs need the TPU's compiler, in a venv of its own, since JAX would look for a TPU wherever it is installed.
 if [ $# -eq 0 ] && [ "$(uname -sm)" = "Linux x86_64" ]; then
   VENV=.venv-tpu bash launch/setup.sh tests tpu
-  JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest tests/test_plan.py
+  JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest tests/commands/test_plan.py
   # apache-beam holds protobuf and others at older versions.
   VENV=.venv-beam bash launch/setup.sh tests beam
-  .venv-beam/bin/python -m pytest tests/test_beam.py
+  .venv-beam/bin/python -m pytest tests/system/test_beam.py
 fi

@@ -3,7 +3,7 @@
 import jax
 import pytest
 from absl import flags
-from jobs import Starter
+from support.jobs import Starter
 
 from ibq_jax.__main__ import main
 

@@ -3,7 +3,7 @@
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ibq_jax.autoregressive.decode import Filter
+from ibq_jax.autoregressive.generate import Filter
 from ibq_jax.autoregressive.model import REMAT, check_layout
 from ibq_jax.autoregressive.sample import Guidance
 from ibq_jax.base.config import check_choices, check_positive, check_seed_and_length, flatten

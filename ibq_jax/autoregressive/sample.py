@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ibq_jax.autoregressive.decode import Filter, generate, step_weights
+from ibq_jax.autoregressive.generate import Filter, generate, step_weights
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.base import processes
 from ibq_jax.base.errors import UsageError

@@ -10,19 +10,19 @@ from ibq_jax.base.checkpoint import Checkpoints
 from ibq_jax.base.config import PREFIX, save_config
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import whole_folder
-from ibq_jax.base.tensor_files import PICKLED, write_tensors
 from ibq_jax.commands.arguments import Parser, positive, share, underscored
-from ibq_jax.commands.evaluations import validation_evaluator
 from ibq_jax.commands.verification import print_verification
+from ibq_jax.evaluate.validation import validation_evaluator
 from ibq_jax.interop.from_file import import_file
 from ibq_jax.interop.hub import local
 from ibq_jax.interop.hub_layout import write_hub_folder
 from ibq_jax.interop.load import is_weights_file
 from ibq_jax.interop.to_file import WEIGHTS, export_run, relabel_file
+from ibq_jax.pretrained.tensor_files import PICKLED, write_tensors
 from ibq_jax.tokenizer.check import check_config
 from ibq_jax.tokenizer.quantizers import check_trained_rows
-from ibq_jax.tokenizer.run import restore_whole_run
-from ibq_jax.tokenizer.surgery import kept_map, split_map, with_codebook
+from ibq_jax.tokenizer.resize_codebook import kept_map, split_map, with_codebook
+from ibq_jax.tokenizer.restore import restore_whole_run
 
 INDEX_MAP = "index_map.npy"
 FILES = (".safetensors", *PICKLED)

@@ -11,21 +11,21 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ibq_jax.autoregressive.run import check_fit
-from ibq_jax.autoregressive.run import restore_run as restore_generator
+from ibq_jax.autoregressive.restore import check_fit
+from ibq_jax.autoregressive.restore import restore_run as restore_generator
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import place
-from ibq_jax.base.run import SavedRun
+from ibq_jax.base.saved_run import SavedRun
 from ibq_jax.commands.arguments import Parser, count, output_file, positive, underscored
-from ibq_jax.commands.evaluations import likelihood_evaluator, validation_evaluator
 from ibq_jax.commands.generation import evaluate_drawn, evaluate_set
-from ibq_jax.commands.records import keep, record, show
-from ibq_jax.data.codes import open_codes
 from ibq_jax.data.pipeline import open_split
+from ibq_jax.data.token_cache import open_codes
 from ibq_jax.evaluate import likelihood
-from ibq_jax.evaluate.judges import KINDS, few_images, find_judges
+from ibq_jax.evaluate.feature_nets import KINDS, few_images, find_judges
 from ibq_jax.evaluate.protocols import PROTOCOLS
-from ibq_jax.tokenizer.run import restore_run as restore_tokenizer
+from ibq_jax.evaluate.records import keep, record, show
+from ibq_jax.evaluate.validation import likelihood_evaluator, validation_evaluator
+from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
 
 SMALLEST_SHOWN = 96  # pixels of an image's side in a picture; smaller ones are enlarged a whole number of times
 

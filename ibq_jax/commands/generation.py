@@ -8,18 +8,18 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ibq_jax.autoregressive.run import CODES
+from ibq_jax.autoregressive.restore import CODES
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.processes import barrier
-from ibq_jax.base.run import SavedRun
+from ibq_jax.base.saved_run import SavedRun
 from ibq_jax.base.sharding import check_batch, make_mesh, process_rows
 from ibq_jax.commands import sample
-from ibq_jax.commands.records import keep, record, show
-from ibq_jax.data.codes import read_fields
 from ibq_jax.data.pipeline import evaluation_batches, open_split
-from ibq_jax.evaluate.generation import PictureJudge, PictureSet, Seen, compare, read_moments
-from ibq_jax.evaluate.judges import few_images, find_judges
+from ibq_jax.data.token_cache import read_fields
+from ibq_jax.evaluate.feature_nets import few_images, find_judges
 from ibq_jax.evaluate.protocols import PROTOCOLS
+from ibq_jax.evaluate.records import keep, record, show
+from ibq_jax.evaluate.sample_statistics import PictureJudge, PictureSet, Seen, compare, read_moments
 
 NETS = ("inception", "efficientnet")
 SETS = "samples"  # of a run: the sets that were drawn to be judged

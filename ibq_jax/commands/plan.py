@@ -8,15 +8,15 @@ from pathlib import Path
 import jax
 
 from ibq_jax.autoregressive import check as autoregressive_check
-from ibq_jax.autoregressive import compile as autoregressive
-from ibq_jax.base.chips import topology_devices
+from ibq_jax.autoregressive import step as autoregressive
 from ibq_jax.base.config import PREFIX, load_config
 from ibq_jax.base.errors import Failed, UsageError
-from ibq_jax.base.plan import DoesNotFit, Plan, compile_plan
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.commands.arguments import Parser, positive, underscored
+from ibq_jax.plan.chips import topology_devices
+from ibq_jax.plan.compiled import DoesNotFit, Plan, compile_plan
 from ibq_jax.tokenizer import check as tokenizer_check
-from ibq_jax.tokenizer import compile as tokenizer
+from ibq_jax.tokenizer import step as tokenizer
 
 STAGES = {
     "tokenizer": (tokenizer, tokenizer_check.check_config),

@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from ibq_jax.autoregressive.run import CODES
+from ibq_jax.autoregressive.restore import CODES
 from ibq_jax.base.config import flatten
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import PARTIAL
-from ibq_jax.base.run import SavedRun, total_steps
+from ibq_jax.base.saved_run import SavedRun, total_steps
 from ibq_jax.base.state import drop_schedule
 from ibq_jax.commands.arguments import Parser, output_file, underscored
-from ibq_jax.commands.records import FOLDER, words_of
-from ibq_jax.commands.report_pictures import pictures_of
-from ibq_jax.data.codes import read_fields
-from ibq_jax.evaluate.curves import PANELS, plot, plot_grid
-from ibq_jax.evaluate.doctor import diagnose
-from ibq_jax.evaluate.history import History, Series, read_history, stopped_by_itself
-from ibq_jax.evaluate.page import render
+from ibq_jax.data.token_cache import read_fields
+from ibq_jax.evaluate.records import FOLDER, words_of
+from ibq_jax.report.curves import PANELS, plot, plot_grid
+from ibq_jax.report.doctor import diagnose
+from ibq_jax.report.history import History, Series, read_history, stopped_by_itself
+from ibq_jax.report.images import pictures_of
+from ibq_jax.report.page import render
 from ibq_jax.tokenizer.model import latent_dim
 
 NO_CURVES = "metrics.jsonl is not there or empty: there are no curves."

@@ -9,18 +9,18 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ibq_jax.autoregressive.decode import Filter
-from ibq_jax.autoregressive.pictures import PictureSampler
-from ibq_jax.autoregressive.run import find_tokenizer, restore_run
+from ibq_jax.autoregressive.generate import Filter
+from ibq_jax.autoregressive.restore import find_tokenizer, restore_run
 from ibq_jax.autoregressive.sample import SCHEDULES, Guidance, check_labels
+from ibq_jax.autoregressive.sample_images import PictureSampler
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import absolute, place
 from ibq_jax.base.processes import barrier, joined
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.commands.arguments import Parser, count, numbers, output_file, positive, underscored
 from ibq_jax.data.preprocess import UnreadableImage, centre_crop, decode, resize_shorter_side
+from ibq_jax.evaluate.contact_sheet import contact_sheet
 from ibq_jax.evaluate.sample_set import write_sample_set
-from ibq_jax.evaluate.sheet import contact_sheet
 
 CLASSES_SHOWN = 10
 

@@ -12,11 +12,11 @@ from ibq_jax.base.config import PREFIX
 from ibq_jax.base.errors import Failed, UsageError
 from ibq_jax.base.files import place
 from ibq_jax.commands.arguments import Parser, count, positive, underscored
-from ibq_jax.commands.sweep_grid import Grid, parse_over, read_study
-from ibq_jax.commands.sweep_points import PointTrainer
-from ibq_jax.evaluate.sweep_plots import draw
-from ibq_jax.evaluate.sweep_results import DONE, Point, Result, read_result, rows_of
-from ibq_jax.evaluate.sweep_table import chosen_metrics, write_table
+from ibq_jax.sweep.grid import Grid, parse_over, read_study
+from ibq_jax.sweep.plots import draw
+from ibq_jax.sweep.points import PointTrainer
+from ibq_jax.sweep.results import DONE, Point, Result, read_result, rows_of
+from ibq_jax.sweep.table import chosen_metrics, write_table
 
 EPILOG = f"""\
 Points lie in WORKDIR/FIELD=VALUE_..._seed=N. The same command again passes over those that are done or have stopped

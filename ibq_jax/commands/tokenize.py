@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 from ibq_jax.base.files import absolute, place
 from ibq_jax.base.processes import barrier, joined
 from ibq_jax.commands.arguments import Parser, positive, underscored
-from ibq_jax.data.codes import read_manifest
 from ibq_jax.data.pipeline import open_split
 from ibq_jax.data.preprocess import VIEWS
-from ibq_jax.tokenizer.extract import Job, extract
-from ibq_jax.tokenizer.run import restore_run
+from ibq_jax.data.token_cache import read_manifest
+from ibq_jax.tokenizer.restore import restore_run
+from ibq_jax.tokenizer.tokenize import Job, extract
 
 SPLITS = ("train", "validation")  # as the cache calls them
 VALIDATION_VIEWS = ("centre",)

@@ -2,17 +2,14 @@
 
 from argparse import ArgumentTypeError
 
-from ibq_jax.autoregressive.run import train as train_generator
 from ibq_jax.base.config import PREFIX, load_config
-from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import place
 from ibq_jax.commands.arguments import Parser, underscored
-from ibq_jax.commands.evaluations import generator_evaluation, tokenizer_evaluation
-from ibq_jax.tokenizer.run import train as train_tokenizer
+from ibq_jax.training.train import train
 
-STAGES = {
-    "tokenizer": (train_tokenizer, tokenizer_evaluation, "evaluate --run={0} --pictures={0}/reconstructions.png"),
-    "autoregressive": (train_generator, generator_evaluation, "sample --run={0} --out={0}/samples.png"),
+NEXT = {  # what to run after a stage
+    "tokenizer": "evaluate --run={0} --pictures={0}/reconstructions.png",
+    "autoregressive": "sample --run={0} --out={0}/samples.png",
 }
 
 
@@ -39,12 +36,9 @@ def main(argv: list[str]) -> None:
         if argument not in overrides:
             parser.error(f"unknown argument {argument}; fields of the config are overridden with {PREFIX}NAME=VALUE")
     config = load_config(flags.config, overrides)
-    if config.stage not in STAGES:
-        raise UsageError(f"{flags.config} is of stage {config.stage!r}; the stages are {', '.join(STAGES)}")
-    train, make_evaluation, following = STAGES[config.stage]
-    train(config, flags.workdir, make_evaluation, flags.profile)
+    train(config, flags.workdir, flags.profile)
     print(f"wrote {flags.workdir}/ (checkpoints, metrics.jsonl, events for TensorBoard)")
-    print(f"next: python -m ibq_jax {following.format(flags.workdir)}")
+    print(f"next: python -m ibq_jax {NEXT[config.stage].format(flags.workdir)}")
     if flags.profile:
         print(f"the trace: tensorboard --logdir={flags.workdir}/profile (pip install tensorboard xprof)")
 

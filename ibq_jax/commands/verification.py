@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from ibq_jax.base.errors import Failed, UsageError
-from ibq_jax.base.tensor_files import write_tensors
 from ibq_jax.data.openmoji import openmoji
 from ibq_jax.data.preprocess import centre_crop, decode, resize_shorter_side
 from ibq_jax.data.sources import IMAGE_SUFFIXES
@@ -18,6 +17,7 @@ from ibq_jax.interop import generator_names
 from ibq_jax.interop.load import is_weights_file, load_generator, load_tokenizer, stage_of
 from ibq_jax.interop.recognize import GENERATOR
 from ibq_jax.interop.to_file import export_run, relabel_file
+from ibq_jax.pretrained.tensor_files import write_tensors
 
 PICTURES, SEQUENCES, SHOWN = 4, 2, 5
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.evaluate.image_metrics import truncate_to_uint8
-from ibq_jax.evaluate.inception import SIDE
-from ibq_jax.tokenizer.train import to_float, to_uint8
+from ibq_jax.pretrained.inception import SIDE
+from ibq_jax.tokenizer.step import to_float, to_uint8
 
 # What the released evaluation makes of an original's grey levels: scaled to [-1, 1] and back, fractions cut off.
 TRUNCATED = np.asarray(((np.arange(256) / 127.5 - 1.0).astype(np.float32) + 1) / 2 * np.float32(255.0)).astype(np.uint8)

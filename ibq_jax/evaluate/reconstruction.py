@@ -16,14 +16,14 @@ import numpy as np
 from ibq_jax.base import processes
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import batch_sharding, global_batch, replicated, to_host
+from ibq_jax.evaluate.feature_nets import DIMS, FID, LPIPS_NETS, NOBODY, SFID, Judges, features_of
 from ibq_jax.evaluate.gather import of_all_processes, on_host, own_rows
 from ibq_jax.evaluate.image_metrics import psnr, ssim
-from ibq_jax.evaluate.judges import DIMS, FID, LPIPS_NETS, NOBODY, SFID, Judges, features_of
 from ibq_jax.evaluate.protocols import PROTOCOLS, Protocol
 from ibq_jax.evaluate.statistics import FeatureStatistics
-from ibq_jax.tokenizer.perceptual import lpips
-from ibq_jax.tokenizer.train import to_float, to_uint8
-from ibq_jax.tokenizer.watch import count_codes
+from ibq_jax.pretrained.lpips import lpips
+from ibq_jax.tokenizer.codebook_monitor import count_codes
+from ibq_jax.tokenizer.step import to_float, to_uint8
 
 # (parameters, images uint8) -> (reconstructions float [-1, 1], codes): `Trainer.reconstruct`.
 Reconstruct = Callable[[dict, jax.Array], tuple[jax.Array, jax.Array]]

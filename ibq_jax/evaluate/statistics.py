@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ibq_jax.base.archive_limits import open_npz
 from ibq_jax.base.errors import UsageError, one_line, printable
 from ibq_jax.base.files import whole_or_absent
+from ibq_jax.pretrained.archive_limits import open_npz
 
 BUFFER_ROWS = 1024  # features that wait for one product: at D = 2048 four times as fast as 64 at a time
 BLOCK_BYTES = 2**27  # of distances held at a time

@@ -17,21 +17,21 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ibq_jax.autoregressive.run import CODES
-from ibq_jax.autoregressive.train import Trainer as GeneratorTrainer
+from ibq_jax.autoregressive.restore import CODES
+from ibq_jax.autoregressive.step import Trainer as GeneratorTrainer
 from ibq_jax.base.checkpoint import WEIGHTS_ONLY, Checkpoints
 from ibq_jax.base.config import save_config
 from ibq_jax.base.files import whole_folder
-from ibq_jax.base.run import IMPORTED
+from ibq_jax.base.saved_run import IMPORTED
 from ibq_jax.base.sharding import abstract_state, make_mesh
-from ibq_jax.base.tensor_files import TensorFile, open_tensors, write_tensors
-from ibq_jax.data.codes import VERSION
-from ibq_jax.interop import generator_names, names
-from ibq_jax.interop.names import Put, Read
+from ibq_jax.data.token_cache import VERSION
+from ibq_jax.interop import generator_names, tokenizer_names
 from ibq_jax.interop.recognize import GENERATOR, TOKENIZER, Contents, architecture, check, recognize, run_config
-from ibq_jax.tokenizer.extract import fingerprint
-from ibq_jax.tokenizer.run import restore_run as restore_tokenizer
-from ibq_jax.tokenizer.train import Trainer as TokenizerTrainer
+from ibq_jax.interop.tokenizer_names import Put, Read
+from ibq_jax.pretrained.tensor_files import TensorFile, open_tensors, write_tensors
+from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
+from ibq_jax.tokenizer.step import Trainer as TokenizerTrainer
+from ibq_jax.tokenizer.tokenize import fingerprint
 
 CARRIED = "carried.safetensors"
 OF_TOKENIZER = generator_names.TOKENIZER_PREFIX
@@ -68,7 +68,7 @@ def import_file(
             "file": str(path.resolve()),
             "about": file.about,
             "prefix": generator_names.name_prefix(file.shapes),
-            "averages": names.has_averages(file.shapes),
+            "averages": tokenizer_names.has_averages(file.shapes),
         }
         (partial / IMPORTED).write_text(json.dumps(origin, indent=2) + "\n")
         if carried:
@@ -109,12 +109,16 @@ def _state(read: Read, shapes: Mapping, contents: Contents, trainer) -> dict:
         params = generator_names.read_generator(read, generator_names.name_prefix(shapes), model, _placing(like.params))
         return {"step": np.int32(0), "params": params} | ({} if like.ema is None else {"ema": params})
     published, put = contents.architecture, _placing(like.params)
-    params = names.read_tokenizer(read, published, put=put)
-    averaged = names.read_tokenizer(read, published, averaged=True, put=put) if names.has_averages(shapes) else params
+    params = tokenizer_names.read_tokenizer(read, published, put=put)
+    averaged = (
+        tokenizer_names.read_tokenizer(read, published, averaged=True, put=put)
+        if tokenizer_names.has_averages(shapes)
+        else params
+    )
     state = {"step": np.int32(0), "params": params, "ema": averaged}
-    if names.has_discriminator(shapes) and like.adversary is not None:
+    if tokenizer_names.has_discriminator(shapes) and like.adversary is not None:
         variables = {"params": like.adversary.params, "batch_stats": like.adversary.batch_stats}
-        state["adversary"] = names.read_discriminator(read, published, put=_placing(variables))
+        state["adversary"] = tokenizer_names.read_discriminator(read, published, put=_placing(variables))
     return state
 
 

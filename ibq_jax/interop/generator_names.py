@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.base.errors import UsageError
-from ibq_jax.interop.names import Path, Put, Read, Shapes, as_it_is, check_tensors, on_host, shapes_of
+from ibq_jax.interop.tokenizer_names import Path, Put, Read, Shapes, as_it_is, check_tensors, on_host, shapes_of
 
 PREFIX, TOKENIZER_PREFIX = "transformer.", "first_stage_model."
 

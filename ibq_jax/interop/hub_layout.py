@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from ibq_jax.base.files import whole_folder
-from ibq_jax.base.tensor_files import write_tensors
 from ibq_jax.interop import torch_model
 from ibq_jax.interop.hub import OURS
+from ibq_jax.pretrained.tensor_files import write_tensors
 
 STRUCTURED = ("architecture", "config", "metrics")  # JSON in a file's metadata
 

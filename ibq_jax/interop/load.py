@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from ibq_jax.autoregressive.model import GeneratorModel
-from ibq_jax.autoregressive.run import restore_run as restore_generator
+from ibq_jax.autoregressive.restore import restore_run as restore_generator
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.tensor_files import SUFFIXES, TensorFile, open_tensors
-from ibq_jax.interop import generator_names, names
+from ibq_jax.interop import generator_names, tokenizer_names
 from ibq_jax.interop.hub import local
 from ibq_jax.interop.recognize import GENERATOR, STAGES, TOKENIZER, check, recognize
+from ibq_jax.pretrained.tensor_files import SUFFIXES, TensorFile, open_tensors
 from ibq_jax.tokenizer.model import TokenizerModel
-from ibq_jax.tokenizer.run import restore_run as restore_tokenizer
+from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
 
 
 def is_weights_file(path: Path) -> bool:
@@ -38,9 +38,9 @@ def load_tokenizer(place: str | Path, use_ema: bool) -> tuple[TokenizerModel, Ma
         trainer, restored = restore_tokenizer(path)
         return trainer.model, restored.state.ema if use_ema else restored.state.params
     file, published = _open(path, TOKENIZER)
-    averaged = use_ema and names.has_averages(file.shapes)
-    params = names.read_tokenizer(file.read, published, averaged)
-    return TokenizerModel(**names.model_fields(published)), jax.tree.map(jnp.asarray, params)
+    averaged = use_ema and tokenizer_names.has_averages(file.shapes)
+    params = tokenizer_names.read_tokenizer(file.read, published, averaged)
+    return TokenizerModel(**tokenizer_names.model_fields(published)), jax.tree.map(jnp.asarray, params)
 
 
 def load_generator(place: str | Path, use_ema: bool) -> tuple[GeneratorModel, Mapping, str]:

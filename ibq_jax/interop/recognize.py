@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from ibq_jax.base.config import PREFIX, flatten, load_config, preset_names
 from ibq_jax.base.errors import UsageError
-from ibq_jax.interop import generator_names, names
+from ibq_jax.interop import generator_names, tokenizer_names
 
 TOKENIZER, GENERATOR = "tokenizer", "autoregressive"
 STAGES = {TOKENIZER: "a tokenizer", GENERATOR: "a generator"}
@@ -68,7 +68,7 @@ def recognize(shapes: Mapping[str, Shape], about: Mapping[str, str], where: str)
 def check(shapes: Mapping[str, tuple[int, ...]], contents: Contents) -> None:
     """Raises UsageError naming every tensor that is missing, unknown or misshapen."""
     if contents.stage == TOKENIZER:
-        names.check_tokenizer(shapes, contents.architecture)
+        tokenizer_names.check_tokenizer(shapes, contents.architecture)
     else:
         generator_names.check_generator(shapes, generator_names.build(contents.architecture))
 
@@ -81,7 +81,7 @@ def _tokenizer(shapes: Mapping[str, Shape]) -> dict:
     codes, dim = shapes["quantize.embedding.weight"]
     architecture = {
         "ddconfig": {
-            **names.SUPPORTED,
+            **tokenizer_names.SUPPORTED,
             "z_channels": shapes["encoder.conv_out.weight"][0],
             "resolution": resolution,
             "ch": channels,
@@ -171,7 +171,7 @@ def _known(own: str, like: ConfigDict) -> dict[str, object]:
 
 def architecture(config: ConfigDict) -> dict:
     """Of a run's networks, as the published configurations are written."""
-    return names.architecture(config) if config.stage == TOKENIZER else generator_names.architecture(config)
+    return tokenizer_names.architecture(config) if config.stage == TOKENIZER else generator_names.architecture(config)
 
 
 def same_presets(contents: Contents) -> list[str]:
@@ -190,11 +190,11 @@ def _fields(contents: Contents) -> dict[str, object]:
         return {f"model.{name}": value for name, value in fields.items()} | (
             {} if no_class else {"loss.class_dropout": 0.0}
         )
-    fields = names.model_fields(contents.architecture)
+    fields = tokenizer_names.model_fields(contents.architecture)
     codebook = {"codebook.size": fields.pop("num_codes"), "codebook.dim": fields.pop("code_dim")}
     sizes = {f"model.{name}": value for name, value in fields.items()} | codebook
     if "loss" in contents.architecture:
-        discriminator = names.discriminator_fields(contents.architecture)
+        discriminator = tokenizer_names.discriminator_fields(contents.architecture)
         sizes |= {f"discriminator.{name}": value for name, value in discriminator.items()}
     return sizes
 

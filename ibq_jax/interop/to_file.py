@@ -14,14 +14,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ibq_jax.autoregressive.run import restore_run as restore_generator
+from ibq_jax.autoregressive.restore import restore_run as restore_generator
 from ibq_jax.base.checkpoint import Restored
-from ibq_jax.base.run import IMPORTED, SavedRun
-from ibq_jax.base.tensor_files import open_tensors, read_tensors
-from ibq_jax.interop import generator_names, names
+from ibq_jax.base.saved_run import IMPORTED, SavedRun
+from ibq_jax.interop import generator_names, tokenizer_names
 from ibq_jax.interop.from_file import CARRIED
 from ibq_jax.interop.recognize import TOKENIZER, Contents, architecture, check, describe, recognize, same_presets
-from ibq_jax.tokenizer.run import restore_run as restore_tokenizer
+from ibq_jax.pretrained.tensor_files import open_tensors, read_tensors
+from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
 
 WEIGHTS = ("all", "ema", "raw")
 FROZEN = ("loss.perceptual_loss.", generator_names.TOKENIZER_PREFIX)  # carried weights that training leaves as they are
@@ -38,7 +38,7 @@ def export_run(run: Path, weights: str = "all") -> tuple[dict[str, np.ndarray], 
     origin = json.loads((saved.workdir / IMPORTED).read_text()) if (saved.workdir / IMPORTED).is_file() else {}
     if saved.config.stage == TOKENIZER:
         trainer, restored = restore_tokenizer(run)
-        names.check_quantizer(trainer.model.quantizer)
+        tokenizer_names.check_quantizer(trainer.model.quantizer)
         as_found = origin if restored.step == 0 else {}
         tensors = _tokenizer(restored, trainer.config.optimizer.ema_decay, weights, as_found)
     else:
@@ -85,14 +85,14 @@ def _tokenizer(restored: Restored, decay: float, weights: str, as_found: Mapping
     """`as_found`: of an imported run that was not trained on, what it came from; then no more is written than that."""
     state = jax.device_get(restored.state)
     if weights != "all":
-        return names.tokenizer_to_torch(state.ema if weights == "ema" else state.params)
+        return tokenizer_names.tokenizer_to_torch(state.ema if weights == "ema" else state.params)
     adversary = None
     if state.adversary is not None and jax.tree.leaves(state.adversary.params):
         adversary = {"params": state.adversary.params, "batch_stats": state.adversary.batch_stats}
     if as_found:
         ema = state.ema if as_found["averages"] else None
-        return names.on_host(names.published_tensors(state.params, ema, adversary, stand_in=False))
-    return names.on_host(names.published_tensors(state.params, state.ema, adversary)) | {
+        return tokenizer_names.on_host(tokenizer_names.published_tensors(state.params, ema, adversary, stand_in=False))
+    return tokenizer_names.on_host(tokenizer_names.published_tensors(state.params, state.ema, adversary)) | {
         "model_ema.decay": np.array(decay, np.float32),
         "model_ema.num_updates": np.array(restored.step, np.int32),
     }

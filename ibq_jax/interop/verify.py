@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from flax.traverse_util import flatten_dict
 
-from ibq_jax.autoregressive.decode import Filter
+from ibq_jax.autoregressive.generate import Filter
 from ibq_jax.autoregressive.layers import Block, rotary_angles
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.autoregressive.sample import Guidance, Sampler
 from ibq_jax.base.sharding import make_mesh
-from ibq_jax.interop import names, torch_model
+from ibq_jax.interop import tokenizer_names, torch_model
 from ibq_jax.tokenizer.model import TokenizerModel
 
 TOLERANCE = 1e-3  # of a tensor's largest magnitude: what float32 leaves after some hundred layers
@@ -58,7 +58,7 @@ def verify_tokenizer(model: TokenizerModel, params: Mapping, file: Path, images:
     """`images` float [B, H, W, 3] in [-1, 1]. The decoder is given the same codes on both sides."""
     module = torch_model.load(file)
     model = model.clone(dtype=jnp.float32, mesh=None)
-    weights = list(_weights(names.tokenizer_to_torch(params), module))
+    weights = list(_weights(tokenizer_names.tokenizer_to_torch(params), module))
     encode, decode = _capturing(model, "encode"), _capturing(model, "decode")
     layers: dict[str, Difference] = {}
     agreeing = compared = 0
@@ -122,7 +122,7 @@ def _capturing(model: TokenizerModel, method: str):
         result, state = apply(params, x)
         for path, (output, *_) in flatten_dict(state["intermediates"]).items():
             if path[-1] == "__call__" and isinstance(output, jax.Array):
-                outputs[names.published_name(path[:-1])] = np.asarray(output)
+                outputs[tokenizer_names.published_name(path[:-1])] = np.asarray(output)
         return result
 
     return run

@@ -16,11 +16,11 @@ import jax
 
 from ibq_jax.base.config import load_config
 from ibq_jax.base.sharding import create_sharded, make_mesh
-from ibq_jax.commands.evaluations import validation_evaluator
-from ibq_jax.evaluate.judges import find_judges
+from ibq_jax.evaluate.feature_nets import find_judges
 from ibq_jax.evaluate.protocols import PROTOCOLS
 from ibq_jax.evaluate.reconstruction import _Tally
-from ibq_jax.tokenizer.train import Trainer
+from ibq_jax.evaluate.validation import validation_evaluator
+from ibq_jax.tokenizer.step import Trainer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tokenizer.py"
 

@@ -22,8 +22,7 @@ import torch
 from torch_generator import torch_generator
 
 from ibq_jax.api import Generator
-from ibq_jax.autoregressive.compile import jit_train_step
-from ibq_jax.autoregressive.train import Trainer
+from ibq_jax.autoregressive.step import Trainer, jit_train_step
 from ibq_jax.base.config import load_config
 from ibq_jax.base.sharding import create_sharded, global_batch, make_mesh
 

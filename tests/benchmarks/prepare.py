@@ -34,7 +34,7 @@ from ibq_jax.data.preprocess import decode, resize_shorter_side, views
 from ibq_jax.data.sources import Collection
 from ibq_jax.data.store import load, write_dataset
 from ibq_jax.data.tar_shards import _labels, tar_shards
-from ibq_jax.tokenizer.train import Trainer
+from ibq_jax.tokenizer.step import Trainer
 
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png")
 SIZES = {"256 x 256": (256, 256, 95), "375 x 500": (375, 500, 98)}  # height, width, JPEG quality

@@ -27,7 +27,7 @@ from jax import lax
 from torch_generator import torch_generator
 
 from ibq_jax.api import Generator
-from ibq_jax.autoregressive import decode
+from ibq_jax.autoregressive import generate as decode
 from ibq_jax.autoregressive.layers import rotary_angles
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.autoregressive.sample import Guidance, Sampler

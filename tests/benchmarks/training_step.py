@@ -29,8 +29,8 @@ from ibq_jax.base.state import moving_average
 from ibq_jax.base.telemetry import Telemetry
 from ibq_jax.data.pipeline import open_split, training_batches
 from ibq_jax.tokenizer import losses
-from ibq_jax.tokenizer.run import TokenizerStage
-from ibq_jax.tokenizer.train import Trainer, to_float
+from ibq_jax.tokenizer.restore import TokenizerStage
+from ibq_jax.tokenizer.step import Trainer, to_float
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WARM_STEPS = 5

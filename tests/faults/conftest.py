@@ -11,9 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from jobs import finished, lines
-from small_runs import arguments
-from trials import PACE, STEPS, Trials
+from support.jobs import finished, lines
+from support.small_runs import arguments
+from support.trials import PACE, STEPS, Trials
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import ended, finished, last_step, lines, wait_for_step
-from trials import STEPS, not_few
+from support.jobs import ended, finished, last_step, lines, wait_for_step
+from support.trials import STEPS, not_few
 
 from ibq_jax.data.store import find_dataset
 

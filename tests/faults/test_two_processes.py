@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import ended, finished, last_step, lines, wait_for_step
-from trials import KILLS, STEPS, not_few
+from support.jobs import ended, finished, last_step, lines, wait_for_step
+from support.trials import KILLS, STEPS, not_few
 
 pytestmark = pytest.mark.slow
 SECONDS_UNTIL_SAID = 30  # IBQ_PEER_TIMEOUT is 5, and where one has not come yet IBQ_START_TIMEOUT 20

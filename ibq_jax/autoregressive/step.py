@@ -1,0 +1,163 @@
+"""The generator's train state and its step, as pure functions (arXiv 2412.02692, section 3.3; recipe as released).
+
+Shapes: B pictures of a step, in A micro-batches; codes int32 [B, h, w], labels int32 [B]; S = h w; losses in nats.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from ibq_jax.autoregressive.model import GeneratorModel, build_model
+from ibq_jax.base.saved_run import total_steps
+from ibq_jax.base.sharding import AXES, abstract_state, batch_sharding, jit_step
+from ibq_jax.base.state import adamw, cosine_schedule, moving_average, warm_flat_linear_schedule
+from ibq_jax.ops import cross_entropy, weighted_cross_entropy
+
+UNDECAYED = ("scale", "bias")
+
+
+@flax.struct.dataclass
+class GeneratorState:
+    """Everything a step changes. `ema` is None where optimizer.ema_decay is 0."""
+
+    step: jax.Array
+    params: dict
+    optimizer: optax.OptState
+    ema: dict | None
+
+    @property
+    def averaged(self) -> dict:
+        """The averaged parameters, or where none are kept the parameters."""
+        return self.params if self.ema is None else self.ema
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The functions of one config on one mesh."""
+
+    config: ConfigDict
+    mesh: Mesh
+    steps_per_epoch: int
+
+    @cached_property
+    def model(self) -> GeneratorModel:
+        return build_model(self.config, mesh=self.mesh)
+
+    @cached_property
+    def learning_rate(self) -> optax.Schedule:
+        config, steps = self.config.optimizer, total_steps(self.config, self.steps_per_epoch)
+        return warm_flat_linear_schedule(
+            config.learning_rate,
+            steps,
+            warmup=config.warmup,
+            start=config.warmup_start,
+            flat=config.flat,
+            final=config.final_rate,
+        )
+
+    @cached_property
+    def weight_decay(self) -> optax.Schedule:
+        config, steps = self.config.optimizer, total_steps(self.config, self.steps_per_epoch)
+        return cosine_schedule(config.weight_decay, config.weight_decay_end, steps)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        config = self.config.optimizer
+
+        def decays(name: str) -> bool:
+            return config.decay_all or not any(part in UNDECAYED for part in name.split("/"))
+
+        return adamw(self.learning_rate, self.weight_decay, config.beta1, config.beta2, config.gradient_clip, decays)
+
+    def create_state(self, seed: int) -> GeneratorState:
+        """The state before the first step, its parameters boxed with their logical axis names."""
+        model = self.config.model
+        params = build_model(self.config).init(  # without a mesh: one picture does not divide over devices
+            jax.random.key(seed), jnp.zeros((1, *model.grid), jnp.int32), jnp.zeros((1,), jnp.int32)
+        )["params"]
+        return GeneratorState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            optimizer=self.optimizer.init(params),
+            ema=jax.tree.map(jnp.copy, params) if self.config.optimizer.ema_decay else None,
+        )
+
+    def train_step(self, state: GeneratorState, codes: jax.Array, labels: jax.Array):
+        """One step: (state, metrics); metrics["finite"] is a bool. Randomness is a function of seed and step."""
+        config = self.config
+        class_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
+        dropped = jax.random.bernoulli(class_key, config.loss.class_dropout, labels.shape)
+        labels = jnp.where(dropped, config.model.num_classes, labels)
+        loss, gradient = self._gradient(state.params, codes, labels, dropout_key)
+        updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        norm = optax.tree.norm(gradient)
+        metrics = {
+            "loss/total": loss,
+            "loss/perplexity": jnp.exp(loss),
+            "optimizer/gradient_norm": norm,
+            "optimizer/learning_rate": self.learning_rate(state.step),
+            "optimizer/weight_decay": self.weight_decay(state.step),
+            "finite": jnp.isfinite(loss) & jnp.isfinite(norm),
+        }
+        ema = None if state.ema is None else moving_average(state.ema, params, config.optimizer.ema_decay)
+        return GeneratorState(step=state.step + 1, params=params, optimizer=optimizer, ema=ema), metrics
+
+    def code_losses(self, params: dict, codes: jax.Array, labels: jax.Array) -> jax.Array:
+        """-log p of every code given its class and the codes before it, float32 [B, S]; nothing is dropped out."""
+        hidden = self.model.apply({"params": params}, codes, labels, method="hidden")
+        return cross_entropy(*self._head_and_targets(hidden, params, codes), **self._loss_form).reshape(len(codes), -1)
+
+    def mean_loss(self, params: dict, codes: jax.Array, labels: jax.Array, dropout_key: jax.Array) -> jax.Array:
+        """The mean of -log p over all codes, dropped out; its gradient takes a product less than that of their mean."""
+        hidden = self.model.apply(
+            {"params": params}, codes, labels, True, method="hidden", rngs={"dropout": dropout_key}
+        )
+        weights = jnp.full((codes.size,), 1.0 / codes.size)
+        return weighted_cross_entropy(*self._head_and_targets(hidden, params, codes), weights, **self._loss_form)
+
+    def _head_and_targets(self, hidden: jax.Array, params: dict, codes: jax.Array) -> tuple:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return flat.astype(self.model.dtype), params["head"].astype(self.model.dtype), codes.reshape(-1)
+
+    @property
+    def _loss_form(self) -> dict:
+        loss = self.config.loss
+        return {"block_size": loss.block_size, "implementation": loss.implementation, "mesh": self.mesh}
+
+    def _gradient(self, params: dict, codes: jax.Array, labels: jax.Array, key: jax.Array):
+        """(mean loss, its gradient), over A micro-batches in turn, so that only one's activations are held."""
+        count = self.config.train.accumulate
+        if count == 1:
+            return jax.value_and_grad(self.mean_loss)(params, codes, labels, key)
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, AXES))
+        codes, labels = (
+            jax.lax.with_sharding_constraint(x.reshape(count, -1, *x.shape[1:]), sharding) for x in (codes, labels)
+        )
+
+        def one(total, batch):
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(self.mean_loss)(params, *batch)), None
+
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        total, _ = jax.lax.scan(one, zeros, (codes, labels, jax.random.split(key, count)))
+        return jax.tree.map(lambda leaf: leaf / count, total)
+
+
+def jit_train_step(trainer: Trainer):
+    """`trainer.train_step(state, codes, labels)`, sharded over its mesh; the state is donated."""
+    batch = batch_sharding(trainer.mesh)
+    return jit_step(trainer.train_step, trainer.create_state, trainer.mesh, (batch, batch))
+
+
+def abstract_arguments(trainer: Trainer) -> tuple:
+    """Shapes, types and shardings of the step's arguments."""
+    state, _ = abstract_state(trainer.create_state, trainer.mesh, 0)
+    size, batch = trainer.config.data.batch_size, batch_sharding(trainer.mesh)
+    codes = jax.ShapeDtypeStruct((size, *trainer.config.model.grid), jnp.int32, sharding=batch)
+    return state, codes, jax.ShapeDtypeStruct((size,), jnp.int32, sharding=batch)

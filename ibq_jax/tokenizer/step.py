@@ -1,0 +1,269 @@
+"""The tokenizer's train state and its step, as pure functions.
+
+Shapes: B images of a step, in A micro-batches; images and reconstructions [B, H, W, 3] in [-1, 1].
+
+One step (arXiv 2412.02692, section 3; order as released): reconstruct once; update the discriminator on the images and
+the reconstructions; then the generator against the discriminator just updated, through the same forward pass.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from ibq_jax.base.sharding import AXES, abstract_state, batch_sharding, jit_step, replicated
+from ibq_jax.base.state import adam, drop_schedule, moving_average
+from ibq_jax.pretrained.lpips import lpips, weight_shapes
+from ibq_jax.tokenizer import losses
+from ibq_jax.tokenizer.codebook_monitor import CodebookWindow
+from ibq_jax.tokenizer.discriminator import PatchDiscriminator
+from ibq_jax.tokenizer.model import TokenizerModel, build_model, downsampling
+from ibq_jax.tokenizer.quantizers import WITH_TRAINED_ROWS
+
+
+@flax.struct.dataclass
+class Adversary:
+    """The discriminator's side of the state."""
+
+    params: dict
+    optimizer: optax.OptState
+    batch_stats: dict
+    lecam: losses.LecamAverages
+
+
+@flax.struct.dataclass
+class TokenizerState:
+    """Everything a step changes. `adversary` is None where loss.adversarial_weight is 0."""
+
+    step: jax.Array
+    params: dict
+    optimizer: optax.OptState
+    ema: dict
+    adversary: Adversary | None
+    window: CodebookWindow
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 [0, 255] -> float32 [-1, 1]; floats pass as they are."""
+    return images.astype(jnp.float32) / 127.5 - 1.0 if images.dtype == jnp.uint8 else images
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """float [-1, 1] -> uint8 [0, 255], rounded to nearest."""
+    return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The functions of one config on one mesh. `perceptual`, where asked for, is VGG16's weights or None (off)."""
+
+    config: ConfigDict
+    mesh: Mesh
+    steps_per_epoch: int
+
+    @cached_property
+    def model(self) -> TokenizerModel:
+        return build_model(self.config, mesh=self.mesh)
+
+    @cached_property
+    def discriminator(self) -> PatchDiscriminator:
+        config = self.config.discriminator
+        return PatchDiscriminator(
+            channels=config.channels,
+            layers=config.layers,
+            norm_group=config.norm_group,
+            dtype=jnp.dtype(self.config.dtype),
+        )
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        config = self.config.optimizer
+        drops = tuple(epoch * self.steps_per_epoch for epoch in config.drop_epochs)
+        schedule = drop_schedule(config.learning_rate, config.warmup_steps, drops, config.drop_factor)
+        return adam(schedule, config.beta1, config.beta2, config.gradient_clip)
+
+    @cached_property
+    def window_steps(self) -> int:
+        """Steps of the window in which a code counts as used."""
+        data = self.config.data
+        tokens = data.batch_size * (data.image_size // downsampling(self.config)) ** 2
+        return max(1, self.config.watch.window_tokens // tokens)
+
+    def create_state(self, seed: int) -> TokenizerState:
+        """The state before the first step, its parameters boxed with their logical axis names."""
+        generator_key, adversary_key = jax.random.split(jax.random.key(seed))
+        size = self.config.data.image_size
+        params = self.model.init(generator_key, jnp.zeros((1, size, size, 3)), method="initialize")["params"]
+        window = CodebookWindow.empty(self.config.codebook.size)
+        return TokenizerState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            optimizer=self.optimizer.init(params),
+            ema=jax.tree.map(jnp.copy, params),
+            adversary=self._create_adversary(adversary_key) if self.config.loss.adversarial_weight else None,
+            window=jax.tree.map(lambda leaf: nn.LogicallyPartitioned(leaf, ("codes",)), window),
+        )
+
+    def _create_adversary(self, key: jax.Array) -> Adversary:
+        size = self.config.data.image_size
+        images = jnp.zeros((max(1, self.config.discriminator.norm_group), size, size, 3))
+        variables = self.discriminator.init(key, images)
+        return Adversary(
+            params=variables["params"],
+            optimizer=self.optimizer.init(variables["params"]),
+            batch_stats=variables["batch_stats"],
+            lecam=losses.LecamAverages.zeros(),
+        )
+
+    def train_step(self, state: TokenizerState, perceptual: dict | None, images: jax.Array):
+        """One step on images [B, H, W, 3], uint8 or float: (state, metrics); metrics["finite"] is a bool."""
+        images = to_float(images)
+        (reconstructions, codebook_loss), pull_back, (indices, metrics) = jax.vjp(
+            lambda params: self._generate(params, images), state.params, has_aux=True
+        )
+        adversary = state.adversary
+        if adversary is not None:
+            adversary, scalars = self._train_adversary(state, images, reconstructions)
+            metrics |= scalars
+        (image_loss, (adversary, scalars)), cotangent = jax.value_and_grad(self._image_loss, has_aux=True)(
+            reconstructions, adversary, perceptual, images, state.step
+        )
+        (gradient,) = pull_back((cotangent, jnp.ones_like(codebook_loss)))
+        updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        step = state.step + 1
+        state = TokenizerState(
+            step=step,
+            params=params,
+            optimizer=optimizer,
+            ema=moving_average(state.ema, params, self.config.optimizer.ema_decay),
+            adversary=adversary,
+            window=state.window.moved(indices, step, self.window_steps),
+        )
+        metrics |= scalars | {"loss/total": image_loss + codebook_loss, "gradient_norm": optax.tree.norm(gradient)}
+        metrics["finite"] = jnp.isfinite(sum(metrics.values()))
+        if self.model.quantizer in WITH_TRAINED_ROWS:
+            metrics["codebook/max_norm"] = jnp.sqrt(jnp.max(jnp.sum(params["quantize"]["codebook"] ** 2, axis=1)))
+        return state, metrics | state.window.metrics(step, self.window_steps)
+
+    def reconstruct(self, params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """uint8 [B, H, W, 3] -> reconstructions float32 in [-1, 1], indices [B, h, w]; nothing of the training."""
+        variables = {"params": params}
+        indices = self.model.apply(variables, to_float(images), method="encode")
+        return jnp.clip(self.model.apply(variables, indices, method="decode"), -1.0, 1.0), indices
+
+    def _generate(self, params: dict, images: jax.Array):
+        """((reconstructions, codebook loss), (indices, metrics))."""
+
+        def one(x):
+            reconstruction, quantized = self.model.apply({"params": params}, x)
+            scalars = {
+                "loss/quantizer": quantized.quant_loss,
+                "loss/entropy": quantized.entropy_loss,
+                "codebook/sample_entropy": quantized.sample_entropy,
+                "codebook/average_entropy": quantized.avg_entropy,
+                "codebook/max_probability": quantized.max_probability,
+            }
+            scalars = {name: value for name, value in scalars.items() if value is not None}
+            peaks = {} if quantized.max_logit is None else {"codebook/max_logit": quantized.max_logit}
+            return reconstruction, quantized.indices, scalars, peaks
+
+        reconstructions, indices, scalars, peaks = self._in_micro_batches(one, images)
+        scalars = jax.tree.map(jnp.mean, scalars)
+        weights = self.config.loss
+        loss = weights.quantizer_weight * scalars["loss/quantizer"] + weights.entropy_weight * scalars["loss/entropy"]
+        metrics = scalars | {"loss/codebook": loss} | jax.tree.map(jnp.max, peaks)
+        return (_joined(reconstructions), loss), (_joined(indices), jax.lax.stop_gradient(metrics))
+
+    def _train_adversary(self, state: TokenizerState, images: jax.Array, reconstructions: jax.Array):
+        """(the discriminator after its update on real and reconstructed images, metrics)."""
+        config, old = self.config.loss, state.adversary
+        started = (state.step >= self.config.discriminator.start_step).astype(jnp.float32)
+
+        def loss(params):
+            real, batch_stats = self._discriminate(params, old.batch_stats, images)
+            fake, batch_stats = self._discriminate(params, batch_stats, jax.lax.stop_gradient(reconstructions))
+            averages = old.lecam.moved(jnp.mean(real), jnp.mean(fake), 1.0 - started * (1.0 - config.lecam_decay))
+            total, scalars = losses.discriminator_loss(real, fake, averages, config.lecam_weight)
+            return started * total, (batch_stats, averages, scalars)
+
+        gradient, (batch_stats, averages, scalars) = jax.grad(loss, has_aux=True)(old.params)
+        updates, optimizer = self.optimizer.update(gradient, old.optimizer, old.params)
+        params = optax.apply_updates(old.params, updates)
+        metrics = {f"adversary/{name}": value for name, value in scalars.items()}
+        metrics["adversary/gradient_norm"] = optax.tree.norm(gradient)
+        return Adversary(params=params, optimizer=optimizer, batch_stats=batch_stats, lecam=averages), metrics
+
+    def _image_loss(self, reconstructions, adversary: Adversary | None, perceptual: dict | None, images, step):
+        """What the generator pays for its pictures: (loss, (adversary with its statistics moved, metrics))."""
+        config = self.config.loss
+        distance = jnp.zeros((images.shape[0],))
+        if perceptual is not None:
+            measure = partial(lpips, perceptual, dtype=jnp.dtype(self.config.dtype))
+            distance = _joined(self._in_micro_batches(measure, images, reconstructions))
+        loss, scalars = losses.reconstruction_nll(images, reconstructions, distance, config.perceptual_weight)
+        metrics = {f"loss/{name}": value for name, value in scalars.items()}
+        if adversary is not None:
+            fake, batch_stats = self._discriminate(adversary.params, adversary.batch_stats, reconstructions)
+            adversary = adversary.replace(batch_stats=batch_stats)
+            metrics["loss/adversarial"] = losses.non_saturating(fake)
+            started = (step >= self.config.discriminator.start_step).astype(jnp.float32)
+            loss += config.adversarial_weight * started * metrics["loss/adversarial"]
+        return loss, (adversary, metrics)
+
+    def _discriminate(self, params: dict, batch_stats: dict, images: jax.Array):
+        """(logits, batch statistics moved by this call)."""
+
+        def one(x):
+            variables = {"params": params, "batch_stats": batch_stats}
+            logits, moved = self.discriminator.apply(variables, x, mutable=["batch_stats"])
+            return logits, moved["batch_stats"]
+
+        logits, moved = self._in_micro_batches(one, images)
+        # Each micro-batch moves the same statistics once, by an amount linear in its own: the mean is the batch's move.
+        batch_stats = jax.tree.map(lambda new, old: jnp.mean(new, axis=0).astype(old.dtype), moved, batch_stats)
+        return _joined(logits), batch_stats
+
+    def _in_micro_batches(self, function: Callable, *arrays: jax.Array):
+        """`function` over A micro-batches of arrays [B, ...] one after another; every output gets a leading A.
+
+        Gradients flow through; a micro-batch's activations are computed anew for them, so that only one's are held.
+        """
+        count = self.config.train.accumulate
+        if count == 1:
+            return jax.tree.map(lambda leaf: leaf[None], function(*arrays))
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, AXES))
+        batches = tuple(jax.lax.with_sharding_constraint(x.reshape(count, -1, *x.shape[1:]), sharding) for x in arrays)
+        return jax.lax.map(lambda batch: jax.checkpoint(function)(*batch), batches)
+
+
+def _joined(leaf: jax.Array) -> jax.Array:
+    """[A, b, ...] -> [B, ...]."""
+    return leaf.reshape(-1, *leaf.shape[2:])
+
+
+def jit_train_step(trainer: Trainer):
+    """`trainer.train_step(state, perceptual, images)`, sharded over its mesh; the state is donated."""
+    mesh = trainer.mesh
+    return jit_step(trainer.train_step, trainer.create_state, mesh, (replicated(mesh), batch_sharding(mesh)))
+
+
+def abstract_arguments(trainer: Trainer) -> tuple:
+    """Shapes, types and shardings of the step's arguments; with a perceptual net wherever the config asks for one."""
+    mesh, data = trainer.mesh, trainer.config.data
+    state, _ = abstract_state(trainer.create_state, mesh, 0)
+    perceptual = None
+    if trainer.config.loss.perceptual_weight:
+        everywhere = replicated(mesh)
+        perceptual = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), weight_shapes()
+        )
+    shape = (data.batch_size, data.image_size, data.image_size, 3)
+    return state, perceptual, jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh))

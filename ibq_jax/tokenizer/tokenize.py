@@ -1,0 +1,254 @@
+"""Encodes a data set's images into a token cache (`ibq_jax.data.token_cache`), on all devices.
+
+Shapes: B crops of a batch, each [S, S, 3]; V crops of an image; codes [h, w].
+
+A shard of the cache is encoded by itself, its last batch padded, so that its content depends on its number, not on how
+many processes share the work or how often they were killed.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.base.files import whole_or_absent
+from ibq_jax.base.sharding import batch_sharding, check_batch, global_batch, make_mesh, replicated
+from ibq_jax.data.pipeline import ImageSource, check_readers, check_sizes, decode_record, iterate
+from ibq_jax.data.preprocess import VIEWS, resize_shorter_side, views
+from ibq_jax.data.token_cache import MANIFEST, VERSION, read_manifest, record_type
+from ibq_jax.data.token_cache_writer import Shard, claimed, finish, list_shards, shard_count, write_records
+from ibq_jax.tokenizer.model import TokenizerModel
+from ibq_jax.tokenizer.quantizers import identity
+from ibq_jax.tokenizer.step import to_float
+
+# Fields of the model that decide which codes an image gets; the others say where and how fast, or how it was trained.
+DECIDING_FIELDS = (
+    "channels",
+    "channel_multipliers",
+    "num_res_blocks",
+    "attention_resolutions",
+    "z_channels",
+    "resolution",
+    "num_codes",
+    "code_dim",
+    "dtype",
+)
+
+Encode = Callable[[np.ndarray], jax.Array]  # uint8 [B, S, S, 3] -> codes int32 [B, h, w]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to encode, in which portions. `sources` and the names of `views` stand under the cache's names of splits."""
+
+    sources: Mapping[str, ImageSource]
+    views: Mapping[str, tuple[str, ...]]
+    image_size: int  # S
+    resize: int  # pixels of the shorter side before cropping (antialiased)
+    batch_size: int  # B, over this process's devices
+    threads: int  # that decode images; each holds a batch
+
+    def crops(self, split: str) -> int:
+        """V, the crops of an image."""
+        blank = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+        return len(views(blank, self.views[split], self.image_size))
+
+
+def fingerprint(model: TokenizerModel, params: Mapping) -> str:
+    """sha256 of what makes two tokenizers the same: the model's fields that decide codes, and every parameter.
+
+    The same on any number of devices, and for a tokenizer that was trained here or imported. `params` must be readable
+    from this process: whole on its devices or the host, as `restore_run` gives them.
+    """
+    fields = {name: getattr(model, name) for name in DECIDING_FIELDS}
+    fields["dtype"] = jnp.dtype(model.dtype).name
+    fields |= identity(model.quantizer, model.quantizer_settings)
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    for name in sorted(named):
+        array = np.asarray(named[name])
+        digest.update(f"{name} {array.shape} {array.dtype.name}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def extract(
+    model: TokenizerModel,
+    params: Mapping,
+    job: Job,
+    folder: Path,
+    origin: Mapping,
+    *,
+    overwrite: bool,
+    process_index: int,
+    process_count: int,
+) -> dict | None:
+    """Encodes this process's shards into the cache `folder`, but for those that are there already.
+
+    Args:
+        model: the tokenizer.
+        params: its parameters, as for `fingerprint`.
+        job: what to encode.
+        folder: of the cache, made when it is not there; the same for all processes.
+        origin: what the manifest says of the tokenizer beside its fingerprint: path, step, weights, config.
+        overwrite: remove what is in the cache first.
+        process_index: this process's place among process_count.
+        process_count: processes that share the shards.
+
+    Returns:
+        the manifest, if with these shards the cache is complete; None while other processes write theirs.
+
+    Raises:
+        UsageError: bad input, with nothing written; a record that is no image, or a full disk, with whole shards kept.
+    """
+    mesh = make_mesh({"data": -1}, jax.local_devices())
+    _check(job)
+    check_batch(job.batch_size, mesh, 1, "--batch-size")
+    if overwrite and process_count > 1:
+        raise UsageError(f"--overwrite is for one process, not {process_count}: remove {folder} beforehand")
+    folder, params = Path(folder).resolve(), jax.device_get(params)
+    settings = _settings(model, params, job, origin)
+    with claimed(folder, settings, overwrite):
+        if (folder / MANIFEST).exists():
+            print(f"{folder} is complete already; --overwrite makes it anew")
+            return read_manifest(folder)
+        mine = [shard for shard in list_shards(folder, settings) if shard.number % process_count == process_index]
+        _write_shards(mine, settings, job, _encoder(model, params, mesh))
+        return finish(folder, settings)
+
+
+def _check(job: Job) -> None:
+    check_sizes(job.image_size, job.resize)
+    check_readers(job.threads)
+    for names in job.views.values():
+        _check_views(job, names)
+
+
+def _check_views(job: Job, names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in VIEWS:
+            raise UsageError(f"there is no view {name!r}; the views are {', '.join(VIEWS)}")
+    if len(set(names)) < len(names) or ("ten_crop" in names and len(names) > 1):
+        raise UsageError(f"--views={','.join(names)} has a crop twice; ten_crop has the centre and its flip in it")
+    if "ten_crop" in names and job.resize < job.image_size + 2:  # the centre is a corner even where one pixel is left
+        raise UsageError(
+            f"ten_crop would store equal crops: a crop of {job.image_size} pixels has no corners to go to in images "
+            f"resized to {job.resize}; give --resize={max(job.image_size + 2, round(1.1 * job.image_size))}, or more"
+        )
+
+
+def _settings(model: TokenizerModel, params: Mapping, job: Job, origin: Mapping) -> dict:
+    """The cache's settings, as `code_writer` describes them. Raises UsageError for a size the model does not take."""
+    blank = jax.ShapeDtypeStruct((1, job.image_size, job.image_size, 3), jnp.uint8)
+    [_, *grid] = jax.eval_shape(functools.partial(_codes, model.clone(mesh=None)), params, blank).shape
+    source = job.sources["train"]
+    return {
+        "version": VERSION,
+        "tokenizer": {"fingerprint": fingerprint(model, params), **origin},
+        "data": {
+            "name": source.name,
+            "dir": os.path.abspath(source.data_dir),
+            "class_names": list(source.class_names),
+            "splits": {
+                split: {
+                    "source": source.split,
+                    "images": len(source),
+                    "views": list(job.views[split]),
+                    "crops": job.crops(split),
+                    "shards": shard_count(len(source)),
+                }
+                for split, source in job.sources.items()
+            },
+        },
+        "preprocessing": {"image_size": job.image_size, "resize": job.resize, "antialias": True},
+        "precision": jnp.dtype(model.dtype).name,
+        "codes": model.num_codes,
+        "grid": grid,
+        "dtype": np.min_scalar_type(model.num_codes - 1).name,
+    }
+
+
+def _codes(model: TokenizerModel, params: Mapping, crops: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, to_float(crops), method="encode")
+
+
+def _encoder(model: TokenizerModel, params: Mapping, mesh: jax.sharding.Mesh) -> Encode:
+    params = jax.device_put(params, replicated(mesh))
+    encode = jax.jit(functools.partial(_codes, model.clone(mesh=mesh)), out_shardings=batch_sharding(mesh))
+    return lambda crops: encode(params, global_batch({"crops": crops}, mesh)["crops"])
+
+
+def _write_shards(shards: list[Shard], settings: Mapping, job: Job, encode: Encode) -> None:
+    """Writes those that are neither whole nor being written by another process."""
+    missing = [shard for shard in shards if not shard.is_whole]
+    total, left = (sum(len(shard.images) for shard in some) for some in (shards, missing))
+    if left < total:
+        print(f"continuing: {total - left:,} of {total:,} images are encoded")
+    with tqdm(total=total, initial=total - left, unit=" images", disable=None, dynamic_ncols=True) as bar:
+        for shard in missing:
+            shard.path.parent.mkdir(exist_ok=True)
+            with whole_or_absent(shard.path) as partial:
+                if partial is None:
+                    bar.update(len(shard.images))
+                else:
+                    write_records(partial, _encode_shard(shard, record_type(shard.split, settings), job, encode, bar))
+
+
+def _encode_shard(shard: Shard, kind: np.dtype, job: Job, encode: Encode, bar: tqdm) -> np.ndarray:
+    """The shard's records; while B crops are encoded, the next ones are decoded."""
+    records = np.zeros(len(shard.images), kind)
+    records["index"] = shard.images
+    encoding, codes = deque(), []
+    with contextlib.closing(_image_batches(shard, job)) as batches:
+        for crops in _portions(_crops(batches, records, bar), job.batch_size):
+            encoding.append(encode(crops))
+            if len(encoding) > 1:
+                codes.append(np.asarray(encoding.popleft()))
+    codes.extend(np.asarray(array) for array in encoding)
+    shape = records["codes"].shape
+    records["codes"] = np.concatenate(codes)[: shape[0] * shape[1]].reshape(shape)
+    return records
+
+
+def _image_batches(shard: Shard, job: Job) -> Generator[dict[str, np.ndarray]]:
+    """The shard's images in order, some at a time: {"crops": uint8 [n, V, S, S, 3], "label": int32 [n]}, n V >= B."""
+    source, names = job.sources[shard.split], job.views[shard.split]
+
+    def load(index: int) -> dict[str, np.ndarray]:
+        record = source[index]
+        image = resize_shorter_side(decode_record(record, str(source)), job.resize)
+        return {"crops": views(image, names, job.image_size), "label": np.int32(record["label"])}
+
+    indices = grain.MapDataset.range(shard.images.start, shard.images.stop)
+    return iterate(indices.map(load).batch(-(-job.batch_size // job.crops(shard.split))), 0, job.threads)
+
+
+def _crops(batches: Iterable[Mapping[str, np.ndarray]], records: np.ndarray, bar: tqdm) -> Iterator[np.ndarray]:
+    """Every crop [S, S, 3], in order; the labels go to the records."""
+    start = 0
+    for batch in batches:
+        stop = start + len(batch["label"])
+        records["label"][start:stop] = batch["label"]
+        yield from itertools.chain.from_iterable(batch["crops"])
+        bar.update(stop - start)
+        start = stop
+
+
+def _portions(crops: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """[size, S, S, 3] at a time, the last filled up with black."""
+    while some := list(itertools.islice(crops, size)):
+        yield np.stack(some + [np.zeros_like(some[0])] * (size - len(some)))

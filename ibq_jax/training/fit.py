@@ -1,0 +1,146 @@
+"""Trains a state in a run's folder: claims the folder, starts or continues, and runs the loop to the last step."""
+
+import sys
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from ibq_jax.base.checkpoint import Checkpoints
+from ibq_jax.base.config import differences, flatten, read_config, save_config
+from ibq_jax.base.errors import UsageError
+from ibq_jax.base.files import is_remote
+from ibq_jax.base.loop import Loop, Pace, Stage
+from ibq_jax.base.processes import barrier, check_alike
+from ibq_jax.base.saved_run import IMPORTED, open_checkpoints, total_steps
+from ibq_jax.base.sharding import abstract_state, create_sharded, describe_mesh
+from ibq_jax.base.telemetry import Telemetry
+from ibq_jax.base.timing import Parts
+from ibq_jax.base.watchdog import Watchdog
+
+Batches = Generator[Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class FieldRoles:
+    """Which config fields of a stage may differ when a run goes on; each is a field's name or the beginning of one.
+
+    Attributes:
+        free: fields that a resumed run may change. They say where and how fast it runs and what it shows, not what it
+            computes.
+        location: fields that say where files lie, which may differ between the hosts of one job.
+        network: fields that decide the networks' shapes. An imported run that was never trained is held to these only;
+            "stage:" stands for the field `stage` itself.
+        not_structural: fields among `network` that leave the shapes of the weights as they are.
+    """
+
+    free: tuple[str, ...]
+    location: tuple[str, ...]
+    network: tuple[str, ...]
+    not_structural: tuple[str, ...]
+
+
+def check_same_run(workdir: Path, config: ConfigDict, roles: FieldRoles) -> None:
+    """Claims `workdir` for this config. If it already holds a run, the configs must agree in all but the free fields.
+
+    For an imported run that was not trained yet, only the network's fields are compared. Every process calls it.
+    Raises UsageError that names the fields which differ, from the run's config or between processes.
+    """
+    fields = {name: value for name, value in flatten(config).items() if name not in roles.location}
+    check_alike("configs", fields | {"workdir": str(workdir)})
+    path = workdir / "config.json"
+    if path.exists():
+        differing = differences(read_config(path), config, ignore=roles.free)
+        if (workdir / IMPORTED).exists() and not (workdir / "metrics.jsonl").exists():
+            differing = [
+                field
+                for field in differing
+                if field.startswith(roles.network) and not field.startswith(roles.not_structural)
+            ]
+        if differing:
+            raise UsageError(f"{workdir} holds a run of another config ({'; '.join(differing)}); use another --workdir")
+    barrier("claim")  # every process has looked at the old config
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        save_config(config, path)
+
+
+def fit(
+    workdir: Path,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+    stage: Stage,
+    *,
+    create_state: Callable,
+    batches_from: Callable[[int], Batches],
+    steps_per_epoch: int,
+    complete: Callable = lambda state: state,
+    profile: range = range(0),
+):
+    """Trains from the newest whole checkpoint, or from `create_state(seed)`, to the last step; returns the last state.
+
+    Args:
+        workdir: the run's folder.
+        config: the run's config.
+        mesh: the devices.
+        stage: what to train.
+        create_state: seed -> the state before the first step.
+        batches_from: step -> the batches that follow that step.
+        steps_per_epoch: steps that pass over the data once.
+        complete: puts into a fresh state what does not come from a seed.
+        profile: steps whose trace is written to the run's folder.
+
+    Raises:
+        TrainingStopped, Interrupted: as `ibq_jax.base.loop.Loop.run` does.
+    """
+    print(describe_mesh(mesh))
+    checkpoints = open_checkpoints(workdir, config)
+    state, start_step = _start(create_state, mesh, config.seed, checkpoints, complete)
+    pace = Pace(
+        total_steps=total_steps(config, steps_per_epoch),
+        log_every=config.log.every,
+        images_every=config.log.images_every,
+        evaluate_every=config.evaluate.every,
+        checkpoint_every=config.checkpoint.every,
+    )
+    if start_step >= pace.total_steps:
+        print(f"complete: step {start_step} of {pace.total_steps}; a larger train.steps goes on from there")
+    telemetry = Telemetry(workdir, start_step, pace.total_steps, enabled=jax.process_index() == 0)
+    metadata = {"config": config.to_dict(), "steps_per_epoch": steps_per_epoch}
+    parts, watch = Parts(), config.watch
+    stacks_folder = Path.cwd() if is_remote(workdir) else workdir
+    watchdog = Watchdog(
+        parts,
+        stacks_folder / f"stacks_process{jax.process_index()}.txt",
+        factor=watch.slow_factor,
+        seconds=watch.slow_seconds,
+        hang_seconds=watch.hang_seconds,
+        say=lambda words: print(words, file=sys.stderr),
+    )
+    loop = Loop(stage, mesh, pace, checkpoints, telemetry, workdir, metadata, parts, profile)
+    try:
+        with watchdog:
+            state = loop.run(state, batches_from(start_step), start_step)
+        telemetry.sum_up()
+        return state
+    finally:
+        telemetry.close()
+        checkpoints.close()
+
+
+def _start(
+    create_state: Callable, mesh: jax.sharding.Mesh, seed: int, checkpoints: Checkpoints, complete: Callable
+) -> tuple:
+    shapes, _ = abstract_state(create_state, mesh, seed)
+    restored = checkpoints.restore(shapes)
+    if restored is not None:
+        weights = "the weights of " if restored.weights_only else ""
+        print(f"continuing from {weights}step {restored.step}")
+        return restored.completed(lambda: create_sharded(create_state, mesh, seed)), restored.step
+    state = create_sharded(create_state, mesh, seed)
+    print(parameter_overview.get_parameter_overview(state.params, include_stats=False).splitlines()[-1])
+    return complete(state), 0

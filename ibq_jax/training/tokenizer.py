@@ -1,0 +1,143 @@
+"""Trains a tokenizer from its config: checks it, opens its data, puts the stage together and fits it."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.base.files import absolute
+from ibq_jax.base.sharding import make_mesh, process_rows
+from ibq_jax.data.pipeline import open_split, training_batches
+from ibq_jax.evaluate.feature_nets import find_judges
+from ibq_jax.evaluate.protocols import find_protocol
+from ibq_jax.evaluate.validation import validation_evaluator
+from ibq_jax.pretrained.lpips import load_weights
+from ibq_jax.pretrained.weight_files import absence, find
+from ibq_jax.tokenizer.check import check_config
+from ibq_jax.tokenizer.codebook_monitor import check_collapse
+from ibq_jax.tokenizer.step import TokenizerState, Trainer, jit_train_step
+from ibq_jax.training.fit import FieldRoles, check_same_run, fit
+
+FIELD_ROLES = FieldRoles(
+    free=(
+        "data.dir",
+        "data.workers",
+        "data.threads",
+        "mesh.",
+        "log.",
+        "evaluate.",
+        "checkpoint.",
+        "watch.usage_floor",
+        "watch.warmup_steps",
+        "watch.slow_factor",
+        "watch.slow_seconds",
+        "watch.hang_seconds",
+        "codebook.block_size",
+        "model.remat",
+        "train.steps",
+        "train.epochs",
+        "loss.perceptual_file",
+    ),
+    location=("data.dir", "data.workers", "data.threads", "loss.perceptual_file"),
+    network=("stage:", "model.", "codebook.", "quantizer.name:"),
+    not_structural=("model.remat", "codebook.implementation", "codebook.init_scale"),
+)
+
+
+class TokenizerStage:
+    """What the loop asks of the tokenizer (`ibq_jax.base.loop.Stage`)."""
+
+    def __init__(self, trainer: Trainer, perceptual: dict | None):
+        config = trainer.config
+        kinds = [kind for kind in config.evaluate.judges.split(",") if kind]
+        self._trainer, self._perceptual = trainer, perceptual
+        self._evaluator = validation_evaluator(
+            trainer, config.evaluate.examples, find_protocol(config.evaluate.protocol), find_judges(kinds, {})
+        )
+
+    @cached_property
+    def _compiled_step(self):
+        return jit_train_step(self._trainer)
+
+    def step(self, state: TokenizerState, batch: Mapping[str, jax.Array]):
+        return self._compiled_step(state, self._perceptual, batch["image"])
+
+    def examine(self, step: int, metrics: Mapping[str, float]) -> None:
+        watch = self._trainer.config.watch
+        check_collapse(step, metrics, usage_floor=watch.usage_floor, warmup_steps=watch.warmup_steps)
+
+    def describe(self, metrics: Mapping[str, float]) -> str:
+        words = [f"loss {metrics['loss/total']:.4f}", f"l1 {metrics['loss/l1']:.4f}"]
+        if self._perceptual is not None:
+            words.append(f"lpips {metrics['loss/lpips']:.4f}")
+        if "adversary/discriminator" in metrics:
+            words.append(f"D {metrics['adversary/discriminator']:.3f}")
+        return "  ".join([*words, f"codebook used {metrics['codebook/usage']:.1%}"])
+
+    def evaluate(self, state: TokenizerState) -> dict[str, float]:
+        return {f"validation/{name}": value for name, value in self._evaluator(state.ema)}
+
+    def pictures(self, state: TokenizerState) -> dict[str, np.ndarray]:
+        return {"reconstructions": self._evaluator.picture(state.ema, self._trainer.config.log.images)}
+
+
+def train_tokenizer(config: ConfigDict, workdir: Path, profile: range = range(0)) -> TokenizerState:
+    """Trains `config` in `workdir`, or continues what is there, to the end; returns the last state.
+
+    Raises UsageError (bad input), TrainingStopped or Interrupted (see `ibq_jax.base.loop`).
+    """
+    workdir = absolute(workdir)
+    mesh = make_mesh(config.mesh)
+    check_config(config, mesh)
+    source = open_split(config.data.name, config.data.dir, config.data.train_split)
+    steps_per_epoch = len(source) // config.data.batch_size
+    if not steps_per_epoch:
+        raise UsageError(
+            f"data.batch_size={config.data.batch_size} is more than the {len(source)} images of the data set"
+        )
+    trainer = Trainer(config, mesh, steps_per_epoch)
+    perceptual = _perceptual_weights(config)
+    stage = TokenizerStage(trainer, perceptual)
+    check_same_run(workdir, config, FIELD_ROLES)
+
+    def batches_from(step: int):
+        return training_batches(source, start_step=step, **_batch_fields(config, mesh))
+
+    return fit(
+        workdir,
+        config,
+        mesh,
+        stage,
+        create_state=trainer.create_state,
+        batches_from=batches_from,
+        steps_per_epoch=steps_per_epoch,
+        profile=profile,
+    )
+
+
+def _batch_fields(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
+    data = config.data
+    return dict(
+        image_size=data.image_size,
+        resize=data.resize,
+        batch_size=data.batch_size,
+        seed=config.seed,
+        rows=process_rows(mesh, data.batch_size),
+        workers=data.workers,
+        threads=data.threads,
+    )
+
+
+def _perceptual_weights(config: ConfigDict) -> dict | None:
+    if not config.loss.perceptual_weight:
+        return None
+    path = find("vgg16", config.loss.perceptual_file, "loss.perceptual_file")
+    if path is None:
+        print(f"perceptual loss: OFF, because {absence('vgg16', 'loss.perceptual_file')}")
+        return None
+    print(f"perceptual loss: LPIPS with VGG16 from {path}")
+    return load_weights(path)

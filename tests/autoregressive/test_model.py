@@ -1,0 +1,234 @@
+"""The generator's network: what each position sees, its layers against plain formulas, and its options."""
+
+import functools
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import released
+
+from ibq_jax.autoregressive.layers import RMSNorm, hidden_channels, rotary_angles, rotate
+from ibq_jax.autoregressive.model import GeneratorModel, TokenEmbedding, check_layout
+from ibq_jax.base.errors import UsageError
+from ibq_jax.interop.generator_names import abstract_params
+
+EXACT = 1e-5  # relative to the largest magnitude, between two forms of the same float32 formula
+QUICK = {"xla_backend_optimization_level": 0}  # compiles twice as fast
+PUBLISHED = json.loads((released.GOLDEN / "published_generators.json").read_text())
+SMALL = dict(vocabulary=24, grid=(3, 4), num_classes=5, layers=2, heads=4, kv_heads=4, width=32, gamma_init=1e-3)
+
+
+def assert_same(actual, expected, tolerance=EXACT):
+    def close(left, right):
+        left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
+        np.testing.assert_allclose(left, right, rtol=0, atol=tolerance * np.abs(right).max())
+
+    jax.tree.map(close, actual, expected)
+
+
+@functools.cache
+def random_params(model: GeneratorModel):
+    """Normal(0.3): every layer, the gates and the head take part, as they do not yet after `init`."""
+    leaves, tree = jax.tree.flatten(abstract_params(model))
+    random = np.random.default_rng(0)
+    return tree.unflatten([jnp.asarray(0.3 * random.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
+
+
+def batch(model: GeneratorModel, size: int = 3):
+    random = np.random.default_rng(1)
+    codes = random.integers(0, model.vocabulary, (size, *model.grid), np.int32)
+    return jnp.asarray(codes), jnp.asarray(np.arange(size) % (model.num_classes + 1), jnp.int32)
+
+
+def logits(model: GeneratorModel, params):
+    return jax.jit(model.apply)({"params": params}, *batch(model))
+
+
+def value_and_gradient(model: GeneratorModel, params, train: bool = False):
+    """Of a random projection of what the head is applied to, dropped out with one key."""
+    codes, labels = batch(model)
+    projection = jax.random.normal(jax.random.key(2), (len(codes), model.positions, model.width))
+
+    def value(params):
+        rngs = {"dropout": jax.random.key(3)}
+        hidden = model.apply({"params": params}, codes, labels, train, method="hidden", rngs=rngs)
+        return jnp.sum(hidden * projection)
+
+    return jax.jit(jax.value_and_grad(value), compiler_options=QUICK)(params)
+
+
+def test_every_code_sees_all_codes_before_it_and_none_other():
+    model = GeneratorModel(**SMALL)
+    variables = {"params": random_params(model)}
+    codes, labels = batch(model, 1)
+    weights = jax.random.normal(jax.random.key(0), (model.vocabulary,))
+
+    def of_each_position(moved):
+        def add(call, args, kwargs, context):
+            out = call(*args, **kwargs)
+            return out + moved[None] if isinstance(context.module, TokenEmbedding) else out
+
+        with nn.intercept_methods(add):
+            return model.apply(variables, codes, labels)[0] @ weights
+
+    jacobian = jax.jit(jax.jacrev(of_each_position), compiler_options=QUICK)(
+        jnp.zeros((model.positions - 1, model.width))
+    )
+    sees = np.asarray(jnp.abs(jacobian).max(axis=-1))
+    seen, unseen = np.tril_indices(model.positions, -1, model.positions - 1), np.triu_indices(model.positions - 1)
+    assert np.all(sees[unseen] == 0.0)
+    assert sees[seen].min() > 1e-3
+
+
+def test_the_last_code_changes_nothing_and_the_class_everything():
+    model = GeneratorModel(**SMALL)
+    variables, (codes, labels) = {"params": random_params(model)}, batch(model)
+    apply = jax.jit(model.apply)
+    expected = apply(variables, codes, labels)
+    np.testing.assert_array_equal(apply(variables, codes.at[:, -1, -1].set(0), labels), expected)
+    assert np.all(np.abs(apply(variables, codes, labels[::-1] + 1) - expected).max(axis=-1) > 1e-3)
+
+
+@pytest.mark.parametrize(("grid", "channels"), [((4, 4), 16), ((2, 8), 8), ((16, 16), 64), ((3, 1), 4)])
+def test_rotary_tables(grid, channels):
+    cos, sin = rotary_angles(grid, channels)
+    angles = np.zeros((grid[0] * grid[1], channels // 2))
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            for pair in range(channels // 4):
+                frequency = 10000 ** (-2 * pair / (channels // 2))
+                angles[row * grid[1] + column, pair] = row * frequency
+                angles[row * grid[1] + column, channels // 4 + pair] = column * frequency
+    assert cos.shape == sin.shape == (1 + len(angles), channels // 2)
+    assert not cos[0].any() and not sin[0].any()
+    np.testing.assert_allclose(cos[1:], np.cos(angles), rtol=0, atol=2e-6)  # angles up to 15, rounded to 24 bits
+    np.testing.assert_allclose(sin[1:], np.sin(angles), rtol=0, atol=2e-6)
+
+
+def test_rotation_turns_neighbouring_channels():
+    x, angle = np.random.default_rng(0).normal(size=(5, 8)), np.random.default_rng(1).normal(size=(5, 4))
+    turned = (x[:, ::2] + 1j * x[:, 1::2]) * np.exp(1j * angle)
+    expected = np.stack((turned.real, turned.imag), axis=-1).reshape(5, 8)
+    actual = rotate(jnp.asarray(x), jnp.asarray(np.cos(angle)), jnp.asarray(np.sin(angle)))
+    released.assert_close(actual, expected, 1e-6)
+
+
+def test_norm():
+    x, scale = np.random.default_rng(0).normal(size=(5, 8)), np.arange(8.0)
+    expected = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5) * scale
+    released.assert_close(RMSNorm().apply({"params": {"scale": scale}}, jnp.asarray(x, jnp.float32)), expected, 1e-6)
+
+
+@pytest.mark.parametrize(("size", "channels"), [("B", 2816), ("L", 3584), ("XL", 4096), ("XXL", 5120)])
+def test_hidden_channels_are_the_published_ones(size, channels):
+    published = PUBLISHED[f"IBQ-AR-{size}"]
+    assert published["tensors"]["transformer.blocks.{}.feed_forward.w1.weight"][0] == channels
+    assert hidden_channels(published["config"]["n_embd"]) == channels
+
+
+def test_initial_values():
+    model = GeneratorModel(**SMALL | {"width": 64, "vocabulary": 512})
+    params = nn.meta.unbox(jax.jit(model.init, compiler_options=QUICK)(jax.random.key(0), *batch(model)))["params"]
+    assert not params["head"].any() and not params["head_modulation"]["bias"].any()
+    assert np.all(params["blocks"]["ffn_norm"]["scale"] == 1) and np.all(params["head_norm"]["scale"] == 1)
+    ada, first_layer, second_layer = (params["modulation"]["ada_lin"]["kernel"][i] for i in (slice(None), 0, 1))
+    assert np.abs(first_layer - second_layer).max() > 0
+    deviations = {
+        "embedding": (params["tok_emb"]["embedding"], 0.02),
+        "wqkv": (params["blocks"]["attention"]["wqkv"]["kernel"], 0.02),
+        "w2": (params["blocks"]["feed_forward"]["w2"]["kernel"], 0.02),
+        "gammas": (ada[..., :128], 0.02e-3),
+        "scales and shifts": (ada[..., 128:], 0.01),
+        "head's modulation": (params["head_modulation"]["kernel"], 0.01),
+    }
+    for name, (values, deviation) in deviations.items():
+        # 5 standard errors of a deviation: 5 / sqrt(2 n)
+        assert abs(np.std(values) / deviation - 1) < 5 / np.sqrt(2 * values.size), name
+
+
+def test_shared_keys_and_values_are_the_same_as_repeated_ones():
+    model = GeneratorModel(**SMALL | {"kv_heads": 2})
+    params = random_params(model)
+    heads = params["blocks"]["attention"]["wqkv"]["kernel"].reshape(2, 32, 8, 8)  # 4 queries, 2 keys, 2 values
+    repeated = jnp.concatenate((heads[:, :, :4], jnp.repeat(heads[:, :, 4:], 2, axis=2)), axis=2)
+    full = jax.tree.map(lambda leaf: leaf, params)
+    full["blocks"]["attention"]["wqkv"]["kernel"] = repeated.reshape(2, 32, 96)
+    assert_same(logits(model, params), logits(GeneratorModel(**SMALL), full))
+
+
+@functools.cache
+def with_nothing_recomputed():
+    model = GeneratorModel(**SMALL, dropout=0.2)
+    return value_and_gradient(model, random_params(model), train=True)
+
+
+@pytest.mark.parametrize("remat", ["dots", "blocks"])
+def test_recomputing_changes_no_value_and_no_gradient(remat):
+    model = GeneratorModel(**SMALL, dropout=0.2, remat=remat)
+    assert_same(value_and_gradient(model, random_params(model), train=True), with_nothing_recomputed())
+
+
+def test_bfloat16_is_close_to_float32_and_logits_stay_float32():
+    model = GeneratorModel(**SMALL)
+    expected = logits(model, random_params(model))
+    actual = logits(model.clone(dtype=jnp.bfloat16), random_params(model))
+    assert actual.dtype == jnp.float32
+    assert np.abs(actual - expected).max() > 0
+    released.assert_close(actual, expected, 2**-5)  # 8 roundings in a row to 8 bits
+
+
+def test_dropout_is_for_training_only():
+    model, still = GeneratorModel(**SMALL, dropout=0.5), GeneratorModel(**SMALL)
+    codes, labels = batch(model)
+
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def hidden(model, key, train):
+        variables = {"params": random_params(still)}
+        return model.apply(variables, codes, labels, train, method="hidden", rngs={"dropout": key})
+
+    keys = jax.random.split(jax.random.key(0))
+    np.testing.assert_array_equal(hidden(model, keys[0], False), hidden(still, keys[0], True))
+    first, second = (hidden(model, key, True) for key in keys)
+    assert np.abs(first - second).max() > 0.1
+    np.testing.assert_array_equal(hidden(model, keys[0], True), first)
+
+
+def test_token_embeddings_from_the_tokenizers_codebook():
+    model = GeneratorModel(**SMALL, use_pretrained_codebook=True, codebook_dim=6)
+    params = random_params(model)
+    table, fc1, fc2 = (params["tok_emb"][name] for name in ("embedding", "fc1", "fc2"))
+    assert table.shape == (24, 6)
+    codes = batch(model)[0].reshape(3, -1)
+    x = np.asarray(table)[codes] @ fc1["kernel"] + np.asarray(fc1["bias"])[None, None]
+    gelu = x * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    expected = gelu @ fc2["kernel"] + np.asarray(fc2["bias"])[None, None]
+    embed = jax.jit(functools.partial(model.apply, method="embed"))
+    assert_same(embed({"params": params}, codes), expected)
+
+
+def test_an_oblong_grid_counts_its_rows_and_columns():
+    wide, tall = (GeneratorModel(**SMALL | {"grid": grid}) for grid in ((2, 8), (8, 2)))
+    codes, labels = batch(wide)
+    variables = {"params": random_params(wide)}
+    as_wide, as_tall = (jax.jit(m.apply)(variables, codes.reshape(-1, *m.grid), labels) for m in (wide, tall))
+    assert as_wide.shape == as_tall.shape == (3, 16, 24)
+    assert np.abs(as_wide - as_tall)[:, 3:].max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "kv_heads", "words"),
+    [
+        (30, 4, 4, "model.width=30 does not divide into model.heads=4"),
+        (24, 4, 4, "model.width=24 does not divide into model.heads=4 of a multiple of 4 channels"),
+        (32, 4, 3, "model.heads=4 is not a multiple of model.kv_heads=3"),
+        (32, 4, 8, "model.heads=4 is not a multiple of model.kv_heads=8"),
+    ],
+)
+def test_heads_that_do_not_divide_are_refused(width, heads, kv_heads, words):
+    with pytest.raises(UsageError, match=words):
+        check_layout(width, heads, kv_heads)
+    with pytest.raises(UsageError, match=words):
+        abstract_params(GeneratorModel(**SMALL | {"width": width, "heads": heads, "kv_heads": kv_heads}))

@@ -1,0 +1,197 @@
+"""Plans of a training step for devices that are not here; those for TPUs need libtpu and are skipped without it."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ibq_jax.__main__ import main
+from ibq_jax.base.config import load_config
+from ibq_jax.base.errors import UsageError
+from ibq_jax.base.sharding import make_mesh
+from ibq_jax.commands import plan as plan_command
+from ibq_jax.plan.chips import CHIPS, topology_devices
+from ibq_jax.plan.compiled import DoesNotFit, compile_plan
+from ibq_jax.plan.hlo import Module
+from ibq_jax.tokenizer.step import Trainer, abstract_arguments, jit_train_step
+
+CONFIG = f"{Path(__file__).parents[2]}/configs/tokenizer.py:openmoji32"
+SMALL = [
+    f"--config.{field}"
+    for field in (
+        "data.image_size=16",
+        "data.resize=16",
+        "data.batch_size=8",
+        "model.z_channels=16",
+        "codebook.size=64",
+        "codebook.dim=8",
+        "discriminator.channels=8",
+        "discriminator.layers=1",
+        "discriminator.norm_group=0",
+        "loss.perceptual_weight=0.0",
+        "quantizer.entropy_group_tokens=0",
+    )
+]
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs requirements-tpu.txt")
+
+
+def test_bounds_and_collectives_of_a_known_step():
+    mesh = make_mesh({"data": 2, "codebook": 4})
+    rows, columns = P("data"), P(None, "codebook")
+
+    def step(x, w):
+        return lax.all_gather(x @ w, "codebook", axis=1, tiled=True)
+
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(rows, columns), out_specs=rows, check_vma=False)
+    arguments = (
+        jax.ShapeDtypeStruct((256, 512), jnp.float32, sharding=NamedSharding(mesh, rows)),
+        jax.ShapeDtypeStruct((512, 1024), jnp.float32, sharding=NamedSharding(mesh, columns)),
+    )
+    plan = compile_plan(jax.jit(mapped), arguments, mesh, CHIPS["v5e"])
+    assert plan.memory.arguments == 4 * (128 * 512 + 512 * 256)
+    assert plan.flops == pytest.approx(2 * 128 * 512 * 256, rel=0.01)
+    (gather,) = plan.collectives
+    assert (gather.kind, gather.axes, gather.count, gather.bytes) == ("all-gather", "codebook", 1, 4 * 128 * 1024)
+    assert gather.ici_bytes == gather.bytes * 3 / 4  # each device passes on what it got from its neighbour, three times
+    assert plan.bounds["interconnect"] == gather.ici_bytes / CHIPS["v5e"].ici_bytes_per_second
+    assert plan.bounds["matrix units"] == plan.flops / 197e12
+    assert plan.bounds["HBM"] == plan.hbm_bytes / 819e9
+    assert plan.memory.spare(2 * plan.memory.peak) == 0.5
+
+
+@pytest.mark.slow
+def test_the_whole_step_holds_no_array_of_all_codes_on_one_device():
+    """Neither [tokens, codes] nor [codes, dimensions], of parameters, gradients, moments or averages."""
+    codes, width = 65_536, 32
+    sizes = [f"--config.codebook.size={codes}", f"--config.codebook.dim={width}", "--config.codebook.block_size=256"]
+    config = load_config(CONFIG, SMALL + sizes)
+
+    def largest(mesh):
+        trainer = Trainer(config, mesh, steps_per_epoch=1)
+        program = jit_train_step(trainer).lower(*abstract_arguments(trainer)).compile().as_text()
+        arrays = [array for _, i, _ in Module(program).executed() for array in i.arrays]
+        return max(math.prod(array.shape) for array in arrays)
+
+    assert largest(make_mesh({"data": 2, "codebook": 4})) == codes * width // 4
+    assert largest(make_mesh({"data": 8})) == codes * width  # what the search finds where the codebook is not split
+
+
+@pytest.mark.slow
+def test_a_plan_on_simulated_devices(capsys):
+    assert main(["plan", f"--config={CONFIG}", "--cpu-devices=8", "--mesh=data:2,codebook:4", "--json", *SMALL]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["devices"] == 8 and report["mesh"] == {"data": 2, "fsdp": 1, "codebook": 4}
+    assert 0 < report["argument_bytes"] < report["peak_bytes"] and report["flops"] > 0
+    axes = {row["axes"] for row in report["collectives"]}
+    assert "codebook" in axes and "data, codebook" in axes
+
+
+def test_a_plan_of_a_generator(capsys):
+    config = CONFIG.replace("tokenizer.py", "autoregressive.py")
+    small = [f"--config.model.{field}" for field in ("layers=2", "width=32", "heads=2", "kv_heads=2", "grid=(4, 4)")]
+    mesh = "--mesh=data:2,fsdp:2,codebook:2"
+    assert main(["plan", f"--config={config}", "--cpu-devices=8", mesh, "--json", *small]) == 0
+    report = json.loads(capsys.readouterr().out)
+    axes = {row["axes"] for row in report["collectives"]}
+    assert {"codebook", "fsdp"} <= axes and report["flops"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--topology=v9:2x2"], "topology 'v9:2x2': no chip 'v9'; the chips are v4, v5e, v5p, v6e"),
+        (["--topology=v5e:4x4x4"], "topology 'v5e:4x4x4' is not a shape of 2 dimensions; near ones: v5e:4x4"),
+        (["--topology=v5e"], "topology 'v5e' is not a shape of 2 dimensions"),
+        (["--cpu-devices=8", "--mesh=data:3"], "mesh data=3, fsdp=1, codebook=1 does not fit 8 devices"),
+        (["--cpu-devices=8", "--mesh=data:8,rows:1"], "mesh axis 'rows' does not exist"),
+        (["--cpu-devices=8", "--mesh=data=8"], "'data=8' is no AXIS:SIZE; write it like data:16,codebook:16"),
+        (["--cpu-devices=8", "--mesh=codebook:8", "--config.codebook.size=1020"], "codebook.size=1020 does not divide"),
+        (["--cpu-devices=8", "--config.codebook.block_size=48"], "in blocks of codebook.block_size=48"),
+        (["--cpu-devices=0"], "'0' is no whole number of at least 1"),
+        (["--cpu-devices=8", "--topology=v5e:2x2"], "not allowed with argument"),
+        ([], "one of the arguments --topology --cpu_devices is required"),
+        (["--cpu-devices=8", "--steps=3"], "unknown argument --steps=3"),
+    ],
+)
+def test_wrong_use_is_one_line(flags, words, capsys):
+    assert main(["plan", f"--config={CONFIG}", *flags]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
+def test_without_libtpu_the_command_that_installs_it_is_named(capsys):
+    assert main(["plan", f"--config={CONFIG}", "--topology=v5e:2x2"]) == 2
+    assert "VENV=.venv-tpu bash launch/setup.sh tpu" in capsys.readouterr().err
+
+
+@needs_libtpu
+def test_a_shape_that_no_pod_has_is_one_line(capsys):
+    assert main(["plan", f"--config={CONFIG}", "--topology=v5e:3x3"]) == 2
+    error = capsys.readouterr().err
+    assert "libtpu does not know the topology 'v5e:3x3'" in error and "near ones: v5e:" in error
+
+
+@pytest.mark.slow
+def test_a_step_larger_than_the_chip_is_said_and_exits_with_1(capsys, monkeypatch):
+    chip = dataclasses.replace(CHIPS["v5e"], hbm_bytes=1e6)
+    monkeypatch.setattr(plan_command, "topology_devices", lambda name, slices: (chip, jax.devices()))
+    assert main(["plan", f"--config={CONFIG}", "--topology=v5e:2x4", *SMALL]) == 1
+    out, error = capsys.readouterr()
+    assert "| memory: peak |" in out
+    assert (
+        "does not fit" in error and "GB over on every chip; try a larger codebook" in error and error.count("\n") == 1
+    )
+
+
+@needs_libtpu
+def test_a_program_that_the_compiler_cannot_fit_says_by_how_much():
+    chip, devices = topology_devices("v5e:1x1")
+    mesh = make_mesh({"data": 1}, devices)
+    x = jax.ShapeDtypeStruct((60_000, 60_000), jnp.float32, sharding=NamedSharding(mesh, P()))
+    with pytest.raises(DoesNotFit, match=r"needs .* GiB a chip, which has 15\.. GiB") as found:
+        compile_plan(jax.jit(lambda x: (x @ x) @ x + 1), (x,), mesh, chip)
+    assert found.value.needed > 2 * 4 * 60_000**2  # two of the three arrays at least
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_plan_for_a_tpu(capsys):
+    assert main(["plan", f"--config={CONFIG}", "--topology=v5e:2x4", "--mesh=data:4,codebook:2", *SMALL]) == 0
+    table = capsys.readouterr().out
+    assert "8 v5e chips (data 4, codebook 2)" in table and "bound by HBM" in table and "to spare" in table
+
+
+@needs_libtpu
+def test_slices_share_the_axis_data_alone():
+    _, devices = topology_devices("v5e:2x4", slices=2)
+    mesh = make_mesh({"data": -1, "codebook": 4}, devices)
+    slices = np.vectorize(lambda device: device.slice_index, otypes=[int])(mesh.devices)
+    assert mesh.shape["data"] == 4
+    np.testing.assert_array_equal(slices[:, 0, :], np.repeat([[0], [0], [1], [1]], 4, axis=1))
+    with pytest.raises(UsageError, match="the devices are 2 slices, between which only the axis 'data' can lie"):
+        make_mesh({"data": 1, "codebook": 16}, devices)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_plan_for_two_slices(capsys):
+    flags = ["--topology=v5e:2x4", "--slices=2", "--mesh=data:4,codebook:4", "--config.data.batch_size=16"]
+    assert main(["plan", f"--config={CONFIG}", *SMALL, *flags]) == 0
+    table = capsys.readouterr().out
+    assert "16 v5e chips in 2 slices (data 4, codebook 4)" in table and "over codebook" in table
+    assert "Collectives over data go between the slices too" in table
+
+
+def test_slices_are_of_a_topology(capsys):
+    assert main(["plan", f"--config={CONFIG}", "--cpu-devices=8", "--slices=2"]) == 2
+    assert "--slices=2: slices are of a --topology" in capsys.readouterr().err

@@ -1,0 +1,218 @@
+"""The command, from files to a data set that the pipeline reads, and everything that can be wrong with them."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+
+import pytest
+import tensorflow_datasets as tfds
+from support.image_files import fake_imagenet, noise_file, write_tar
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.commands import prepare
+from ibq_jax.data import store
+from ibq_jax.data.pipeline import evaluation_batches, open_split
+
+
+def jpeg(seed: int) -> bytes:
+    return noise_file(seed, 40, 40, "JPEG")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes of ten images; one image cut off, one that is text, one link to nowhere."""
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / "My Photos" / name).mkdir(parents=True)
+        for i in range(10):
+            (tmp_path / "My Photos" / name / f"{i}.jpg").write_bytes(jpeg(10 * label + i))
+    folder = tmp_path / "My Photos"
+    (folder / "cat" / "3.jpg").write_bytes(jpeg(3)[:500])
+    (folder / "dog" / "5.jpg").write_text("not found")
+    (folder / "dog" / "gone.jpg").symlink_to("nowhere.jpg")
+    return folder
+
+
+def run(*argv: str, data_dir) -> None:
+    prepare.main([*argv, f"--data_dir={data_dir}"])
+
+
+def test_a_folder_becomes_a_data_set(photos, tmp_path, capsys):
+    run("folder", f"--in={photos}", "--validation=0.2", data_dir=tmp_path / "data")
+    out, err = capsys.readouterr()
+    for skipped in ("cat/3.jpg: ", "dog/5.jpg: no image of a known format", "dog/gone.jpg: [Errno 2]"):
+        assert f"skipped {skipped}" in err
+    assert "3 unreadable, skipped" in out
+    assert f"wrote {tmp_path}/data/my_photos/1.0.0" in out
+    assert "--config.data.name=my_photos" in out.splitlines()[-1]
+
+    train, validation = (open_split("my_photos", tmp_path / "data", split) for split in ("train", "validation"))
+    assert train.class_names == ("cat", "dog")
+    assert len(train) + len(validation) == 18
+    assert re.search(rf"train: {len(train)} images \(\d cat, \d dog\)", out)
+    stored = {record["image"]: record["label"] for source in (train, validation) for record in source}
+    assert stored == {jpeg(i): i // 10 for i in range(20) if i not in (3, 15)}  # byte for byte
+    metadata = json.loads((tmp_path / "data/my_photos/1.0.0/metadata.json").read_text())
+    assert [line.split(":")[0] for line in metadata["skipped"]] == ["cat/3.jpg", "dog/5.jpg", "dog/gone.jpg"]
+
+
+def test_openmoji_end_to_end(tmp_path, capsys):
+    run("openmoji", "--size=16", data_dir=tmp_path)
+    out = capsys.readouterr().out
+    assert "train: 1,709 images (77 Activities," in out
+    assert "validation: 189 images (8 Activities," in out
+    assert "OpenMoji" in out and "CC BY-SA 4.0" in out
+    assert out.splitlines()[-1].startswith("next: python -m ibq_jax train --config=configs/tokenizer.py:openmoji64")
+    batches = evaluation_batches(
+        open_split("openmoji", tmp_path, "validation"), image_size=16, resize=16, batch_size=64
+    )
+    assert sum(batch["mask"].sum() for batch in batches) == 189
+
+
+def test_tar_shards_end_to_end(tmp_path, capsys):
+    for shard in range(2):
+        samples = [
+            (f"{i}.{suffix}", content)
+            for i in range(5)
+            for suffix, content in (("jpg", jpeg(i)), ("cls", b"%d" % (i % 2)))
+        ]
+        write_tar(tmp_path / f"s-{shard}.tar", samples)
+    run("tar", f"--in={tmp_path}/s-*.tar", "--name=shards", "--validation=0", data_dir=tmp_path)
+    assert "train: 10 images (6 0, 4 1)" in capsys.readouterr().out
+    source = open_split("shards", tmp_path, "train")
+    assert [record["label"] for record in source] == [0, 1, 0, 1, 0] * 2
+
+
+def test_imagenet_is_laid_out_as_tfds_does(tmp_path, capsys):
+    run("imagenet", f"--tars={fake_imagenet(tmp_path)}", data_dir=tmp_path / "data")
+    out = capsys.readouterr().out
+    assert "ImageNet 2012 has 1,281,167 there" in out
+    assert "train: 4 images of 1,000 classes, 0 to 2 each" in out
+    builder = tfds.builder("imagenet2012", data_dir=tmp_path / "data")
+    records = builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
+    assert [(record["file_name"], record["label"]) for record in records] == [
+        (b"n01443537_0.JPEG", 1),
+        (b"n01443537_1.JPEG", 1),
+        (b"n01440764_0.JPEG", 0),
+        (b"n01440764_1.JPEG", 0),
+    ]
+    assert len(open_split("imagenet2012", tmp_path / "data", "validation")) == 3
+
+
+def test_what_is_there_already_is_left_alone(photos, tmp_path, capsys):
+    run("folder", f"--in={photos}", "--name=x", data_dir=tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*")}
+    capsys.readouterr()
+    run("folder", f"--in={photos}", "--name=x", data_dir=tmp_path)
+    assert "there already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*")} == before
+
+
+def test_other_settings_need_a_decision(photos, tmp_path):
+    run("folder", f"--in={photos}", "--name=x", data_dir=tmp_path)
+    other = ("folder", f"--in={photos}", "--name=x", "--validation=0.5")
+    with pytest.raises(UsageError, match=r"was made with validation=0.05, not validation=0.5: pass --overwrite"):
+        run(*other, data_dir=tmp_path)
+    run(*other, "--overwrite", data_dir=tmp_path)
+    assert len(open_split("x", tmp_path, "validation")) > 5
+
+
+def test_nothing_readable_leaves_nothing(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_text("text")
+    with pytest.raises(UsageError, match=r"x: 1 images found and none can be read, the first a.png: no image"):
+        run("folder", f"--in={tmp_path}/in", "--name=x", data_dir=tmp_path / "data")
+    assert not list((tmp_path / "data").rglob("*.*"))
+    with pytest.raises(UsageError, match="no data set 'x'"):
+        open_split("x", tmp_path / "data", "train")
+
+
+def test_a_failed_overwrite_keeps_what_was_there(photos, tmp_path):
+    run("folder", f"--in={photos}", "--name=x", data_dir=tmp_path)
+    shutil.rmtree(photos / "cat")
+    shutil.rmtree(photos / "dog")
+    (photos / "a.png").write_text("text")
+    with pytest.raises(UsageError, match="none can be read"):
+        run("folder", f"--in={photos}", "--name=x", "--overwrite", data_dir=tmp_path)
+    assert open_split("x", tmp_path, "train").class_names == ("cat", "dog")
+
+
+def test_a_killed_run_leaves_nothing_that_looks_finished(photos, tmp_path):
+    command = ("folder", f"--in={photos}", "--name=x")
+    run(*command, data_dir=tmp_path)
+    (tmp_path / "x/1.0.0").rename(tmp_path / "x/1.0.0.incomplete")  # what SIGKILL leaves, at its most complete
+    with pytest.raises(UsageError, match="no data set 'x'"):
+        open_split("x", tmp_path, "train")
+    run(*command, data_dir=tmp_path)
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["1.0.0"]
+
+
+def test_two_runs_do_not_write_one_data_set(photos, tmp_path):
+    unfinished = tmp_path / "x" / "1.0.0.incomplete"
+    unfinished.mkdir(parents=True)
+    other = os.open(unfinished, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UsageError, match="being written by another process"):
+        run("folder", f"--in={photos}", "--name=x", data_dir=tmp_path)
+    os.close(other)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("write() failed: No space left on device; writing x; at byte 2076672"),  # as ArrayRecord says it
+    ],
+)
+def test_a_full_disk_is_said_so(photos, tmp_path, monkeypatch, error):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(tfds.core.SequentialWriter, "close_all", fail)
+    with pytest.raises(UsageError, match=r"x/1.0.0: the disk is full; nothing was kept"):
+        run("folder", f"--in={photos}", "--name=x", data_dir=tmp_path)
+    assert not list((tmp_path / "x").iterdir())
+
+
+def test_oversized_files_are_skipped(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(store, "MAX_ENCODED_BYTES", 2**20)
+    (photos / "cat" / "huge.jpg").write_bytes(jpeg(0) + bytes(2**20))
+    run("folder", f"--in={photos}", data_dir=tmp_path)
+    assert "skipped cat/huge.jpg: larger than 1 MiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "arguments are required: SOURCE"),
+        (["cifar"], "invalid choice: 'cifar'"),
+        (["openmoji", "--sise=64"], "unrecognized arguments: --sise=64"),
+        (["openmoji", "--size=big"], "argument --size: invalid int value: 'big'"),
+        (["folder"], "arguments are required: --in"),
+        (["folder", "--in=/nowhere", "--validation=1"], "'1' is no fraction"),
+        (["folder", "--in=/nowhere", "--validation=some"], "'some' is no fraction"),
+        (["folder", "--in=/nowhere"], "/nowhere is not a folder"),
+        (["folder", "--in=/"], "/ does not make a data set's name: give one with --name=NAME"),
+        (["tar", "--in=*.tar"], "arguments are required: --name"),
+        (["tar", "--in=*.tar", "--name=A-b"], "'A-b' is no name for a data set"),
+        (["imagenet", "--tars=/nowhere"], "lacks ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"),
+    ],
+)
+def test_wrong_use_is_one_line(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"^[^\n]*{re.escape(message)}[^\n]*$"):
+        prepare.main(argv)
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_may_have_dashes(photos, tmp_path):
+    prepare.main(["folder", "--in", str(photos), f"--data-dir={tmp_path}/some-where"])
+    assert open_split("my_photos", tmp_path / "some-where", "train").num_classes == 2
+
+
+def test_help_is_no_error(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        prepare.main(["folder", "--help"])
+    assert stopped.value.code == 0
+    assert "--validation FRACTION" in capsys.readouterr().out

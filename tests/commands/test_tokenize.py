@@ -1,0 +1,375 @@
+"""Tokenizing from the command line, end to end: complete, killed, resumed, shared, overwritten, and used wrongly."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from support import released
+from support.image_files import noise_file
+from support.small_runs import ROOT, arguments, save_run
+
+from ibq_jax import Tokenizer
+from ibq_jax.__main__ import main
+from ibq_jax.base.sharding import make_mesh
+from ibq_jax.commands import tokenize
+from ibq_jax.data import store
+from ibq_jax.data.pipeline import open_split
+from ibq_jax.data.preprocess import decode, resize_shorter_side, views
+from ibq_jax.data.sources import Collection, Example
+from ibq_jax.data.token_cache import open_codes
+from ibq_jax.tokenizer import tokenize as extract
+from ibq_jax.tokenizer.tokenize import Job, fingerprint
+
+SPLITS = "--splits=train[:100],validation[:20]"
+SIDE = 16  # pixels of a crop
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    assert main(["prepare", "openmoji", "--size=24", f"--data_dir={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_dir):
+    return save_run(tmp_path_factory.mktemp("runs") / "tok", data_dir)
+
+
+def command(run: Path, out: Path, *flags: str) -> list[str]:
+    return ["tokenize", f"--tokenizer={run}", f"--out={out}", *(flags or (SPLITS,))]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, run):
+    """A cache that nothing disturbed."""
+    out = tmp_path_factory.mktemp("caches") / "whole"
+    assert main(command(run, out)) == 0
+    return out
+
+
+def files(folder: Path) -> dict:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def expected_codes(run: Path, source, names: tuple[str, ...], resize: int = SIDE, use_ema: bool = True) -> np.ndarray:
+    """[N, V, h, w], as the public class encodes the crops."""
+    crops = [views(resize_shorter_side(decode(record["image"]), resize), names, SIDE) for record in source]
+    codes = Tokenizer.load(run, use_ema).encode(np.concatenate(crops))
+    return np.asarray(codes).reshape(len(crops), -1, *codes.shape[1:])
+
+
+def stored_codes(out: Path, split: str) -> np.ndarray:
+    return np.stack([image["codes"] for image in open_codes(out, split)])
+
+
+def test_a_cache_holds_the_codes_that_the_tokenizer_gives(run, data_dir, tmp_path, capsys):
+    out = tmp_path / "codes"
+    assert main(command(run, out)) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{out}/ holds the codes of openmoji by {run}, step 7, ema weights"
+    assert said[1].startswith("  train: 100 images (centre, flip), 12,800 codes; ") and " of 64 used, " in said[1]
+    assert said[2].startswith("  validation: 20 images (centre), 1,280 codes; ") and said[2].endswith(" nats")
+    fields = "--config.model.vocabulary=64 --config.model.grid=8,8 --config.model.num_classes=9"
+    train = f"train --config=configs/autoregressive.py:openmoji32 --config.codes={out} {fields} --workdir=runs/ar"
+    assert said[3:] == [f"next: python -m ibq_jax {train}"]
+
+    for split, names, size in (("train", ("centre", "flip"), 100), ("validation", ("centre",), 20)):
+        source, cached = open_split("openmoji", data_dir, f"{split}[:{size}]"), open_codes(out, split)
+        assert (len(cached), cached.num_codes, cached.grid, cached.views) == (size, 64, (8, 8), names)
+        assert cached.class_names == source.class_names
+        assert [image["label"] for image in cached] == [record["label"] for record in source]
+        assert [image["index"] for image in cached] == list(range(size))
+        codes = stored_codes(out, split)
+        np.testing.assert_array_equal(codes, expected_codes(run, source, names))
+        assert codes.dtype == np.uint8 and len({image.tobytes() for image in codes[:, 0]}) > 0.9 * size
+
+
+def test_the_manifest_says_what_the_codes_are_of(whole, run, data_dir):
+    manifest = open_codes(whole, "train").manifest
+    tokenizer = Tokenizer.load(run)
+    assert manifest["tokenizer"].pop("config")["codebook"]["size"] == 64
+    assert manifest["tokenizer"] == {
+        "fingerprint": fingerprint(tokenizer.model, tokenizer.params),
+        "path": str(run),
+        "step": 7,
+        "weights": "ema",
+    }
+    assert manifest["data"]["name"] == "openmoji" and manifest["data"]["dir"] == str(data_dir)
+    assert manifest["data"]["splits"]["train"] == {
+        "source": "train[:100]",
+        "images": 100,
+        "views": ["centre", "flip"],
+        "crops": 2,
+        "shards": 8,
+    }
+    assert manifest["preprocessing"] == {"image_size": 16, "resize": 16, "antialias": True}
+    assert [manifest[name] for name in ("precision", "codes", "grid", "dtype")] == ["float32", 64, [8, 8], "uint8"]
+    source = open_split("openmoji", data_dir, "train[:100]")
+    labels = np.bincount([record["label"] for record in source], minlength=source.num_classes)
+    assert manifest["splits"]["train"]["labels"] == labels.tolist()
+
+
+def test_ten_crops_of_larger_pictures_and_other_weights(run, data_dir, tmp_path):
+    flags = ("--views=ten_crop", "--resize=20", "--splits=train[:9],validation[:3]", "--weights=raw")
+    assert main(command(run, tmp_path / "codes", *flags, "--batch-size=16", "--threads=1")) == 0
+    codes = stored_codes(tmp_path / "codes", "train")
+    source = open_split("openmoji", data_dir, "train[:9]")
+    assert codes.shape == (9, 10, 8, 8)
+    np.testing.assert_array_equal(codes, expected_codes(run, source, ("ten_crop",), resize=20, use_ema=False))
+    assert open_codes(tmp_path / "codes", "train").manifest["tokenizer"]["weights"] == "raw"
+    assert stored_codes(tmp_path / "codes", "validation").shape == (3, 1, 8, 8)
+
+
+def test_a_complete_cache_is_left_alone(whole, run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert main(command(run, whole)) == 0
+    assert f"{whole} is complete already; --overwrite makes it anew" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+@pytest.mark.parametrize("shards", [0, 9])
+def test_stopped_while_it_writes_and_started_again_it_ends_the_same_to_the_byte(
+    shards, whole, run, tmp_path, monkeypatch, capsys
+):
+    written = []
+
+    def interrupted(path, records):
+        if len(written) == shards:
+            path.write_bytes(records.tobytes()[:100])
+            raise KeyboardInterrupt
+        written.append(records)
+        original(path, records)
+
+    original = extract.write_records
+    with monkeypatch.context() as patch:
+        patch.setattr(extract, "write_records", interrupted)
+        assert main(command(run, tmp_path / "codes")) == 130
+    assert not (tmp_path / "codes" / "manifest.json").exists()
+    for partial in tmp_path.rglob("*.partial"):
+        partial.write_bytes(b"what a SIGKILL would have left")
+    capsys.readouterr()
+    assert main(command(run, tmp_path / "codes")) == 0
+    images = sum(map(len, written))
+    assert (f"continuing: {images} of 120 images are encoded" in capsys.readouterr().out) == (shards > 0)
+    assert files(tmp_path / "codes") == files(whole)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_ends_the_same_to_the_byte(run, tmp_path):
+    whole, killed, flags = tmp_path / "whole", tmp_path / "killed", ("--views=centre", "--batch-size=8")
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_NUM_CPU_DEVICES": "8"}
+    start = [sys.executable, "-m", "ibq_jax"]
+    subprocess.run([*start, *command(run, whole, *flags)], cwd=ROOT, env=environment, check=True)
+    for shards in (1, 4):
+        process = subprocess.Popen([*start, *command(run, killed, *flags)], cwd=ROOT, env=environment)
+        while process.poll() is None and len(list(killed.glob("train/*.array_record"))) < shards:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (killed / "manifest.json").exists()
+    subprocess.run([*start, *command(run, killed, *flags)], cwd=ROOT, env=environment, check=True)
+    assert files(killed) == files(whole)
+
+
+@pytest.mark.slow
+def test_a_trained_run_is_tokenized(data_dir, tmp_path):
+    run, out = tmp_path / "tok", tmp_path / "codes"
+    assert main(arguments(run, data_dir, "train.steps=1")) == 0
+    assert main(command(run, out)) == 0
+    source = open_split("openmoji", data_dir, "train[:100]")
+    np.testing.assert_array_equal(stored_codes(out, "train"), expected_codes(run, source, ("centre", "flip")))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_processes_write_what_one_does(order, whole, run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "codes"
+    for index in order:
+        process = SimpleNamespace(process_index=lambda index=index: index, process_count=lambda: 2)
+        monkeypatch.setattr(tokenize, "jax", process)
+        capsys.readouterr()
+        assert main(command(run, out)) == 0
+        if index == order[0]:
+            assert "this process is done; the last of the others to end completes" in capsys.readouterr().out
+            numbers = {int(path.name[:5]) % 2 for path in out.rglob("*.array_record")}
+            assert numbers == {index} and not (out / "manifest.json").exists()
+    assert f"{out}/ holds the codes of openmoji" in capsys.readouterr().out
+    assert files(out) == files(whole)
+    assert main(command(run, out, SPLITS, "--overwrite")) == 2
+    assert "--overwrite is for one process, not 2: remove " in capsys.readouterr().err
+
+
+def test_one_device_gives_the_codes_of_eight(whole, run, tmp_path, monkeypatch):
+    [first, *_] = jax.devices()
+    monkeypatch.setattr(jax, "local_devices", lambda: [first])
+    assert main(command(run, tmp_path / "codes")) == 0
+    for split in ("train", "validation"):
+        np.testing.assert_array_equal(stored_codes(tmp_path / "codes", split), stored_codes(whole, split))
+
+
+def test_a_cache_of_another_tokenizer_needs_a_decision(whole, run, data_dir, tmp_path, capsys):
+    out, other = tmp_path / "codes", save_run(tmp_path / "other", data_dir, "seed=1", "codebook.size=512")
+    shutil.copytree(whole, out)
+    before = files(out)
+    assert main(command(other, out, "--views=centre", SPLITS)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--overwrite replaces it" in error
+    for words in ("tokenizer.fingerprint: the cache has ", "codes: the cache has 64, this command asks for 512"):
+        assert words in error
+    assert "data.splits.train.views: the cache has ('centre', 'flip'), this command asks for ('centre',)" in error
+    assert files(out) == before
+    assert main(command(other, out, "--views=centre", SPLITS, "--overwrite")) == 0
+    assert open_codes(out, "train").num_codes == 512
+    assert stored_codes(out, "train").shape == (100, 1, 8, 8)
+    assert main(command(run, out, SPLITS, "--overwrite")) == 0
+    assert files(out) == before
+
+
+def test_a_moved_run_is_the_same_tokenizer(whole, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "moved")
+    assert main(command(tmp_path / "moved", whole)) == 0
+    assert "is complete already" in capsys.readouterr().out
+
+
+def test_a_fingerprint_is_of_the_weights_and_the_architecture_alone(run, data_dir, tmp_path):
+    tokenizer = Tokenizer.load(run)
+    model, params = tokenizer.model, tokenizer.params
+    print_ = fingerprint(model, params)
+    assert len(print_) == 64
+    mesh = make_mesh({"codebook": 8})
+    sharded = jax.tree.map(np.asarray, params)
+    sharded["quantize"]["codebook"] = jax.device_put(
+        params["quantize"]["codebook"], NamedSharding(mesh, PartitionSpec("codebook"))
+    )
+    settings = model.quantizer_settings.copy({"block_size": 8, "beta": 0.5})
+    assert fingerprint(model.clone(mesh=mesh, remat="blocks", quantizer_settings=settings), sharded) == print_
+    raw = Tokenizer.load(run, use_ema=False)
+    other_bias = jax.tree.map(np.array, params)
+    other_bias["quant_conv"]["bias"][0] += 1e-6
+    others = [
+        fingerprint(raw.model, raw.params),
+        fingerprint(model, other_bias),
+        fingerprint(model.clone(dtype=jnp.bfloat16), params),
+        fingerprint(model.clone(resolution=32), params),
+    ]
+    assert len({print_, *others}) == 5
+
+
+def test_an_imported_tokenizer_is_extracted_with_too(data_dir, tmp_path):
+    state_dict, config, _ = released.tokenizer()
+    tokenizer = Tokenizer.from_torch(state_dict, config)
+    again = Tokenizer.from_torch(tokenizer.to_torch(), config)
+    assert fingerprint(again.model, again.params) == fingerprint(tokenizer.model, tokenizer.params)
+    sources = {split: open_split("openmoji", data_dir, f"{split}[:10]") for split in ("train", "validation")}
+    names = {"train": ("flip",), "validation": ("centre",)}
+    job = Job(sources, names, image_size=SIDE, resize=SIDE, batch_size=8, threads=1)
+    origin = {"path": "tokenizer.ckpt", "step": 0, "weights": "raw", "config": config}
+    where = dict(overwrite=False, process_index=0, process_count=1)
+    manifest = extract.extract(tokenizer.model, tokenizer.params, job, tmp_path / "codes", origin, **where)
+    assert manifest["tokenizer"]["config"] == config
+    crops = [resize_shorter_side(decode(record["image"]), SIDE)[:, ::-1] for record in sources["train"]]
+    np.testing.assert_array_equal(stored_codes(tmp_path / "codes", "train")[:, 0], tokenizer.encode(np.stack(crops)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--views=centre,left"], "there is no view 'left'; the views are centre, flip, ten_crop"),
+        (["--views=centre,centre"], "--views=centre,centre has a crop twice"),
+        (["--views=centre,ten_crop"], "has a crop twice; ten_crop has the centre and its flip in it"),
+        (["--views=ten_crop"], "no corners to go to in images resized to 16; give --resize=18, or more"),
+        (["--views=ten_crop", "--resize=17"], "ten_crop would store equal crops"),
+        (["--resize=15"], "resize=15 is smaller than image_size=16: a crop would not fit"),
+        (["--resize=0"], "'0' is no whole number of at least 1"),
+        (["--batch-size=12"], "--batch-size=12 does not divide over 8 devices; use a multiple of 8"),
+        (["--data=photos"], "no data set 'photos' in "),
+        (["--data-dir=/nowhere"], "no data set 'openmoji' in /nowhere: make it with "),
+        (["--splits=train"], "'train' is not the names of two splits"),
+        (["--splits=train,test"], "has no split 'test'; it has train, validation"),
+        (["--splits=train[:0],validation"], "has no images in split 'train[:0]'"),
+        (["--splits=train[7,validation"], "has no split 'train[7': Unrecognized split format"),
+        (["--weights=best"], "invalid choice: 'best'"),
+        (["--tokenizer=nowhere"], "nowhere/config.json does not exist"),
+        (["--size=3"], "unrecognized arguments: --size=3"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(flags, words, run, tmp_path, capsys):
+    assert main(command(run, tmp_path / "codes", *flags)) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and error.startswith("ibq_jax tokenize: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_out_that_is_something_else_is_left_alone(run, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("precious")
+    for out, words in ((file, "is a file: the token cache needs a folder"), (run, "is no token cache, it holds ")):
+        assert main(command(run, out, SPLITS, "--overwrite")) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+    assert file.read_text() == "precious" and sorted(os.listdir(run)) == ["checkpoints", "config.json"]
+
+
+def test_a_run_of_another_stage_is_refused(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text()) | {"stage": "autoregressive"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    assert main(command(tmp_path / "run", tmp_path / "codes")) == 2
+    assert "is a run of stage 'autoregressive'; this needs a tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "codes").exists()
+
+
+def noisy(name: str, classes: tuple[str, ...], broken: int | None) -> Collection:
+    def examples():
+        for i in range(40):
+            content = b"junk" if i == broken else noise_file(i)
+            split = "train" if i < 30 else "validation"
+            yield Example(split, f"{i}.png", lambda content=content: content, 0 if classes else None)
+
+    return Collection(name, "noise", examples, class_names=classes)
+
+
+def test_a_record_that_is_no_image_is_named_and_what_is_whole_is_kept(run, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "decode", lambda encoded: None)
+        store.write_dataset(noisy("bad", ("a",), broken=17), tmp_path, {})
+    capsys.readouterr()
+    assert main(command(run, tmp_path / "codes", "--data=bad", f"--data-dir={tmp_path}")) == 2
+    error = capsys.readouterr().err
+    assert f"data set bad in {tmp_path}, split 'train', record 17 is no image" in error and error.count("\n") == 1
+    assert len(list(tmp_path.rglob("*-of-00008.array_record"))) == 4  # records 15 to 18 are the fifth shard
+    assert not (tmp_path / "codes" / "manifest.json").exists()
+
+
+def test_images_without_classes_are_labelled_minus_one(run, tmp_path):
+    store.write_dataset(noisy("plain", (), broken=None), tmp_path, {})
+    assert main(command(run, tmp_path / "codes", "--data=plain", f"--data-dir={tmp_path}", "--views=centre")) == 0
+    source = open_codes(tmp_path / "codes", "train")
+    assert source.num_classes == 0 and {image["label"] for image in source} == {-1}
+
+
+def test_a_full_disk_is_one_line_and_it_goes_on_when_there_is_room(whole, run, tmp_path, capsys):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        assert main(command(run, tmp_path / "codes")) == 2
+        error = capsys.readouterr().err
+        assert "the disk is full; free room and rerun" in error and error.count("\n") == 1
+        subprocess.run(["mount", "-o", "remount,size=20m", tmp_path], check=True)
+        assert main(command(run, tmp_path / "codes")) == 0
+        assert "continuing: " in capsys.readouterr().out
+        assert files(tmp_path / "codes") == files(whole)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

@@ -1,0 +1,94 @@
+"""A preset of each stage shrunk until it trains in seconds, for the tests of the commands."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ibq_jax.base.checkpoint import Checkpoints
+from ibq_jax.base.config import load_config, save_config
+from ibq_jax.base.sharding import abstract_state, create_sharded, make_mesh
+from ibq_jax.tokenizer.step import Trainer
+
+ROOT = Path(__file__).parents[2]
+STEPS = 12
+SMALL = (
+    "data.image_size=16",
+    "data.resize=16",
+    "data.batch_size=8",
+    "model.resolution=16",
+    "model.z_channels=16",
+    "codebook.size=64",
+    "codebook.dim=8",
+    "quantizer.entropy_group_tokens=128",
+    "discriminator.channels=8",
+    "discriminator.layers=1",
+    "discriminator.norm_group=2",
+    f"train.steps={STEPS}",
+    "log.every=1",
+    "log.images_every=6",
+    "evaluate.every=6",
+    "evaluate.examples=24",
+    "evaluate.batch_size=8",
+    "checkpoint.every=4",
+    "checkpoint.keep_last=2",
+)
+
+
+def arguments(workdir: Path, data_dir: Path, *overrides: str, preset: str = "openmoji32") -> list[str]:
+    """Of the command that trains it."""
+    fields = [f"--config.{field}" for field in (*SMALL, f"data.dir={data_dir}", *overrides)]
+    return ["train", f"--config={ROOT}/configs/tokenizer.py:{preset}", f"--workdir={workdir}", *fields]
+
+
+def save_run(workdir: Path, data_dir: Path, *overrides: str) -> Path:
+    """What training a tokenizer leaves, without the training: random weights of the shapes that they would have."""
+    _, spec, _, *fields = arguments(workdir, data_dir, *overrides)
+    config = load_config(spec.partition("=")[2], fields)
+    trainer = Trainer(config, make_mesh({"data": -1}), steps_per_epoch=1)
+    shapes, shardings = abstract_state(trainer.create_state, trainer.mesh, config.seed)
+    rng = np.random.default_rng(config.seed)
+    arrays = jax.tree.map(lambda leaf: (rng.standard_normal(leaf.shape) / 5).astype(leaf.dtype), shapes)
+    return _save(workdir, config, jax.device_put(arrays, shardings))
+
+
+def save_untrained_run(workdir: Path, preset: str, *overrides: str) -> Path:
+    """A tokenizer's run as it is before its first step."""
+    config = load_config(f"{ROOT}/configs/tokenizer.py:{preset}", [f"--config.{field}" for field in overrides])
+    trainer = Trainer(config, make_mesh({"data": -1}), steps_per_epoch=1)
+    return _save(workdir, config, create_sharded(trainer.create_state, trainer.mesh, config.seed))
+
+
+def _save(workdir: Path, config, state) -> Path:
+    workdir.mkdir(parents=True)
+    save_config(config, workdir / "config.json")
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints.save(7, state, {})
+    checkpoints.close()
+    return workdir
+
+
+SMALL_GENERATOR = (
+    "data.batch_size=16",
+    "model.vocabulary=64",
+    "model.grid=(8, 8)",
+    "model.layers=2",
+    "model.heads=2",
+    "model.kv_heads=2",
+    "model.width=32",
+    "model.codebook_dim=8",
+    f"train.steps={STEPS}",
+    "log.every=1",
+    "log.images_every=6",
+    "log.images=2",
+    "evaluate.every=6",
+    "evaluate.batch_size=16",
+    "checkpoint.every=4",
+    "checkpoint.keep_last=2",
+)
+
+
+def generator_arguments(workdir: Path, codes: Path, *overrides: str, preset: str = "openmoji32") -> list[str]:
+    """Of the command that trains a generator on the cache `codes`, which a tokenizer of SMALL made."""
+    fields = [f"--config.{field}" for field in (*SMALL_GENERATOR, f"codes={codes}", *overrides)]
+    return ["train", f"--config={ROOT}/configs/autoregressive.py:{preset}", f"--workdir={workdir}", *fields]

@@ -1,0 +1,306 @@
+"""Sweeps: which points a grid has, how each way that a point can end is told, and the table of what they logged."""
+
+import csv
+import json
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.jobs import ended, last_step, wait_for_step
+from support.small_runs import ROOT, SMALL, STEPS
+
+from ibq_jax.__main__ import main
+from ibq_jax.base.config import PREFIX, load_config, save_config
+from ibq_jax.base.errors import UsageError
+from ibq_jax.sweep.grid import Grid, parse_over, read_study
+
+SPEC = f"{ROOT}/configs/tokenizer.py:openmoji32"
+
+# In the place of python -m ibq_jax: leaves what a run would, and ends as its codebook's size says. With a seed of 1 a
+# size of 4 waits until it is told to stop; a second signal would find no handler.
+TRAIN = """
+import json, os, pathlib, signal, sys, time
+from ibq_jax.base.config import load_config, save_config
+flags = dict(argument.removeprefix("--").split("=", 1) for argument in sys.argv[2:4])
+config, workdir = load_config(flags["config"], sys.argv[4:]), pathlib.Path(flags["workdir"])
+print("started", flush=True)
+size, words = config.codebook.size, "step 1: the codebook has collapsed"
+if size == 5:
+    sys.exit("ibq_jax train: codebook.size=5 is not allowed")
+save_config(config, workdir / "config.json")
+row = {"step": size, "validation/psnr": 10.0 * size, "validation/images": 64}
+(workdir / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
+def save(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(0.2)
+    sys.exit(143)
+if size == 4 and config.seed and not (workdir / "ready").exists():
+    signal.signal(signal.SIGTERM, save)
+    (workdir / "ready").touch()
+    time.sleep(60)
+if size == 6:
+    (workdir / "stopped_step6_process0.json").write_text(json.dumps({"step": 6, "reason": words}))
+    sys.exit(f"ibq_jax train: {words}")
+if size == 7:
+    os.kill(os.getpid(), signal.SIGKILL)
+if size == 8:
+    raise MemoryError("RESOURCE_EXHAUSTED: no room for 8 codes")
+if size == 9:
+    print("hosts.sh: what is this?")
+    sys.exit(9)
+"""
+
+
+def sweep(workdir: Path, sizes: str, *flags: str) -> list[str]:
+    return ["sweep", f"--config={SPEC}", f"--over=codebook.size={sizes}", f"--workdir={workdir}", *flags]
+
+
+@pytest.fixture
+def launcher(tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    return f"--launcher={shlex.join([sys.executable, str(tmp_path / 'train.py')])}"
+
+
+def results(workdir: Path) -> dict[str, dict]:
+    return {point["name"]: point for point in json.loads((workdir / "results.json").read_text())["points"]}
+
+
+# Grids
+
+
+def test_points_are_a_product_with_readable_names():
+    over = parse_over(
+        ["codebook.size=256,1024", "model.channel_multipliers=(1,2),(1,2,2)", "optimizer.learning_rate=1e-3"]
+    )
+    points = Grid(SPEC, over, seeds=2, overrides=(f"{PREFIX}train.steps=5",)).points()
+    assert [point.index for point in points] == list(range(8))
+    assert points[0].name == "size=256_channel_multipliers=1x2_learning_rate=0.001_seed=0"
+    assert points[7].name == "size=1024_channel_multipliers=1x2x2_learning_rate=0.001_seed=1"
+    config = points[7].config
+    assert (config.codebook.size, config.model.channel_multipliers, config.seed) == (1024, (1, 2, 2), 1)
+    assert points[7].values["model.channel_multipliers"] == (1, 2, 2) and config.train.steps == 5
+
+
+def test_fields_that_end_alike_are_named_in_full_and_values_fit_a_folder():
+    over = parse_over(["model.channels=32", "discriminator.channels=16,32", "data.dir=/data/my set"])
+    first, _ = Grid(SPEC, over).points()
+    assert first.name == "model.channels=32_discriminator.channels=16_dir=-data-my-set_seed=0"
+
+
+WRONG = [
+    (["--over=codebook.sise=1,2"], "--over codebook.sise=1: the config has no field 'codebook.sise'; did you mean"),
+    (["--over=codebook.size=1,two"], "--over codebook.size=two: codebook.size is of type int"),
+    (["--over=model.channel_multipliers=(1,2"], "which '(1,2' is not"),
+    (["--over=codebook.size"], "write --over FIELD=VALUE,VALUE"),
+    (["--over=codebook.size="], "there is no value"),
+    (["--over=codebook.size=1", "--over=codebook.size=2"], "codebook.size is swept twice"),
+    (["--over=codebook.size=8,8"], "two points would have the folder size=8_seed=0"),
+    (["--over=seed=1,2"], "seed is swept by --seeds=N"),
+    (["--seeds=2", "--config.seed=1"], "seed is swept by --seeds=N"),
+    (["--over=codebook.size=8", "--config.codebook.size=9"], "codebook.size is both swept and overridden"),
+    ([], "nothing is swept"),
+    (["--seeds=0"], "'0' is no whole number of at least 1"),
+    (["--seeds=2", "--point=2"], "the points are 0 to 1"),
+    (["--seeds=2", "--list", "--table"], "not allowed with argument"),
+    (["--seeds=2", "--launcher=no-such-command run"], "is no command that is there"),
+    (["--seeds=2", "--sizes=3"], "unknown argument --sizes=3"),
+    (["--seeds=2", "--study=x.py"], "give either --config=FILE.py:PRESET with --over, or --study"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG)
+def test_wrong_use_is_one_line_before_anything_starts(tmp_path, capsys, flags, message):
+    assert main(["sweep", f"--config={SPEC}", f"--workdir={tmp_path / 'sweep'}", *flags]) == 2
+    err = capsys.readouterr().err
+    assert message in err and len(err.splitlines()) == 1 and not (tmp_path / "sweep").exists()
+
+
+STUDY = """
+CONFIG = {spec!r}
+OVER = {{"codebook.size": (256, 1024), "model.channel_multipliers": [(1, 2), (1, 2, 2)]}}
+SEEDS = 2
+OVERRIDES = {{"train.steps": 7}}
+"""
+
+
+def test_a_study_states_what_the_flags_would(tmp_path, capsys):
+    study = tmp_path / "study.py"
+    study.write_text(STUDY.format(spec=SPEC))
+    over = parse_over(["codebook.size=256,1024", "model.channel_multipliers=(1,2),(1,2,2)"])
+    points = Grid(SPEC, over, 2, (f"{PREFIX}train.steps=7",)).points()
+    assert [point.config for point in read_study(str(study)).points()] == [point.config for point in points]
+    arguments = ["sweep", f"--study={study}", f"--workdir={tmp_path / 'sweep'}", "--list"]
+    assert main([*arguments, "--seeds=1", "--config.train.steps=9"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 4 and out[0] == "0  size=256_channel_multipliers=1x2_seed=0  pending"
+    assert main([*arguments, "--over=codebook.dim=8"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("OVERIDES = {}", "a study has no OVERIDES; did you mean OVERRIDES"),
+        ("OVER = {}", "CONFIG is missing, or no str"),
+        ("CONFIG = 'a.py:b'\nOVER = {'codebook.size': 8}", r"OVER\['codebook.size'\] is no list of values"),
+        ("CONFIG = 'a.py:b'\nOVER = {}\nSEEDS = 0", "SEEDS=0"),
+    ],
+)
+def test_a_study_that_is_none_is_told(tmp_path, text, message):
+    (tmp_path / "study.py").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_study(str(tmp_path / "study.py"))
+
+
+# Points, with a stand-in of `train`
+
+
+def test_every_end_of_a_point_is_told_and_the_rest_is_done(tmp_path, launcher, start):
+    """In a process whose devices are nowhere: only the points' processes may look for them."""
+    workdir = tmp_path / "sweep"
+    arguments = sweep(workdir, "3,5,6,7,8,9", launcher, "--metrics=validation/psnr,validation/absent")
+    ((code, out),) = ended(start(arguments, JAX_PLATFORMS="nowhere"))
+    assert code == 1 and out.splitlines()[-1].startswith("ibq_jax sweep: 5 of 6 points are not done (size=5_seed=0 is")
+    found = results(workdir)
+    assert [(point["status"], point["reason"]) for point in found.values()] == [
+        ("done", ""),
+        ("failed", "codebook.size=5 is not allowed"),
+        ("stopped", "step 1: the codebook has collapsed"),
+        ("failed", "ended by SIGKILL, as the system does when memory runs out"),
+        ("failed", "MemoryError: RESOURCE_EXHAUSTED: no room for 8 codes"),
+        ("failed", "exit code 9: hosts.sh: what is this?"),
+    ]
+    table = (workdir / "table.md").read_text()
+    assert "| 3 | done | 30.00 |" in table and "| 6 | stopped | 60.00 |" in table and "| 7 | failed |  |" in table
+    assert "- size=6_seed=0: stopped at step 6 (validated at step 6): step 1: the codebook has collapsed\n" in table
+    assert "- no point has logged validation/absent\n" in table
+    assert {path.name for path in (workdir / "plots").iterdir()} == {
+        "validation_psnr_over_size.png",
+        "validation_psnr_over_steps.png",
+    }
+
+    assert ended(start(arguments, JAX_PLATFORMS="nowhere"))[0][0] == 1
+    started = {point: (workdir / point / "log.txt").read_text().count("started") for point in found}
+    assert [*started.values()] == [1, 2, 1, 2, 2, 2]  # what failed is tried again, what ended is not
+
+
+def test_ctrl_c_reaches_the_point_once_and_the_same_command_goes_on(tmp_path, launcher, start):
+    workdir = tmp_path / "sweep"
+    arguments = sweep(workdir, "4,3", launcher, "--seeds=2")
+    (process,) = start(arguments)
+    while not (workdir / "size=4_seed=1/ready").exists():
+        assert process.poll() is None, ended([process])
+        time.sleep(0.02)
+    locked = sweep(workdir, "4,3", launcher, "--seeds=2", "--point=1")
+    ((code, out),) = ended(start(locked))
+    assert code == 1 and "size=4_seed=1: another process trains it now" in out
+    process.send_signal(signal.SIGINT)
+    ((code, out),) = ended([process])
+    assert code == 130, out
+    assert out.endswith("ibq_jax sweep: SIGINT: size=4_seed=1 was stopped; the same command continues\n")
+    assert "size=3" not in out
+    ((code, out),) = ended(start(arguments))
+    assert code == 0 and "size=4_seed=0: done before" in out and "| 4 | 2 done | 40.00 |" in out
+
+
+def test_points_may_be_trained_one_by_one(tmp_path, launcher, capsys):
+    workdir = tmp_path / "sweep"
+    assert main(sweep(workdir, "2,3,7", launcher, "--point=1")) == 0
+    assert main(sweep(workdir, "2,3,7", launcher, "--point=2")) == 1
+    assert not (workdir / "table.md").exists()
+    capsys.readouterr()
+    assert main(sweep(workdir, "2,3,7", "--list")) == 0
+    assert [line.split()[2] for line in capsys.readouterr().out.splitlines()] == ["pending", "done", "failed"]
+    assert main(sweep(workdir, "2,3,7", "--table")) == 0
+    assert [point["status"] for point in results(workdir).values()] == ["pending", "done", "failed"]
+    assert main(sweep(workdir, "3", "--table", "--config.codebook.dim=7")) == 0
+    (point,) = results(workdir).values()
+    assert point["status"] == "pending" and "another config (codebook.dim: 32 -> 7)" in point["reason"]
+    assert point["metrics"] == {}
+
+
+# The table
+
+
+def fabricate(workdir: Path, size: int, seed: int, rows: list[dict], status: str = "done") -> None:
+    point = workdir / f"size={size}_seed={seed}"
+    point.mkdir(parents=True)
+    save_config(load_config(SPEC, [f"{PREFIX}codebook.size={size}", f"{PREFIX}seed={seed}"]), point / "config.json")
+    (point / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (point / "outcome.json").write_text(json.dumps({"status": status, "reason": "" if status == "done" else "why"}))
+
+
+def test_the_spread_is_of_the_seeds_that_came_to_an_end(tmp_path, capsys):
+    workdir = tmp_path / "sweep"
+    for seed, psnr in enumerate([20.0, 21.0, 25.0]):
+        early = {"step": 100, "validation/psnr": 1.0, "codebook/usage": 0.5}
+        last = {"step": 200, "validation/psnr": psnr, "validation/usage": 0.25, "validation/images": 100}
+        fabricate(workdir, 256, seed, [early, last])
+    fabricate(workdir, 1024, 0, [{"step": 200, "validation/psnr": 24.0}])
+    fabricate(workdir, 1024, 1, [{"step": 50, "validation/psnr": 12.0}], "stopped")
+    fabricate(workdir, 1024, 2, [{"step": 150, "validation/psnr": 99.0}], "failed")
+    clock = [
+        {"step": 0, "wall": 0, "start": True, "seconds": {}},
+        {"step": 10, "wall": 9, "start": False, "seconds": {"first step": 8.0, "step": 1.0}},
+        {"step": 30, "wall": 20, "start": False, "seconds": {"step": 3.0, "data": 1.0, "evaluation": 7.0}},
+        {"step": 20, "wall": 30, "start": True, "seconds": {}},
+        {"step": 30, "wall": 40, "start": False, "seconds": {"first step": 5.0}},
+        {"step": 40, "wall": 50, "start": False, "seconds": {"step": 1.0}},
+    ]
+    (workdir / "size=1024_seed=0/timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in clock))
+    assert main(sweep(workdir, "256,1024", "--seeds=3", "--table")) == 0
+
+    small, large = csv.DictReader((workdir / "table.csv").open())
+    columns = ("validation/psnr", "validation/psnr least", "validation/psnr greatest")
+    assert [float(small[column]) for column in columns] == [22.0, 20.0, 25.0]
+    assert [float(large[column]) for column in columns] == [18.0, 12.0, 24.0]
+    assert large["status"] == "1 done, 1 stopped, 1 failed" and large["validation/usage"] == ""
+    table = (workdir / "table.md").read_text()
+    assert "| 256 | 3 done | 22.00 (20.00..25.00) | 25.0% | 50.0% | 200 |" in table
+    assert "mean (least..greatest) over the seeds" in table and "![plots/validation_psnr_over_size.png]" in table
+    assert table.partition("\n![")[0] in capsys.readouterr().out
+    found = results(workdir)
+    assert found["size=1024_seed=2"]["metrics"]["validation/psnr"] == {"step": 150, "value": 99.0}
+    clocked = found["size=1024_seed=0"]
+    assert clocked["seconds"] == 26.0 and clocked["images_per_second"] == 16 * (20 + 10) / (4.0 + 1.0)
+
+
+# For real
+
+
+@pytest.mark.slow
+def test_a_sweep_is_stopped_goes_on_and_tells_what_its_runs_logged(tmp_path, data_dir, start):
+    workdir = tmp_path / "sweep"
+    fields = [f"{PREFIX}{field}" for field in (*SMALL, "watch.warmup_steps=0", f"data.dir={data_dir}")]
+    arguments = ["sweep", f"--config={SPEC}", "--over=watch.usage_floor=0.0,1.0", f"--workdir={workdir}", *fields]
+    whole, collapsed = (workdir / f"usage_floor={floor}_seed=0" for floor in (0.0, 1.0))
+    (process,) = start(arguments, devices=1)
+    wait_for_step([process], whole, 2)
+    process.send_signal(signal.SIGTERM)
+    ((code, out),) = ended([process])
+    assert code == 143 and f"SIGTERM: {whole.name} was stopped; the same command continues" in out
+    saved = last_step(whole)
+    assert 2 <= saved < STEPS and (whole / f"checkpoints/{saved}").is_dir() and not collapsed.exists()
+
+    ((code, out),) = ended(start(arguments, devices=1))
+    assert code == 1 and "1 of 2 points are not done (usage_floor=1.0_seed=0 is stopped)" in out
+    assert f"continuing from step {saved}" in (whole / "log.txt").read_text()
+    found = results(workdir)
+    assert found[whole.name]["status"] == "done" and found[whole.name]["step"] == STEPS
+    assert "the codebook has collapsed" in found[collapsed.name]["reason"]
+    for folder in (whole, collapsed):
+        logged = {}
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            logged |= {name: {"step": row["step"], "value": value} for name, value in row.items() if name != "step"}
+        assert found[folder.name]["metrics"] == logged
+    assert found[collapsed.name]["metrics"]["codebook/usage"]["step"] == 1
+
+    logs = {folder: (folder / "log.txt").read_bytes() for folder in (whole, collapsed)}
+    assert ended(start(arguments, devices=1))[0][0] == 1
+    assert {folder: (folder / "log.txt").read_bytes() for folder in logs} == logs
+
+    ((code, out),) = ended(start([*arguments, "--config.quantizer.beta=0.5", "--point=0"], devices=1))
+    assert code == 1 and "holds a run of another config (quantizer.beta: 0.25 -> 0.5); use another --workdir" in out

@@ -1,0 +1,205 @@
+"""The train step: against the released code's (see four_steps.py), on several meshes, in micro-batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from support import four_steps, released
+
+from ibq_jax.base.config import load_config
+from ibq_jax.base.sharding import abstract_state, batch_sharding, create_sharded, make_mesh, replicated
+from ibq_jax.tokenizer.step import Trainer
+
+LOGGED = {
+    "train/total_loss": "loss/total",
+    "train/nll_loss": "loss/nll",
+    "train/reconstruct_loss": "loss/l1",
+    "train/perceptual_loss": "loss/lpips",
+    "train/codebook_loss": "loss/codebook",
+    "train/codebook_quant_loss": "loss/quantizer",
+    "train/codebook_entropy_loss": "loss/entropy",
+    "train/codebook_sample_entropy_loss": "codebook/sample_entropy",
+    "train/codebook_avg_entropy_loss": "codebook/average_entropy",
+    "train/unsacled_g_loss": "loss/adversarial",
+    "train/disc_loss": "adversary/discriminator",
+    "train/lecam_loss": "adversary/lecam",
+    "train/logits_real": "adversary/logits_real",
+    "train/logits_fake": "adversary/logits_fake",
+}
+
+LOSSES = ("loss/", "adversary/")
+
+CPU = Path("/proc/cpuinfo")
+# Measured on an AMD EPYC with AVX2: gradients 1.2e-4 off; the entropy loss 3e-5 off on eight devices, 5e-5 in
+# micro-batches.
+rounds_worse_without_avx512 = pytest.mark.xfail(
+    CPU.exists() and "avx512f" not in CPU.read_text(),
+    reason="float32 on this CPU rounds worse than asked",
+    strict=False,
+)
+
+
+def assert_logged(ours: dict, theirs: dict, tolerance: float) -> None:
+    for their_name, name in LOGGED.items():
+        error = abs(ours[name] - theirs[their_name])
+        assert error <= tolerance * max(1.0, abs(theirs[their_name])), f"{name}: off by {error:.1e}"
+
+
+def assert_same(logs: list[dict], others: list[dict], beginnings: str | tuple[str, ...] = "") -> None:
+    """Of every step the scalars whose names begin so, to 1e-5."""
+    for ours, theirs in zip(logs, others, strict=True):
+        for name, value in theirs.items():
+            if name.startswith(beginnings):
+                assert abs(ours[name] - value) <= 1e-5 * max(1.0, abs(value)), name
+
+
+@rounds_worse_without_avx512
+def test_first_float32_step_is_the_released_one():
+    expected, exact = released.load("train_steps"), released.load("train_steps_float64")
+    logs, gradients, _ = four_steps.take(steps=1)
+    assert_logged(logs[0], json.loads(str(expected["logs"]))[0], 1e-6)
+    names = [name for name in expected if name.startswith("grad0/")]
+    assert len(names) == 9
+    for name in names:
+        # The golden ones are rounded too: both are held to what the released code computes in float64.
+        released.assert_close(gradients[name.removeprefix("grad0/")], exact[name], 1e-4)
+
+
+@pytest.mark.slow
+def test_four_float64_steps_end_where_the_released_code_ends(tmp_path):
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{tests.parent}:{tests}"}
+    command = [sys.executable, str(tests / "support" / "four_steps.py"), str(tmp_path / "ours.npz")]
+    subprocess.run(command, check=True, env=environment, cwd=tests)
+    with np.load(tmp_path / "ours.npz") as file:
+        ours = dict(file)
+    expected = released.load("train_steps_float64")
+    logs, published = json.loads(str(ours.pop("logs"))), json.loads(str(expected.pop("logs")))
+    assert len(logs) == len(published) == 4
+    for ours_logged, theirs_logged in zip(logs, published, strict=True):
+        assert_logged(ours_logged, theirs_logged, 1e-4)
+    assert len(expected) == 9 + 34
+    for name, tensor in expected.items():
+        released.assert_close(ours[name], tensor, 1e-7 if name.startswith("grad0/") else 1e-4)
+
+
+def small_config(*overrides: str):
+    """openmoji32 at 16 pixels, shrunk until a step takes a moment."""
+    fields = {
+        "data.image_size": 16,
+        "data.resize": 16,
+        "data.batch_size": 16,
+        "model.resolution": 16,
+        "model.channels": 32,
+        "model.channel_multipliers": (1, 1),
+        "model.z_channels": 16,
+        "codebook.size": 64,
+        "codebook.dim": 8,
+        "quantizer.entropy_group_tokens": 256,
+        "discriminator.channels": 8,
+        "discriminator.layers": 1,
+        "discriminator.norm_group": 4,
+    }
+    arguments = [f"--config.{name}={value}" for name, value in fields.items()]
+    return load_config(f"{four_steps.CONFIGS}/tokenizer.py:openmoji32", [*arguments, *overrides])
+
+
+def images(steps: int, batch_size: int = 16, size: int = 16) -> np.ndarray:
+    """Blurred noise, uint8 [steps, B, S, S, 3]."""
+    coarse = np.random.default_rng(0).integers(0, 256, (steps, batch_size, size // 4, size // 4, 3), np.uint8)
+    return coarse.repeat(4, axis=2).repeat(4, axis=3)
+
+
+def run_steps(axes: dict[str, int], devices: int, *overrides: str, steps: int = 3):
+    """(state, metrics of every step) from the same seed and images."""
+    trainer = Trainer(small_config(*overrides), make_mesh(axes, jax.devices()[:devices]), steps_per_epoch=1)
+    mesh = trainer.mesh
+    state = create_sharded(trainer.create_state, mesh, 0)
+    _, shardings = abstract_state(trainer.create_state, mesh, 0)
+    step = jax.jit(
+        trainer.train_step,
+        in_shardings=(shardings, replicated(mesh), batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+    )
+    logs = []
+    for batch in images(steps):
+        state, metrics = step(state, None, jax.device_put(batch, batch_sharding(mesh)))
+        logs.append({name: float(value) for name, value in metrics.items()})
+    return state, logs
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return run_steps({"data": 1}, 1)
+
+
+@rounds_worse_without_avx512
+@pytest.mark.parametrize("axes", [{"data": 2, "codebook": 4}, {"data": 8}, {"data": 2, "fsdp": 2, "codebook": 2}])
+def test_eight_devices_log_what_one_logs(on_one_device, axes):
+    state, logs = run_steps(axes, 8)
+    assert_same(logs, on_one_device[1], LOSSES)
+    sharding = state.params["quantize"]["codebook"].sharding
+    assert sharding.shard_shape((64, 8)) == (64 // axes.get("codebook", 1), 8)
+    assert state.ema["quantize"]["codebook"].sharding == sharding
+    assert state.optimizer[0].nu["quantize"]["codebook"].sharding == sharding
+
+
+@pytest.mark.parametrize("name", ["vq", "simvq", "lfq", "fsq"])
+@pytest.mark.parametrize(
+    ("fields", "compared"),
+    [
+        pytest.param(("optimizer.learning_rate=1e-4",), LOSSES, marks=rounds_worse_without_avx512, id="whole"),
+        pytest.param(("loss.adversarial_weight=0.0", "model.channel_multipliers=(1,)"), "", id="small"),
+    ],
+)
+def test_eight_devices_log_what_one_logs_of_other_quantizers(name, fields, compared):
+    overrides = [f"--config.{field}" for field in (f"quantizer.name={name}", *fields)]
+    state, logs = run_steps({"data": 2, "codebook": 4}, 8, *overrides, steps=2)
+    _, on_one_device = run_steps({"data": 1}, 1, *overrides, steps=2)
+    assert_same(logs, on_one_device, compared)
+    assert [log.keys() for log in logs] == [log.keys() for log in on_one_device]
+    if "codebook" in state.params.get("quantize", {}):
+        assert state.params["quantize"]["codebook"].sharding.shard_shape((64, 8)) == (16, 8)
+
+
+@rounds_worse_without_avx512
+def test_micro_batches_log_what_the_whole_batch_logs(on_one_device):
+    # Groups of batch norm (4 images) and entropy (256 tokens, 4 images) lie inside a micro-batch of 8 images.
+    _, logs = run_steps({"data": 1}, 1, "--config.train.accumulate=2")
+    assert_same(logs, on_one_device[1], LOSSES)
+
+
+def test_bfloat16_keeps_parameters_and_losses_in_float32(on_one_device):
+    state, logs = run_steps({"data": 1}, 1, "--config.dtype=bfloat16", steps=1)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
+    assert 1e-6 < abs(logs[0]["loss/l1"] - on_one_device[1][0]["loss/l1"]) < 1e-2
+
+
+def test_before_its_start_the_adversary_changes_nothing():
+    state, logs = run_steps({"data": 1}, 1, "--config.discriminator.start_step=2", "--config.train.steps=9")
+    before = create_sharded(
+        Trainer(small_config(), make_mesh({"data": 1}, jax.devices()[:1]), steps_per_epoch=1).create_state,
+        make_mesh({"data": 1}, jax.devices()[:1]),
+        0,
+    )
+    assert logs[1]["adversary/gradient_norm"] == 0.0 < logs[2]["adversary/gradient_norm"]
+    assert logs[1]["loss/total"] == pytest.approx(logs[1]["loss/nll"] + logs[1]["loss/codebook"], rel=1e-6)
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), state.params, before.params)
+    assert min(jax.tree.leaves(moved)) > 0.0
+
+
+def test_the_average_follows_the_weights_and_every_code_moves():
+    trainer = Trainer(small_config(), make_mesh({"data": 1}, jax.devices()[:1]), steps_per_epoch=1)
+    start = create_sharded(trainer.create_state, trainer.mesh, 0)
+    state, _ = run_steps({"data": 1}, 1, steps=1)
+    before, after = (np.asarray(s.params["quantize"]["codebook"]) for s in (start, state))
+    assert np.all(np.any(before != after, axis=1))  # index backpropagation: every code has a gradient at every step
+    decay = trainer.config.optimizer.ema_decay
+    np.testing.assert_allclose(
+        np.asarray(state.ema["quantize"]["codebook"]), decay * before + (1 - decay) * after, atol=1e-7
+    )
