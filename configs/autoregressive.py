@@ -1,10 +1,11 @@
-"""Presets of the generator: the paper's four sizes on ImageNet, and two for a laptop.
+r"""Presets of the generator: the paper's four sizes on ImageNet, and two for a laptop.
 
     python -m ibq_jax tokenize --tokenizer=runs/tok --out=runs/codes
-    python -m ibq_jax train --config=configs/autoregressive.py:imagenet256_B --config.codes=runs/codes --workdir=runs/ar
+    python -m ibq_jax train --config=configs/autoregressive.py:imagenet256_B --config.token_cache=runs/codes \
+        --workdir=runs/ar
 
 Every default of stage two stands in this file; the code reads `config.x` and knows no second default.
-Any field can be overridden on the command line, e.g. `--config.model.layers=8`.
+Any field can be overridden on the command line, e.g. `--config.model.num_layers=8`.
 
 | preset | layers, heads, width | parameters | length | published FID / IS (arXiv 2412.02692) | measured here |
 |---|---|---|---|---|---|
@@ -30,22 +31,22 @@ def _imagenet256(
     config.stage = "autoregressive"
     config.seed = 0
     config.dtype = "bfloat16"  # of matrix products; norms, softmax, residual stream and loss are float32 always
-    config.codes = ""  # the folder that `tokenize` wrote
+    config.token_cache = ""  # the folder that `tokenize` wrote
     config.tokenizer = ""  # the tokenizer's run, for pictures; empty: where the codes say it was
 
     config.data = ConfigDict()
     config.data.batch_size = 768  # pictures a step, over all devices
-    config.data.workers = 4  # reader processes per host; 0 reads in threads of this process
-    config.data.threads = 2  # reader threads per process; each holds a batch
+    config.data.num_workers = 4  # reader processes per host; 0 reads in threads of this process
+    config.data.num_threads = 2  # reader threads per process; each holds a batch
 
     config.model = ConfigDict()
-    config.model.vocabulary = 16_384  # the tokenizer's codes
+    config.model.vocab_size = 16_384  # the tokenizer's codes
     config.model.grid = (16, 16)  # codes of a picture, rows and columns
     config.model.num_classes = 1_000
-    config.model.layers = layers
-    config.model.heads = layers
-    config.model.kv_heads = layers  # fewer: grouped-query attention
-    config.model.width = 64 * layers
+    config.model.num_layers = layers
+    config.model.num_heads = layers
+    config.model.num_kv_heads = layers  # fewer: grouped-query attention
+    config.model.embed_dim = 64 * layers
     config.model.gamma_init = gamma_init  # scale of the first gates' weights
     config.model.dropout = 0.1  # on embeddings, attention outputs and feed-forward outputs
     config.model.use_pretrained_codebook = False  # token embeddings from the tokenizer's codebook and two layers
@@ -62,10 +63,10 @@ def _imagenet256(
     config.optimizer.learning_rate = 3e-4
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.95
-    config.optimizer.warmup = 0.02  # share of the run: 6 of 300 epochs, 9 of 450
-    config.optimizer.warmup_start = 0.005  # of the rate, at the first step
-    config.optimizer.flat = 0.05  # share of the steps after the warm-up before the rate falls
-    config.optimizer.final_rate = final_rate  # of the rate, at the last step
+    config.optimizer.warmup_fraction = 0.02  # share of the run: 6 of 300 epochs, 9 of 450
+    config.optimizer.init_lr_factor = 0.005  # of the rate, at the first step
+    config.optimizer.hold_fraction = 0.05  # share of the steps after the warm-up before the rate falls
+    config.optimizer.end_lr_factor = final_rate  # of the rate, at the last step
     config.optimizer.weight_decay = 0.05
     config.optimizer.weight_decay_end = 0.05  # reached along half a cosine
     config.optimizer.decay_all = False  # True as released: norms and biases decay too
@@ -75,7 +76,7 @@ def _imagenet256(
     config.train = ConfigDict()
     config.train.epochs = epochs
     config.train.steps = 0  # 0: epochs times the steps of an epoch
-    config.train.accumulate = 1  # micro-batches a step
+    config.train.grad_accum_steps = 1  # micro-batches a step
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1: every device the other axes leave
@@ -88,15 +89,17 @@ def _imagenet256(
     config.sample.top_k = 0
     config.sample.top_p = 1.0
 
-    config.watch = ConfigDict()
-    config.watch.slow_factor = 10.0  # times its usual duration that a part of a step may take, before stacks are dumped
-    config.watch.slow_seconds = 60.0  # and at least so long
-    config.watch.hang_seconds = 3600.0  # after which the process ends, to be started again; 0: never
+    config.watchdog = ConfigDict()
+    config.watchdog.slow_factor = (
+        10.0  # times its usual duration that a part of a step may take, before stacks are dumped
+    )
+    config.watchdog.slow_seconds = 60.0  # and at least so long
+    config.watchdog.hang_seconds = 3600.0  # after which the process ends, to be started again; 0: never
 
     config.log = ConfigDict()
     config.log.every = 50  # steps between scalars
     config.log.images_every = 10_000
-    config.log.images = 8
+    config.log.num_images = 8
 
     config.evaluate = ConfigDict()
     config.evaluate.every = 5_000  # steps between evaluations on the validation codes
@@ -121,19 +124,19 @@ def _openmoji() -> ConfigDict:
     config = _imagenet256(6, gamma_init=1e-3, final_rate=0.1, epochs=0, guidance=2.0, temperature=0.8)
     config.dtype = "float32"
     config.data.batch_size = 8
-    config.data.workers = 0
-    config.model.vocabulary = 1_024
+    config.data.num_workers = 0
+    config.model.vocab_size = 1_024
     config.model.num_classes = 9
-    config.model.heads = 4
-    config.model.kv_heads = 4
-    config.model.width = 128
+    config.model.num_heads = 4
+    config.model.num_kv_heads = 4
+    config.model.embed_dim = 128
     config.model.codebook_dim = 32
     config.optimizer.learning_rate = 2e-3
     config.optimizer.ema_decay = 0.99
     config.train.steps = 800
     config.log.every = 20
     config.log.images_every = 400
-    config.log.images = 9
+    config.log.num_images = 9
     config.evaluate.every = 200
     config.evaluate.examples = 0
     config.evaluate.batch_size = 32

@@ -37,8 +37,8 @@ def _imagenet256(codebook_size: int, epochs: int = 330, drop_epochs: tuple[int, 
     config.data.image_size = 256  # pixels; the side of the square crop
     config.data.resize = 256  # pixels; the shorter side before cropping
     config.data.batch_size = 256  # images a step, over all devices
-    config.data.workers = 8  # reader processes per host; 0 reads in threads of this process
-    config.data.threads = 2  # reader threads per process; each holds a batch
+    config.data.num_workers = 8  # reader processes per host; 0 reads in threads of this process
+    config.data.num_threads = 2  # reader threads per process; each holds a batch
 
     config.model = ConfigDict()
     config.model.resolution = 256  # pixels; attention levels are counted from it
@@ -70,7 +70,7 @@ def _imagenet256(codebook_size: int, epochs: int = 330, drop_epochs: tuple[int, 
 
     config.discriminator = ConfigDict()
     config.discriminator.channels = 64
-    config.discriminator.layers = 3
+    config.discriminator.num_layers = 3
     config.discriminator.norm_group = 4  # images a batch norm sees at once; 0: the whole batch
     config.discriminator.start_step = 0  # before it neither network sees an adversarial loss
 
@@ -96,32 +96,35 @@ def _imagenet256(codebook_size: int, epochs: int = 330, drop_epochs: tuple[int, 
     config.train = ConfigDict()
     config.train.epochs = epochs
     config.train.steps = 0  # 0: epochs times the steps of an epoch
-    config.train.accumulate = 1  # micro-batches a step
+    config.train.grad_accum_steps = 1  # micro-batches a step
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1: every device the other axes leave
     config.mesh.fsdp = 1
     config.mesh.codebook = 1
 
-    config.watch = ConfigDict()
-    config.watch.window_tokens = 2**22  # a code is in use if a token of this window chose it
-    config.watch.usage_floor = 0.02  # a run whose usage falls under it after warmup_steps is stopped
-    config.watch.warmup_steps = 2_000
-    config.watch.slow_factor = 10.0  # times its usual duration that a part of a step may take, before stacks are dumped
-    config.watch.slow_seconds = 60.0  # and at least so long
-    config.watch.hang_seconds = 3600.0  # after which the process ends, to be started again; 0: never
+    config.codebook_monitor = ConfigDict()
+    config.codebook_monitor.window_tokens = 2**22  # a code is in use if a token of this window chose it
+    config.codebook_monitor.usage_floor = 0.02  # a run whose usage falls under it after grace_steps is stopped
+    config.codebook_monitor.grace_steps = 2_000
+    config.watchdog = ConfigDict()
+    config.watchdog.slow_factor = (
+        10.0  # times its usual duration that a part of a step may take, before stacks are dumped
+    )
+    config.watchdog.slow_seconds = 60.0  # and at least so long
+    config.watchdog.hang_seconds = 3600.0  # after which the process ends, to be started again; 0: never
 
     config.log = ConfigDict()
     config.log.every = 50  # steps between scalars
     config.log.images_every = 2_500
-    config.log.images = 8
+    config.log.num_images = 8
 
     config.evaluate = ConfigDict()
     config.evaluate.every = 5_000  # steps between evaluations on the validation split
     config.evaluate.examples = 5_000  # images of it; 0: all
     config.evaluate.batch_size = 256
     config.evaluate.protocol = "clean"  # or "seed_voken": see ibq_jax/evaluate/protocols.py
-    config.evaluate.judges = ""  # nets that measure too, of "efficientnet,inception,vgg16,alexnet"
+    config.evaluate.feature_nets = ""  # nets that measure too, of "efficientnet,inception,vgg16,alexnet"
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 2_500
@@ -145,7 +148,7 @@ def _openmoji(size: int, channel_multipliers: tuple[int, ...], steps: int) -> Co
     config.data.image_size = size
     config.data.resize = size
     config.data.batch_size = 16
-    config.data.workers = 0
+    config.data.num_workers = 0
     config.model.resolution = size
     config.model.channels = 32
     config.model.channel_multipliers = channel_multipliers
@@ -154,12 +157,12 @@ def _openmoji(size: int, channel_multipliers: tuple[int, ...], steps: int) -> Co
     config.model.z_channels = 64
     config.codebook.dim = 32
     config.discriminator.channels = 16
-    config.discriminator.layers = 2
+    config.discriminator.num_layers = 2
     config.optimizer.learning_rate = 1e-3
     config.optimizer.ema_decay = 0.99
     config.train.steps = steps
-    config.watch.window_tokens = 2**17
-    config.watch.warmup_steps = 200
+    config.codebook_monitor.window_tokens = 2**17
+    config.codebook_monitor.grace_steps = 200
     config.log.every = 10
     config.log.images_every = 200
     config.evaluate.every = 200

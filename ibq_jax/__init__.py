@@ -1,11 +1,17 @@
 """Image tokenizers with large, wide, used codebooks (Index Backpropagation Quantization, arXiv 2412.02692) in JAX."""
 
-__all__ = ["Generator", "Tokenizer"]
+from importlib import import_module
+
+_HOMES = {
+    "Generator": "ibq_jax.api",
+    "Tokenizer": "ibq_jax.api",
+    "load_config": "ibq_jax.base.config",
+    "train": "ibq_jax.training.train",
+}
+__all__ = ["Generator", "Tokenizer", "load_config", "train"]
 
 
 def __getattr__(name: str):
-    if name in __all__:  # on first use: the command line lists its commands without importing JAX
-        from ibq_jax import api
-
-        return getattr(api, name)
+    if name in _HOMES:  # on first use: the command line lists its commands without importing JAX
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibq_jax.autoregressive.generate import Filter
+from ibq_jax.autoregressive.generate import LogitFilter
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.autoregressive.sample import Guidance, Sampler, check_codes
 from ibq_jax.base.errors import UsageError
@@ -59,8 +59,14 @@ class Tokenizer:
         return tokenizer_names.tokenizer_to_torch(self.params)
 
     @property
+    def codebook_size(self) -> int:
+        """K, the number of codes."""
+        return self.model.codebook_size
+
+    @property
     def num_codes(self) -> int:
-        return self.model.num_codes
+        """The earlier name of `codebook_size`."""
+        return self.codebook_size
 
     def encode(self, images: np.ndarray | jax.Array) -> jax.Array:
         """uint8 [B, H, W, 3], or float in [-1, 1] -> codes int32 [B, h, w].
@@ -82,8 +88,10 @@ class Tokenizer:
         codes = np.asarray(codes)
         if codes.ndim != 3 or not np.issubdtype(codes.dtype, np.integer):
             raise UsageError(f"decode takes integer codes [B, h, w], not {codes.dtype} of shape {codes.shape}")
-        if codes.size and not 0 <= codes.min() <= codes.max() < self.num_codes:
-            raise UsageError(f"codes lie in 0..{self.num_codes - 1}; these reach from {codes.min()} to {codes.max()}")
+        if codes.size and not 0 <= codes.min() <= codes.max() < self.codebook_size:
+            raise UsageError(
+                f"codes lie in 0..{self.codebook_size - 1}; these reach from {codes.min()} to {codes.max()}"
+            )
         return _decode(self.model, self.params, jnp.asarray(codes, jnp.int32))
 
 
@@ -160,7 +168,7 @@ class Generator:
         codes = self._sampler(
             labels,
             guidance=Guidance(cfg_scale, cfg_schedule, cfg_power, tuple(cfg_interval)),
-            keep=Filter(top_k or 0, top_p),
+            logit_filter=LogitFilter(top_k or 0, top_p),
             temperature=temperature,
             seed=seed,
             numbers=first + np.arange(np.size(labels)),

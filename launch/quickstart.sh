@@ -11,7 +11,7 @@ ibq prepare openmoji
 ibq train --config=configs/tokenizer.py:openmoji32 --workdir="$run/tokenizer"
 ibq evaluate --run="$run/tokenizer" --pictures="$run/reconstructions.png" --json="$run/tokenizer.json"
 ibq tokenize --tokenizer="$run/tokenizer" --out="$run/codes"
-ibq train --config=configs/autoregressive.py:openmoji32 --config.codes="$run/codes" --workdir="$run/generator"
+ibq train --config=configs/autoregressive.py:openmoji32 --config.token_cache="$run/codes" --workdir="$run/generator"
 ibq evaluate --run="$run/generator" --json="$run/generator.json"
 ibq sample --run="$run/generator" --out="$run/samples.png"
 for part in tokenizer generator; do ibq report --workdir="$run/$part" --out="$run/$part.html" --overwrite; done

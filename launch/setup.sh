@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Makes .venv with the pinned packages and this one, once; a later call returns at once unless a requirements file has changed.
+# Makes .venv with the pinned packages and this one; later calls return at once unless a pin or pyproject.toml has changed.
 #   bash launch/setup.sh [EXTRA ...]      EXTRA: tests, torch, hub, beam, tpu, cuda, gcs (requirements-EXTRA.txt)
 #   VENV=DIR bash launch/setup.sh ...     makes another environment
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 files=(requirements.txt)
+[[ " $* " != *" beam "* ]] || files=() # requirements-beam.txt is a whole environment
 for extra in "$@"; do files+=("requirements-$extra.txt"); done
-stamp=$(cat "${files[@]}" | sha256sum | cut -c1-16)
+stamp=$(cat pyproject.toml "${files[@]}" | sha256sum | cut -c1-16)
 marker=$venv/installed-$(IFS=-; echo "$*")-$stamp
 [ -e "$marker" ] && exit 0
 python=${PYTHON:-python3.11}

@@ -15,8 +15,8 @@ SEEDS = 2
 OVERRIDES = {
     "train.steps": 600,
     "evaluate.every": 300,
-    "evaluate.judges": "efficientnet",
+    "evaluate.feature_nets": "efficientnet",
     "checkpoint.every": 300,
     "log.images_every": 600,
-    "watch.usage_floor": 0.0,  # a collapse is what is to be seen
+    "codebook_monitor.usage_floor": 0.0,  # a collapse is what is to be seen
 }

@@ -18,5 +18,5 @@ OVERRIDES = {
     "evaluate.every": 300,
     "checkpoint.every": 300,
     "log.images_every": 300,
-    "watch.usage_floor": 0.0,
+    "codebook_monitor.usage_floor": 0.0,
 }

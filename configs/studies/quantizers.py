@@ -11,8 +11,8 @@ OVER = {
 OVERRIDES = {
     "train.steps": 600,
     "evaluate.every": 300,
-    "evaluate.judges": "efficientnet",
+    "evaluate.feature_nets": "efficientnet",
     "checkpoint.every": 300,
     "log.images_every": 600,
-    "watch.usage_floor": 0.0,
+    "codebook_monitor.usage_floor": 0.0,
 }

@@ -3,7 +3,7 @@
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ibq_jax.autoregressive.generate import Filter
+from ibq_jax.autoregressive.generate import LogitFilter
 from ibq_jax.autoregressive.model import REMAT, check_layout
 from ibq_jax.autoregressive.sample import Guidance
 from ibq_jax.base.config import check_choices, check_positive, check_seed_and_length, flatten
@@ -17,25 +17,25 @@ CHOICES = {
     "loss.implementation": ("streamed", "dense"),
 }
 POSITIVE = (
-    "model.vocabulary",
-    "model.layers",
-    "model.heads",
-    "model.kv_heads",
-    "model.width",
+    "model.vocab_size",
+    "model.num_layers",
+    "model.num_heads",
+    "model.num_kv_heads",
+    "model.embed_dim",
 )
 SHARES = (
     "model.dropout",
     "loss.class_dropout",
     "optimizer.beta1",
     "optimizer.beta2",
-    "optimizer.warmup",
-    "optimizer.flat",
+    "optimizer.warmup_fraction",
+    "optimizer.hold_fraction",
     "optimizer.ema_decay",
 )
 NOT_NEGATIVE = (
     "loss.block_size",
-    "optimizer.warmup_start",
-    "optimizer.final_rate",
+    "optimizer.init_lr_factor",
+    "optimizer.end_lr_factor",
     "optimizer.weight_decay",
     "optimizer.weight_decay_end",
     "optimizer.gradient_clip",
@@ -57,11 +57,11 @@ def check_config(config: ConfigDict, mesh: Mesh) -> None:
     _check_model(config.model, mesh)
     if config.model.attention == "cudnn" and (mesh.devices.flat[0].platform != "gpu" or config.dtype != "bfloat16"):
         raise UsageError("model.attention=cudnn is a kernel of NVIDIA GPUs for dtype=bfloat16; elsewhere it is xla")
-    check_batch(config.data.batch_size, mesh, config.train.accumulate, "data.batch_size")
+    check_batch(config.data.batch_size, mesh, config.train.grad_accum_steps, "data.batch_size")
     check_batch(config.evaluate.batch_size, mesh, 1, "evaluate.batch_size")
     sample = config.sample
     Guidance(sample.cfg_scale)
-    Filter(sample.top_k, sample.top_p)
+    LogitFilter(sample.top_k, sample.top_p)
     if sample.temperature < 0:
         raise UsageError(f"sample.temperature={sample.temperature} is negative; 0 takes the likeliest code")
 
@@ -74,8 +74,8 @@ def _check_model(model: ConfigDict, mesh: Mesh) -> None:
         raise UsageError(f"model.num_classes={model.num_classes} is negative; 0 is a data set without classes")
     if model.use_pretrained_codebook and model.codebook_dim <= 0:
         raise UsageError(f"model.codebook_dim={model.codebook_dim} is not positive")
-    check_layout(model.width, model.heads, model.kv_heads)
-    if model.vocabulary % mesh.shape["codebook"]:
+    check_layout(model.embed_dim, model.num_heads, model.num_kv_heads)
+    if model.vocab_size % mesh.shape["codebook"]:
         raise UsageError(
-            f"model.vocabulary={model.vocabulary} does not divide over mesh.codebook={mesh.shape['codebook']}"
+            f"model.vocab_size={model.vocab_size} does not divide over mesh.codebook={mesh.shape['codebook']}"
         )

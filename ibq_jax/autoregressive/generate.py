@@ -20,7 +20,7 @@ from ibq_jax.base.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter:
+class LogitFilter:
     """What is kept of a distribution before drawing: the `top_k` likeliest codes (0: all), then every code before
     which, from the likeliest on, no more than the probability `top_p` lies (1: all); `greedy` takes the likeliest."""
 
@@ -87,7 +87,7 @@ def step_weights(model: GeneratorModel, params: Mapping) -> StepWeights:
             **{name: matrix("feed_forward", name) for name in ("w1", "w3", "w2")},
         )
 
-    layers = tuple(layer(i) for i in range(model.layers))
+    layers = tuple(layer(i) for i in range(model.num_layers))
     return StepWeights(layers, params["head_norm"]["scale"][:, None], params["head"].astype(model.dtype))
 
 
@@ -100,7 +100,7 @@ class Conditions(NamedTuple):
 
 def generate(
     model: GeneratorModel,
-    keep: Filter,
+    logit_filter: LogitFilter,
     guided: bool,
     params: Mapping,
     weights: StepWeights,
@@ -113,7 +113,7 @@ def generate(
     """Completes pictures code by code -> codes int32 [B, S].
 
     Args:
-        model, keep, guided: static; `guided` False never evaluates "no class", and `scales` is not read.
+        model, logit_filter, guided: static; `guided` False never evaluates "no class", and `scales` is not read.
         params, weights: the model's, and `step_weights` of them.
         labels: [B].
         keys: one random key a picture, [B]; position s draws with fold_in(key, s).
@@ -140,9 +140,9 @@ def generate(
         if guided:
             with_class, without = logits[::2], logits[1::2]
             logits = without + (with_class - without) * scales[position]
-        if keep.greedy:
+        if logit_filter.greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = keep(logits / temperature)
+        logits = logit_filter(logits / temperature)
         noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[1:]))(keys)
         return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
 
@@ -179,8 +179,8 @@ def _layer_step(model, weights: LayerWeights, modulation, cache, x, position, tu
 
 def _attend(model, qkv: jax.Array, cache, position, turn):
     """qkv [(H + 2 G) D, R] at `position` -> what every head gathers, [H D, R], and the cache with the position in."""
-    r, g, d = qkv.shape[1], model.kv_heads, model.head_channels
-    query, key, value = jnp.split(qkv.T.reshape(r, -1, d), (model.heads, model.heads + g), axis=1)
+    r, g, d = qkv.shape[1], model.num_kv_heads, model.head_channels
+    query, key, value = jnp.split(qkv.T.reshape(r, -1, d), (model.num_heads, model.num_heads + g), axis=1)
     query, key = (rotate(t, *turn).astype(model.dtype) for t in (query, key))
     new = key, value.astype(model.dtype)
     keys, values = (

@@ -114,8 +114,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary embedding, [B, S, C] -> ([B, S, C], keys and values [B, S, G, D])."""
 
-    heads: int
-    kv_heads: int
+    num_heads: int
+    num_kv_heads: int
     dropout: float
     kernel: str  # jax.nn.dot_product_attention's implementation
     dtype: jnp.dtype
@@ -123,10 +123,12 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], train: bool):
         b, s, c = x.shape
-        d = c // self.heads
-        width = (self.heads + 2 * self.kv_heads) * d
+        d = c // self.num_heads
+        width = (self.num_heads + 2 * self.num_kv_heads) * d
         qkv = dense(width, ("width", "heads"), dtype=self.dtype, name="wqkv")(x)
-        query, key, value = jnp.split(qkv.reshape(b, s, -1, d), (self.heads, self.heads + self.kv_heads), axis=2)
+        query, key, value = jnp.split(
+            qkv.reshape(b, s, -1, d), (self.num_heads, self.num_heads + self.num_kv_heads), axis=2
+        )
         cos, sin = (table[None, :s, None] for table in angles)
         query, key = (rotate(t, cos, sin).astype(self.dtype) for t in (query, key))
         out = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=self.kernel)
@@ -158,8 +160,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer, modulated by its class's vectors (adaLN), [B, S, C] float32 -> the same, and its keys and values."""
 
-    heads: int
-    kv_heads: int
+    num_heads: int
+    num_kv_heads: int
     dropout: float
     kernel: str
     dtype: jnp.dtype
@@ -168,7 +170,9 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, modulation: jax.Array, angles: tuple[jax.Array, jax.Array], train: bool):
         """`modulation`: [B, 6, C]."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = jnp.split(modulation, MODULATIONS, axis=1)
-        attention = Attention(self.heads, self.kv_heads, self.dropout, self.kernel, self.dtype, name="attention")
+        attention = Attention(
+            self.num_heads, self.num_kv_heads, self.dropout, self.kernel, self.dtype, name="attention"
+        )
         y, keys_values = attention(RMSNorm(name="attention_norm")(x) * (1 + scale1) + shift1, angles, train)
         x = x + gamma1 * y
         y = FeedForward(self.dropout, self.dtype, name="feed_forward")(

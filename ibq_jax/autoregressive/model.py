@@ -32,39 +32,39 @@ class TokenEmbedding(nn.Module):
     The codebook is trained on from where it starts: the released code means to freeze it, but misspells the flag.
     """
 
-    vocabulary: int
-    width: int
+    vocab_size: int
+    embed_dim: int
     codebook_dim: int  # 0: a learned table
     dtype: jnp.dtype
     mesh: Mesh | None
 
     @nn.compact
     def __call__(self, codes: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(normal(INITIAL_DEVIATION), ("vocabulary", "width"))
-        shape = (self.vocabulary, self.codebook_dim or self.width)
+        init = nn.with_logical_partitioning(normal(INITIAL_DEVIATION), (("vocabulary", "width")))
+        shape = (self.vocab_size, self.codebook_dim or self.embed_dim)
         rows = embedding_lookup(self.param("embedding", init, shape, jnp.float32), codes, mesh=self.mesh)
         if not self.codebook_dim:
             return rows
-        hidden = dense(self.width, ("code_dim", "width"), dtype=self.dtype, name="fc1", use_bias=True)(rows)
-        out = dense(self.width, ("hidden", "width"), dtype=self.dtype, name="fc2", use_bias=True)(nn.gelu(hidden))
+        hidden = dense(self.embed_dim, ("code_dim", "width"), dtype=self.dtype, name="fc1", use_bias=True)(rows)
+        out = dense(self.embed_dim, ("hidden", "width"), dtype=self.dtype, name="fc2", use_bias=True)(nn.gelu(hidden))
         return out.astype(jnp.float32)
 
 
 class GeneratorModel(nn.Module):
-    """`heads` divides `width` into channels that are a multiple of 4; `kv_heads` divides `heads`.
+    """`num_heads` divides `embed_dim` into channels that are a multiple of 4; `num_kv_heads` divides `num_heads`.
 
     `use_pretrained_codebook`: token embeddings are made from the tokenizer's codebook, rows of `codebook_dim`.
     `no_class`: whether the class table has a row, its last, for pictures without a class.
     `attention`: an implementation of jax.nn.dot_product_attention, "xla" or (on GPUs, in bfloat16) "cudnn".
     """
 
-    vocabulary: int
+    vocab_size: int
     grid: tuple[int, int]
     num_classes: int
-    layers: int
-    heads: int
-    kv_heads: int
-    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    embed_dim: int
     gamma_init: float
     dropout: float = 0.0
     no_class: bool = True
@@ -83,17 +83,19 @@ class GeneratorModel(nn.Module):
     @property
     def head_channels(self) -> int:
         """D."""
-        return self.width // self.heads
+        return self.embed_dim // self.num_heads
 
     def setup(self):
-        check_layout(self.width, self.heads, self.kv_heads)
+        check_layout(self.embed_dim, self.num_heads, self.num_kv_heads)
         codebook_dim = self.codebook_dim if self.use_pretrained_codebook else 0
-        self.tok_emb = TokenEmbedding(self.vocabulary, self.width, codebook_dim, self.dtype, self.mesh)
+        self.tok_emb = TokenEmbedding(self.vocab_size, self.embed_dim, codebook_dim, self.dtype, self.mesh)
         class_init = nn.with_logical_partitioning(normal(INITIAL_DEVIATION), ("classes", "width"))
         self.class_emb = self.param(
-            "class_emb", class_init, (self.num_classes + self.no_class, self.width), jnp.float32
+            "class_emb", class_init, (self.num_classes + self.no_class, self.embed_dim), jnp.float32
         )
-        per_layer = dict(length=self.layers, metadata_params={nn.PARTITION_NAME: "layers"}, variable_axes={"params": 0})
+        per_layer = dict(
+            length=self.num_layers, metadata_params={nn.PARTITION_NAME: "layers"}, variable_axes={"params": 0}
+        )
         modulation = nn.scan(Modulation, split_rngs={"params": True}, **per_layer)
         self.modulation = modulation(self.gamma_init, self.dtype)
         block = Block
@@ -102,18 +104,18 @@ class GeneratorModel(nn.Module):
         blocks = nn.scan(
             block, split_rngs={"params": True, "dropout": True}, in_axes=(0, nn.broadcast, nn.broadcast), **per_layer
         )
-        self.blocks = blocks(self.heads, self.kv_heads, self.dropout, self.attention, self.dtype)
+        self.blocks = blocks(self.num_heads, self.num_kv_heads, self.dropout, self.attention, self.dtype)
         self.token_dropout = nn.Dropout(self.dropout)
         self.head_norm = RMSNorm()
         self.head_modulation = dense(
-            2 * self.width,
+            2 * self.embed_dim,
             ("width", "modulation"),
             dtype=self.dtype,
             use_bias=True,
             kernel_init=normal(INITIAL_DEVIATION / 2),
         )
-        head_init = nn.with_logical_partitioning(zeros, ("vocabulary", "width"))
-        self.head = self.param("head", head_init, (self.vocabulary, self.width), jnp.float32)
+        head_init = nn.with_logical_partitioning(zeros, (("vocabulary", "width")))
+        self.head = self.param("head", head_init, (self.vocab_size, self.embed_dim), jnp.float32)
 
     def __call__(self, codes: jax.Array, labels: jax.Array) -> jax.Array:
         """Logits float32 [B, S, V] of every code given its class and the codes before it (teacher forced)."""
@@ -139,7 +141,7 @@ class GeneratorModel(nn.Module):
         condition = nn.silu(self._class_rows(labels))
         _, per_layer = self.modulation(condition, None)
         head = self.head_modulation(condition).astype(jnp.float32)
-        return per_layer, head.reshape(-1, 2, self.width)
+        return per_layer, head.reshape(-1, 2, self.embed_dim)
 
     def embed(self, codes: jax.Array) -> jax.Array:
         """Codes [B, T] -> [B, T, C] float32."""
@@ -161,12 +163,14 @@ class GeneratorModel(nn.Module):
         return x if self.mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
 
 
-def check_layout(width: int, heads: int, kv_heads: int) -> None:
+def check_layout(embed_dim: int, num_heads: int, num_kv_heads: int) -> None:
     """Raises UsageError for heads that do not divide what they must."""
-    if width % heads or width // heads % 4:
-        raise UsageError(f"model.width={width} does not divide into model.heads={heads} of a multiple of 4 channels")
-    if heads % kv_heads:
-        raise UsageError(f"model.heads={heads} is not a multiple of model.kv_heads={kv_heads}")
+    if embed_dim % num_heads or embed_dim // num_heads % 4:
+        raise UsageError(
+            f"model.embed_dim={embed_dim} does not divide into model.num_heads={num_heads} of a multiple of 4 channels"
+        )
+    if num_heads % num_kv_heads:
+        raise UsageError(f"model.num_heads={num_heads} is not a multiple of model.num_kv_heads={num_kv_heads}")
 
 
 def build_model(config: ConfigDict, mesh: Mesh | None = None) -> GeneratorModel:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ibq_jax.autoregressive.step import Trainer
+from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.base.checkpoint import Restored
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.saved_run import SavedRun
@@ -23,14 +23,14 @@ CODES = "codes.json"
 TokenizerWeights = tuple[TokenizerModel, Mapping]  # a tokenizer: its model and parameters
 
 
-def restore_run(path: Path) -> tuple[Trainer, Restored, dict]:
+def restore_run(path: Path) -> tuple[GeneratorTrainer, Restored, dict]:
     """The trainer, the newest whole state of a run's folder (or the state of one step's folder under its
     `checkpoints/`), and the manifest of its codes. On all devices, whatever mesh the run had; without moments.
 
     Raises UsageError when there is no run, or nothing saved yet.
     """
     saved = SavedRun.find(path, "autoregressive", needed="a generator")
-    trainer = Trainer(saved.config, make_mesh({"data": -1}), steps_per_epoch=1)
+    trainer = GeneratorTrainer(saved.config, make_mesh({"data": -1}), steps_per_epoch=1)
     return trainer, saved.restore(trainer.create_state, trainer.mesh), read_fields(saved.workdir / CODES)
 
 
@@ -58,9 +58,9 @@ def find_tokenizer(path: str, manifest: Mapping, needed: bool) -> TokenizerWeigh
             where="of these codes",
             asker=f"the tokenizer in {where}",
         )
-    elif trainer.model.num_codes != manifest["codes"]:
+    elif trainer.model.codebook_size != manifest["codes"]:
         raise UsageError(
-            f"the tokenizer in {where} has {trainer.model.num_codes} codes, the generator draws {manifest['codes']}"
+            f"the tokenizer in {where} has {trainer.model.codebook_size} codes, the generator draws {manifest['codes']}"
         )
     return trainer.model, params
 
@@ -69,7 +69,7 @@ def check_fit(config: ConfigDict, source: CodeSource) -> None:
     """Raises UsageError unless these are codes of the kind that the config's model draws."""
     model, classes = config.model, len(source.manifest["data"]["class_names"])
     asked = {
-        "model.vocabulary": (model.vocabulary, source.num_codes),
+        "model.vocab_size": (model.vocab_size, source.codebook_size),
         "model.grid": (tuple(model.grid), source.grid),
         "model.num_classes": (model.num_classes, classes),
     }

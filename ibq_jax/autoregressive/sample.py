@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ibq_jax.autoregressive.generate import Filter, generate, step_weights
+from ibq_jax.autoregressive.generate import LogitFilter, generate, step_weights
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.base import processes
 from ibq_jax.base.errors import UsageError
@@ -58,14 +58,14 @@ class Guidance:
 class Sampler:
     """Draws pictures' codes, with fixed weights, on the devices of `mesh`.
 
-    Every device runs the same program on `lane` pictures at a time, the last ones filled up, however many are asked
-    for: so a picture depends on its seed, its number, its class and its prefix, and to the last bit on nothing else.
-    Another lane rounds otherwise, which in a tie of two codes may decide. `lane` 0: 4 on CPUs, 64 elsewhere.
+    Every device runs the same program on `per_device_batch` samples at a time and pads the last batch, however many are
+    asked for. So a sample depends on its seed, its id, its class and its prefix, and bit for bit on nothing else.
+    Another `per_device_batch` rounds differently, which can decide a tie of two codes. 0 means 4 on CPUs, 64 elsewhere.
     """
 
-    def __init__(self, model: GeneratorModel, params: Mapping, mesh: Mesh, lane: int = 0):
+    def __init__(self, model: GeneratorModel, params: Mapping, mesh: Mesh, per_device_batch: int = 0):
         self._mesh, self._model = mesh, model.clone(mesh=None)
-        self._lane = lane or (4 if mesh.devices.flat[0].platform == "cpu" else 64)
+        self._per_device_batch = per_device_batch or (4 if mesh.devices.flat[0].platform == "cpu" else 64)
         self._params = jax.device_put(params, replicated(mesh))
         prepare = jax.jit(step_weights, static_argnums=0, out_shardings=replicated(mesh))
         self._weights = prepare(self._model, self._params)
@@ -74,17 +74,17 @@ class Sampler:
     @property
     def round_size(self) -> int:
         """Pictures that all devices together draw at a time."""
-        return self._mesh.size * self._lane
+        return self._mesh.size * self._per_device_batch
 
     def __call__(
         self,
         labels: np.ndarray,
         *,
         guidance: Guidance,
-        keep: Filter,
+        logit_filter: LogitFilter,
         temperature: float,
         seed: int,
-        numbers: np.ndarray | None = None,
+        sample_ids: np.ndarray | None = None,
         prefix: np.ndarray | None = None,
     ) -> np.ndarray:
         """Codes int32 [N, h, w] of pictures with `labels` [N].
@@ -92,17 +92,17 @@ class Sampler:
         Args:
             labels: classes, 0..num_classes - 1; in a model without classes 0.
             guidance: where its scale is 1 throughout, "no class" is never evaluated.
-            keep: which codes may be drawn.
+            logit_filter: which codes may be drawn.
             temperature: above 0; 0 takes the likeliest code.
             seed: 0..2**32 - 1.
-            numbers: of the pictures within the seed, [N]; 0..N - 1 if None.
+            sample_ids: of the pictures within the seed, [N]; 0..N - 1 if None.
             prefix: the first P codes, given, [N, P]; none if None.
 
         Raises:
             UsageError: labels, codes or settings out of range.
         """
         labels, prefix = check_labels(self._model, labels), check_prefix(self._model, prefix, len(labels))
-        numbers = np.arange(len(labels)) if numbers is None else np.asarray(numbers)
+        sample_ids = np.arange(len(labels)) if sample_ids is None else np.asarray(sample_ids)
         scales = guidance.scales(self._model.positions)
         guided = bool(np.any(scales != 1))
         if guided and not (self._model.no_class and self._model.num_classes):
@@ -114,28 +114,30 @@ class Sampler:
             raise UsageError(f"temperature={temperature} is not a number of at least 0; 0 takes the likeliest code")
         if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
             raise UsageError(f"seed={seed} is not a whole number in 0..2**32 - 1")
-        if not 0 <= numbers.min() <= numbers.max() < 2**32:
-            raise UsageError(f"pictures are numbered 0..2**32 - 1, not {numbers.min()}..{numbers.max()}")
-        keep = dataclasses.replace(keep, greedy=keep.greedy or temperature == 0)
+        if not 0 <= sample_ids.min() <= sample_ids.max() < 2**32:
+            raise UsageError(f"pictures are numbered 0..2**32 - 1, not {sample_ids.min()}..{sample_ids.max()}")
+        logit_filter = dataclasses.replace(logit_filter, greedy=logit_filter.greedy or temperature == 0)
         divisor = jnp.float32(temperature or 1.0)
         rounds = []
         for start in range(0, len(labels), self.round_size):
             rows = slice(start, start + self.round_size)
-            batch = self._batch(labels[rows], numbers[rows], prefix[rows], seed)
-            codes = self._generate(self._model, keep, guided, self._params, self._weights, *batch, scales, divisor)
+            batch = self._batch(labels[rows], sample_ids[rows], prefix[rows], seed)
+            codes = self._generate(
+                self._model, logit_filter, guided, self._params, self._weights, *batch, scales, divisor
+            )
             rounds.append(to_host(codes)[: len(labels[rows])])
         return np.concatenate(rounds).reshape(-1, *self._model.grid)
 
-    def _batch(self, labels: np.ndarray, numbers: np.ndarray, prefix: np.ndarray, seed: int) -> tuple:
+    def _batch(self, labels: np.ndarray, sample_ids: np.ndarray, prefix: np.ndarray, seed: int) -> tuple:
         """Labels, keys and prefixes on the devices."""
-        labels, numbers, prefix = (
-            filled(rows, self.round_size, self._mesh) for rows in (labels, numbers.astype(np.uint32), prefix)
+        labels, sample_ids, prefix = (
+            pad_batch(rows, self.round_size, self._mesh) for rows in (labels, sample_ids.astype(np.uint32), prefix)
         )
-        return labels, jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers), prefix
+        return labels, jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(sample_ids), prefix
 
 
-def filled(rows: np.ndarray, size: int, mesh: Mesh) -> jax.Array:
-    """Rows [n, ...] on all devices of the mesh, filled up to `size` with copies of the last."""
+def pad_batch(rows: np.ndarray, size: int, mesh: Mesh) -> jax.Array:
+    """Rows [n, ...] on all devices of the mesh, pad_batch up to `size` with copies of the last."""
     rows = np.concatenate((rows, np.repeat(rows[-1:], size - len(rows), axis=0)))
     return jax.device_put(rows, batch_sharding(mesh))
 
@@ -162,7 +164,7 @@ def check_prefix(model: GeneratorModel, prefix: np.ndarray | None, rows: int) ->
         raise UsageError(f"a prefix is integer codes [{rows}, P], not {prefix.dtype} of shape {prefix.shape}")
     if prefix.shape[1] >= model.positions:
         raise UsageError(f"a prefix of {prefix.shape[1]} codes leaves none of the picture's {model.positions} to draw")
-    _check_range(prefix, model.vocabulary - 1, "a prefix's codes")
+    _check_range(prefix, model.vocab_size - 1, "a prefix's codes")
     return prefix.astype(np.int32)
 
 
@@ -175,7 +177,7 @@ def check_codes(model: GeneratorModel, codes: np.ndarray, labels: np.ndarray) ->
     shape = (len(labels), *model.grid)
     if codes.shape not in (shape, (len(labels), model.positions)) or not np.issubdtype(codes.dtype, np.integer):
         raise UsageError(f"codes are integers {list(shape)} for these labels, not {codes.dtype} of shape {codes.shape}")
-    _check_range(codes, model.vocabulary - 1, "codes")
+    _check_range(codes, model.vocab_size - 1, "codes")
     return codes.reshape(shape).astype(np.int32), labels
 
 

@@ -38,7 +38,7 @@ class GeneratorState:
 
 
 @dataclass(frozen=True)
-class Trainer:
+class GeneratorTrainer:
     """The functions of one config on one mesh."""
 
     config: ConfigDict
@@ -133,7 +133,7 @@ class Trainer:
 
     def _gradient(self, params: dict, codes: jax.Array, labels: jax.Array, key: jax.Array):
         """(mean loss, its gradient), over A micro-batches in turn, so that only one's activations are held."""
-        count = self.config.train.accumulate
+        count = self.config.train.grad_accum_steps
         if count == 1:
             return jax.value_and_grad(self.mean_loss)(params, codes, labels, key)
         sharding = NamedSharding(self.mesh, PartitionSpec(None, AXES))
@@ -149,13 +149,13 @@ class Trainer:
         return jax.tree.map(lambda leaf: leaf / count, total)
 
 
-def jit_train_step(trainer: Trainer):
+def jit_train_step(trainer: GeneratorTrainer):
     """`trainer.train_step(state, codes, labels)`, sharded over its mesh; the state is donated."""
     batch = batch_sharding(trainer.mesh)
     return jit_step(trainer.train_step, trainer.create_state, trainer.mesh, (batch, batch))
 
 
-def abstract_arguments(trainer: Trainer) -> tuple:
+def abstract_arguments(trainer: GeneratorTrainer) -> tuple:
     """Shapes, types and shardings of the step's arguments."""
     state, _ = abstract_state(trainer.create_state, trainer.mesh, 0)
     size, batch = trainer.config.data.batch_size, batch_sharding(trainer.mesh)

@@ -6,9 +6,10 @@ that is damaged afterwards is moved to `broken/` beside the others, said, and th
 
 import contextlib
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import orbax.checkpoint as ocp
@@ -17,7 +18,7 @@ from flax.traverse_util import unflatten_dict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.files import absolute, is_remote
+from ibq_jax.base.files import is_remote, resolve
 from ibq_jax.base.processes import barrier, first_failure, may_be_a_peers
 
 WEIGHTS_ONLY = "weights_only"  # in the metadata of a checkpoint that holds part of a state
@@ -57,11 +58,19 @@ class Checkpoints:
     """The checkpoints of one run, under `directory`.
 
     Keeps the newest `keep_last` and the `keep_best` with the highest `best_metric`, or with "-" before its name the
-    lowest.
+    lowest. `renamed` maps today's beginnings of leaf names ("discriminator/") to those that earlier versions saved.
     """
 
-    def __init__(self, directory: Path, *, keep_last: int = 1, keep_best: int = 0, best_metric: str = ""):
-        self.directory = epath.Path(absolute(directory))
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep_last: int = 1,
+        keep_best: int = 0,
+        best_metric: str = "",
+        renamed: Mapping[str, str] = MappingProxyType({}),
+    ):
+        self.directory, self._renamed = epath.Path(resolve(directory)), renamed
         policies = [LatestN(keep_last)]
         if keep_best:
             best, lowest = best_metric.removeprefix("-"), best_metric.startswith("-")
@@ -158,22 +167,28 @@ class Checkpoints:
         metadata = ocp.JsonCheckpointHandler().restore(folder / "metadata", args=ocp.args.JsonRestore())
         part = bool(metadata.get(WEIGHTS_ONLY))
         saved = self._check_shapes(step, abstract_state, part)
+        names = {name: self._saved_name(name, saved) for name in _leaves(abstract_state)}
+        asked = abstract_state
+        if part or any(name != old for name, old in names.items()):
+            asked = unflatten_dict(
+                {names[name]: leaf for name, leaf in _leaves(abstract_state).items() if names[name] in saved}, sep="/"
+            )
+        todays = {old: name for name, old in names.items()}
         asked = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf if wanted(_name(path)) else ocp.PLACEHOLDER,
-            _named(abstract_state, saved) if part else abstract_state,
+            lambda path, leaf: leaf if wanted(todays[_name(path)]) else ocp.PLACEHOLDER, asked
         )
         how = ocp.checkpoint_utils.construct_restore_args(asked)
         state = ocp.PyTreeCheckpointHandler().restore(
             folder / "state", args=ocp.args.PyTreeRestore(asked, restore_args=how)
         )
-        leaves = {name: leaf for name, leaf in _leaves(state).items() if leaf is not ocp.PLACEHOLDER}
+        leaves = {todays[name]: leaf for name, leaf in _leaves(state).items() if leaf is not ocp.PLACEHOLDER}
         state = jax.tree_util.tree_map_with_path(lambda path, _: leaves.get(_name(path)), abstract_state)
         return Restored(step, state, metadata)
 
     def _check_shapes(self, step: int, abstract_state, part: bool) -> dict[str, tuple[int, ...]]:
         """The shapes that were saved; where they are a `part` of the state, what else is asked may be absent."""
         saved = _shapes(ocp.PyTreeCheckpointHandler().metadata(self.directory / str(step) / "state").tree)
-        asked = _shapes(abstract_state)
+        asked = {self._saved_name(name, saved): shape for name, shape in _shapes(abstract_state).items()}
         for name in sorted(saved.keys() if part else saved.keys() | asked.keys()):
             if saved.get(name) != asked.get(name):
                 raise UsageError(
@@ -181,6 +196,13 @@ class Checkpoints:
                     f"{saved.get(name, 'absent')} there and {asked.get(name, 'absent')} here"
                 )
         return saved
+
+    def _saved_name(self, name: str, saved: Collection[str]) -> str:
+        """The name under which a leaf was saved: today's, or an earlier version's."""
+        for today, before in self._renamed.items():
+            if name not in saved and name.startswith(today):
+                return before + name.removeprefix(today)
+        return name
 
     def _set_aside(self, step: int) -> epath.Path:
         broken = self.directory / "broken" / str(step)
@@ -205,11 +227,6 @@ class Checkpoints:
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in _leaves(tree).items()}
-
-
-def _named(tree, names: Collection[str]) -> dict:
-    """The leaves of these names, as nested dictionaries."""
-    return unflatten_dict({name: leaf for name, leaf in _leaves(tree).items() if name in names}, sep="/")
 
 
 def _leaves(tree) -> dict:

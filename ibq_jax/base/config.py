@@ -6,6 +6,7 @@ when they are loaded, by design: load only files you trust. A saved config is JS
 
 import ast
 import difflib
+import functools
 import importlib.util
 import json
 from collections.abc import Iterable, Mapping
@@ -19,17 +20,14 @@ from ibq_jax.base.json_files import read_json
 PREFIX = "--config."
 MAX_DEPTH = 10  # of groups in groups
 LONGEST_SHOWN = 80  # characters of a foreign name in a message
-ADDED_FIELDS = {  # that configs saved by earlier versions lack, with what was done then
-    "quantizer": {"name": "ibq", "double_loss": True, "l2_normalize": False, "levels": ()},
-    "codebook": {"init_scale": 1.0},
-}
+PACKAGE = Path(__file__).parents[1]
 POSITIVE = (  # in every stage
     "data.batch_size",
     "optimizer.learning_rate",
-    "train.accumulate",
+    "train.grad_accum_steps",
     "log.every",
     "log.images_every",
-    "log.images",
+    "log.num_images",
     "evaluate.every",
     "evaluate.batch_size",
     "checkpoint.every",
@@ -37,46 +35,102 @@ POSITIVE = (  # in every stage
 )
 
 
-def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
-    """The config of `FILE.py:PRESET` with `--config.a.b=value` overrides applied; locked.
+def preset_folder() -> Path:
+    """Returns the folder of the shipped config files: configs/ of a checkout, or the copy inside an installed wheel."""
+    checkout = PACKAGE.parent / "configs"
+    return checkout if (checkout / "renamed_fields.py").is_file() else PACKAGE / "configs"
 
+
+def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
+    """Returns the locked config of `FILE.py:PRESET`, with the `--config.a.b=value` overrides applied.
+
+    A shipped file (`configs/tokenizer.py:openmoji32`) is found from any working directory.
     Raises UsageError for a missing file, an unknown preset, a misspelt field (with the nearest right one) or a value of
     another type than the field's.
     """
-    file, _, preset = spec.partition(":")
-    if not Path(file).is_file():
-        raise UsageError(f"--config={spec}: there is no file {file}")
-    module = run_file(Path(file))
+    name, _, preset = spec.partition(":")
+    file = _find_config_file(name)
+    if file is None:
+        raise UsageError(f"--config={spec}: there is no file {name}")
+    module = run_file(file)
     if preset not in module.PRESETS:
         near = difflib.get_close_matches(preset, module.PRESETS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UsageError(
-            f"--config={spec}: {file} has no preset {preset!r}; {hint}presets: {', '.join(module.PRESETS)}"
+            f"--config={spec}: {name} has no preset {preset!r}; {hint}presets: {', '.join(module.PRESETS)}"
         )
     config = module.get_config(preset)
+    stage = flatten(config).get("stage")
+    if _renamed(stage).keys() & flatten(config).keys():
+        config = ConfigDict(_tuples(_upgraded(config.to_dict())))
     for override in overrides:
-        _apply(config, override)
+        _apply(config, override, _renamed(stage))
     return config.lock()
 
 
 def preset_names(file: str) -> tuple[str, ...]:
-    """The presets of a config file."""
+    """Returns the names of the presets in a config file."""
     return run_file(Path(file)).PRESETS
 
 
 def run_file(path: Path):
-    """The module that a Python file makes."""
+    """Runs a Python file and returns it as a module."""
     module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UsageError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     return module
 
 
-def _apply(config: ConfigDict, override: str) -> None:
+def _find_config_file(name: str) -> Path | None:
+    """The file itself, or the shipped file of that name if the path leads nowhere or leaves out the folder."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = preset_folder() / path.with_suffix(".py").name
+    return shipped if path.parent.name in ("", "configs") and shipped.is_file() else None
+
+
+def renamed_leaves(stage: str) -> Mapping[str, str]:
+    """Returns {today's beginning of a leaf's name in a state: its beginning in checkpoints of earlier versions}."""
+    return _history().RENAMED_LEAVES.get(stage, {})
+
+
+@functools.cache
+def _history():
+    """The module of the fields of earlier versions; configs/ owns the names of all fields."""
+    return run_file(preset_folder() / "renamed_fields.py")
+
+
+def _renamed(stage: object) -> Mapping[str, str]:
+    return _history().RENAMED.get(str(stage), {})
+
+
+def _upgraded(fields: dict) -> dict:
+    """The fields of a config, nested, with the names that earlier versions gave them replaced by today's."""
+    stage = fields.get("stage")
+    flat = {_renamed(stage).get(name, name): value for name, value in flatten(fields).items()}
+    return _nested(_history().ADDED.get(str(stage), {}) | flat)
+
+
+def _nested(flat: Mapping[str, object]) -> dict:
+    fields: dict = {}
+    for name, value in flat.items():
+        *groups, leaf = name.split(".")
+        inner = fields
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[leaf] = value
+    return fields
+
+
+def _apply(config: ConfigDict, override: str, renamed: Mapping[str, str]) -> None:
     name, equals, text = override.removeprefix(PREFIX).partition("=")
     if not equals:
         raise UsageError(f"{override}: write {PREFIX}{name}=VALUE")
     fields = flatten(config)
+    name = name if name in fields else renamed.get(name, name)
     if name not in fields:
         near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
         inside = [field for field in fields if field.startswith(name + ".")]
@@ -143,10 +197,7 @@ def read_config(path: Path) -> ConfigDict:
     if not isinstance(fields, dict):
         raise UsageError(f"{path} is not a saved config: it holds no JSON object")
     _check_names(fields, path)
-    for group, added in ADDED_FIELDS.items():
-        if isinstance(fields.get(group), dict):
-            fields[group] = added | fields[group]
-    return ConfigDict(_tuples(fields)).lock()
+    return ConfigDict(_tuples(_upgraded(fields))).lock()
 
 
 def _check_names(fields: dict, path: Path, depth: int = 0) -> None:

@@ -16,13 +16,13 @@ REMOTE = "://"  # in a path such as gs://bucket/run
 PARTIAL = ".partial"  # behind the name of a file that is being written
 
 
-def place(path: str | os.PathLike) -> Path:
+def as_path(path: str | os.PathLike) -> Path:
     """A path on this machine, or in a bucket (gs://bucket/...), with the same methods."""
     return epath.Path(path) if is_remote(path) else Path(path)
 
 
-def absolute(path: str | os.PathLike) -> Path:
-    return place(path) if is_remote(path) else Path(path).resolve()
+def resolve(path: str | os.PathLike) -> Path:
+    return as_path(path) if is_remote(path) else Path(path).resolve()
 
 
 def is_remote(path: os.PathLike) -> bool:
@@ -30,7 +30,7 @@ def is_remote(path: os.PathLike) -> bool:
 
 
 @contextlib.contextmanager
-def whole_or_absent(path: Path, wait: bool = False) -> Iterator[Path | None]:
+def atomic_file(path: Path, wait: bool = False) -> Iterator[Path | None]:
     """A file to write, which gets the name `path` if the block ends well. None where nothing is to be written.
 
     That is where `path` is there, or another process is writing it; with `wait`, once that process is done.
@@ -60,7 +60,7 @@ def whole_or_absent(path: Path, wait: bool = False) -> Iterator[Path | None]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A new folder to fill, which gets the name `path` if the block ends well, and is removed if not.
 
     Raises:

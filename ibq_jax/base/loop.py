@@ -24,7 +24,7 @@ from ibq_jax.base.errors import Failed, Interrupted
 from ibq_jax.base.sharding import global_batch
 from ibq_jax.base.supervise import handling
 from ibq_jax.base.telemetry import Telemetry
-from ibq_jax.base.timing import STEP, Parts
+from ibq_jax.base.timing import STEP, PhaseTimer
 
 
 class TrainingStopped(Failed):
@@ -50,7 +50,7 @@ class Stage(Protocol):
 
 
 @dataclass
-class Pace:
+class Intervals:
     """Steps between things, and the last step."""
 
     total_steps: int
@@ -64,12 +64,12 @@ class Pace:
 class Loop:
     stage: Stage
     mesh: jax.sharding.Mesh
-    pace: Pace
+    intervals: Intervals
     checkpoints: Checkpoints
     telemetry: Telemetry
     workdir: Path
     metadata: dict
-    parts: Parts = field(default_factory=Parts)
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
     profile: range = range(0)  # steps whose trace is written to workdir/profile
     _pending: tuple | None = field(default=None, init=False)
     _signal: int | None = field(default=None, init=False)
@@ -81,13 +81,13 @@ class Loop:
         """
         queueing = "first step"  # which is compiled
         with self._signals(), contextlib.closing(batches), self._tracing() as trace:
-            for step in range(start_step + 1, self.pace.total_steps + 1):
+            for step in range(start_step + 1, self.intervals.total_steps + 1):
                 trace(step)
-                with self.parts("data"):
+                with self.timer("data"):
                     batch = next(batches)
                 indices = batch["index"]
                 arrays = {name: rows for name, rows in batch.items() if name != "index"}
-                with self.parts(queueing):
+                with self.timer(queueing):
                     state, metrics = self.stage.step(state, global_batch(arrays, self.mesh))
                 self._examine_pending()
                 self._pending = (step, metrics, indices)
@@ -97,38 +97,38 @@ class Loop:
         return state
 
     def _occasionally(self, step: int, state) -> None:
-        pace, last = self.pace, step == self.pace.total_steps
+        intervals, last = self.intervals, step == self.intervals.total_steps
         stopping = self._signal is not None or processes.asked_to_stop(step)
         metrics = None
-        if last or step % pace.evaluate_every == 0:
+        if last or step % intervals.evaluate_every == 0:
             self._examine_pending()
-            with self._aside("evaluation"):
+            with self._paused("evaluation"):
                 measured = self.stage.evaluate(state)
             metrics = {name: value for name, value in measured.items() if np.ndim(value) == 0}
             self.telemetry.scalars(step, metrics)
             for name in measured.keys() - metrics.keys():
                 self.telemetry.grid(step, name, measured[name])
             self.telemetry.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-        if last or step % pace.images_every == 0:
-            with self._aside("pictures"):
+        if last or step % intervals.images_every == 0:
+            with self._paused("pictures"):
                 for name, picture in self.stage.pictures(state).items():
                     self.telemetry.images(step, name, picture)
-        if last or stopping or step % pace.checkpoint_every == 0:
+        if last or stopping or step % intervals.checkpoint_every == 0:
             self._examine_pending()
-            with self._aside("checkpoint"):
+            with self._paused("checkpoint"):
                 self.checkpoints.save(step, state, self.metadata | {"step": step}, metrics)
-                self.telemetry.keep()
+                self.telemetry.sync()
                 if last or stopping:
                     self.checkpoints.wait()
             self.telemetry.goodput(step)
         if stopping and not last:
             number = self._signal or signal.SIGTERM
-            message = f"saved step {step} of {pace.total_steps}; the same command continues from it"
+            message = f"saved step {step} of {intervals.total_steps}; the same command continues from it"
             raise Interrupted(number, f"{signal.Signals(number).name}: {message}")
 
     @contextlib.contextmanager
-    def _aside(self, part: str):
-        with self.parts(part), self.telemetry.aside():
+    def _paused(self, part: str):
+        with self.timer(part), self.telemetry.paused():
             yield
 
     @contextlib.contextmanager
@@ -157,9 +157,9 @@ class Loop:
             return
         step, metrics, indices = self._pending
         self._pending = None
-        due = step % self.pace.log_every == 0 or step == self.pace.total_steps
+        due = step % self.intervals.log_every == 0 or step == self.intervals.total_steps
         try:
-            with self.parts(STEP):
+            with self.timer(STEP):
                 finite = bool(metrics["finite"])
             if not finite:
                 numbers = {name: float(value) for name, value in metrics.items()}
@@ -171,10 +171,10 @@ class Loop:
                 )
             if due:
                 values = {name: float(value) for name, value in jax.device_get(metrics).items() if name != "finite"}
-                with self.parts("logging"):
+                with self.timer("logging"):
                     self.telemetry.scalars(step, values)
                     self.telemetry.line(step, self.stage.describe(values))
-                self.telemetry.time(step, self.parts.take())
+                self.telemetry.time(step, self.timer.take())
                 self.stage.examine(step, values)
         except TrainingStopped as stopped:
             self._save_batch(step, indices, str(stopped))

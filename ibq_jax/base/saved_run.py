@@ -13,9 +13,9 @@ import jax
 from ml_collections import ConfigDict
 
 from ibq_jax.base.checkpoint import Checkpoints, Restored, everything
-from ibq_jax.base.config import read_config
+from ibq_jax.base.config import read_config, renamed_leaves
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.files import absolute
+from ibq_jax.base.files import resolve
 from ibq_jax.base.sharding import abstract_state
 
 IMPORTED = "imported.json"  # in a run that was made of a file of weights: where they come from
@@ -29,6 +29,7 @@ def open_checkpoints(workdir: Path, config: ConfigDict) -> Checkpoints:
         keep_last=checkpoint.keep_last,
         keep_best=checkpoint.keep_best,
         best_metric=checkpoint.best_metric,
+        renamed=renamed_leaves(config.stage),
     )
 
 
@@ -51,7 +52,7 @@ class SavedRun:
 
         Raises UsageError when there is none, or it is not of the `stage` asked for, which `needed` names in words.
         """
-        path = absolute(path)
+        path = resolve(path)
         step = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
         workdir = path if step is None else path.parent.parent
         config = read_config(workdir / "config.json")

@@ -104,7 +104,7 @@ class Telemetry:
         self.say(f"time: {words}; goodput {goodput(self._timeline.rows):.1%} over {starts} start(s)")
 
     @contextlib.contextmanager
-    def aside(self):
+    def paused(self):
         """What happens inside (an evaluation, a checkpoint) does not count in the rate of the steps."""
         start = time.monotonic()
         yield
@@ -115,7 +115,7 @@ class Telemetry:
             tqdm.write(words, file=sys.stdout)
             sys.stdout.flush()
 
-    def keep(self) -> None:
+    def sync(self) -> None:
         """Copies what was written to a work folder in a bucket; called whenever a checkpoint is. One here has it."""
         if not self._enabled or self._local is self._workdir:
             return
@@ -130,7 +130,7 @@ class Telemetry:
             self._bar.close()
             self._file.close()
             self._events.close()
-            self.keep()
+            self.sync()
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -1,7 +1,7 @@
 """Where the time of a run goes: parts of a step, and goodput over all starts of the run.
 
 `timing.jsonl` beside metrics.jsonl has a row each time scalars are logged: {"step", "wall": seconds since 1970,
-"start": whether a process began here, "seconds": {part: since the row before}}. Parts are measured by a clock that
+"start": whether a process began here, "seconds": {part: since the row before}}. PhaseTimer are measured by a clock that
 nobody sets; `wall` serves only to know how long the run lay still between two starts.
 """
 
@@ -18,7 +18,7 @@ BETWEEN = "other"  # what no part claims
 REMEMBERED = 100  # durations of a part, by which a long one is known
 
 
-class Parts:
+class PhaseTimer:
     """What the host is doing, and how long it has done what; parts may lie inside others, which stand still then."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):

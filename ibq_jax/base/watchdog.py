@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ibq_jax.base import processes
-from ibq_jax.base.timing import Parts
+from ibq_jax.base.timing import PhaseTimer
 
 
 class Watchdog(threading.Thread):
     """Says once of every wait that it is long, and ends the process, exit code 1, when it has lasted too long.
 
     Args:
-        parts: what the run is doing.
+        timer: what the run is doing.
         stacks: the file for the stacks of all threads, appended to.
         factor: how many times its usual (median) duration a part may take,
         seconds: and at least how long, before it is said.
@@ -24,7 +24,7 @@ class Watchdog(threading.Thread):
 
     def __init__(
         self,
-        parts: Parts,
+        timer: PhaseTimer,
         stacks: Path,
         *,
         factor: float,
@@ -33,7 +33,7 @@ class Watchdog(threading.Thread):
         say: Callable[[str], None],
     ):
         super().__init__(name="watchdog", daemon=True)
-        self._parts, self._stacks, self._say = parts, stacks, say
+        self._parts, self._stacks, self._say = timer, stacks, say
         self._factor, self._seconds, self._hang_seconds = factor, seconds, hang_seconds
         self._stopped = threading.Event()
 

@@ -9,19 +9,19 @@ import numpy as np
 from ibq_jax.base.checkpoint import Checkpoints
 from ibq_jax.base.config import PREFIX, save_config
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.files import whole_folder
+from ibq_jax.base.files import atomic_folder
 from ibq_jax.commands.arguments import Parser, positive, share, underscored
 from ibq_jax.commands.verification import print_verification
 from ibq_jax.evaluate.validation import validation_evaluator
 from ibq_jax.interop.from_file import import_file
-from ibq_jax.interop.hub import local
+from ibq_jax.interop.hub import download_if_hub
 from ibq_jax.interop.hub_layout import write_hub_folder
 from ibq_jax.interop.load import is_weights_file
 from ibq_jax.interop.to_file import WEIGHTS, export_run, relabel_file
 from ibq_jax.pretrained.tensor_files import PICKLED, write_tensors
 from ibq_jax.tokenizer.check import check_config
 from ibq_jax.tokenizer.quantizers import check_trained_rows
-from ibq_jax.tokenizer.resize_codebook import kept_map, split_map, with_codebook
+from ibq_jax.tokenizer.resize_codebook import grow_index_map, prune_index_map, resize_codebook
 from ibq_jax.tokenizer.restore import restore_whole_run
 
 INDEX_MAP = "index_map.npy"
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         parser.error("give --out=FILE or FOLDER, or --verify")
     if flags.out is not None and flags.out.exists():
         raise UsageError(f"--out={flags.out} exists already; name one that does not")
-    source = local(flags.input)
+    source = download_if_hub(flags.input)
     from_file = is_weights_file(source)
     if flags.codebook_size or flags.prune:
         _resize(flags, source)
@@ -83,14 +83,14 @@ def _resize(flags: Namespace, source: Path) -> None:
     codes = trainer.config.codebook.size
     if flags.prune:
         counts = validation_evaluator(trainer, examples=0).histogram(restored.state.ema)
-        index_map = kept_map(counts, flags.multiple_of)
+        index_map = prune_index_map(counts, flags.multiple_of)
     else:
-        index_map = split_map(codes, flags.codebook_size)
+        index_map = grow_index_map(codes, flags.codebook_size)
     config = copy.deepcopy(trainer.config).unlock()
     config.codebook.size = len(index_map)
     check_config(config.lock(), trainer.mesh)
-    state = with_codebook(restored.state, index_map, flags.spread, config.seed)
-    with whole_folder(flags.out) as partial:
+    state = resize_codebook(restored.state, index_map, flags.spread, config.seed)
+    with atomic_folder(flags.out) as partial:
         save_config(config, partial / "config.json")
         np.save(partial / INDEX_MAP, index_map)
         checkpoints = Checkpoints(partial / "checkpoints")

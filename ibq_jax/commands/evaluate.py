@@ -14,16 +14,16 @@ from PIL import Image
 from ibq_jax.autoregressive.restore import check_fit
 from ibq_jax.autoregressive.restore import restore_run as restore_generator
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.files import place
+from ibq_jax.base.files import as_path
 from ibq_jax.base.saved_run import SavedRun
 from ibq_jax.commands.arguments import Parser, count, output_file, positive, underscored
 from ibq_jax.commands.generation import evaluate_drawn, evaluate_set
 from ibq_jax.data.pipeline import open_split
 from ibq_jax.data.token_cache import open_codes
 from ibq_jax.evaluate import likelihood
-from ibq_jax.evaluate.feature_nets import KINDS, few_images, find_judges
+from ibq_jax.evaluate.feature_nets import KINDS, few_images, find_feature_nets
 from ibq_jax.evaluate.protocols import PROTOCOLS
-from ibq_jax.evaluate.records import keep, record, show
+from ibq_jax.evaluate.records import record, save, show
 from ibq_jax.evaluate.validation import likelihood_evaluator, validation_evaluator
 from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
 
@@ -72,7 +72,7 @@ def _evaluate_tokenizer(flags: Namespace, workdir: Path) -> None:
     trainer, restored = restore_tokenizer(flags.run)
     trainer = replace(trainer, config=_with_data(trainer.config, flags))
     data, protocol = trainer.config.data, PROTOCOLS[flags.protocol or "clean"]
-    evaluator = validation_evaluator(trainer, flags.examples, protocol, find_judges(KINDS, vars(flags)))
+    evaluator = validation_evaluator(trainer, flags.examples, protocol, find_feature_nets(KINDS, vars(flags)))
     params = restored.state.ema if flags.weights == "ema" else restored.state.params
     metrics = dict(evaluator(params))
     images = int(metrics["images"])
@@ -89,7 +89,7 @@ def _evaluate_tokenizer(flags: Namespace, workdir: Path) -> None:
         codes=trainer.config.codebook.size,
     )
     show(found)
-    keep(found, workdir, f"{protocol.name}-{found['split']}", flags.json)
+    save(found, workdir, f"{protocol.name}-{found['split']}", flags.json)
     if flags.pictures:
         picture = evaluator.picture(params, flags.columns, flags.rows)
         if jax.process_index() == 0:
@@ -107,7 +107,7 @@ def _with_data(config: ConfigDict, flags: Namespace) -> ConfigDict:
 def _evaluate_generator(flags: Namespace, workdir: Path) -> None:
     trainer, restored, _ = restore_generator(flags.run)
     params = restored.state.averaged if flags.weights == "ema" else restored.state.params
-    codes, split = flags.codes or trainer.config.codes, flags.split or "validation"
+    codes, split = flags.codes or trainer.config.token_cache, flags.split or "validation"
     if not codes:
         raise UsageError(f"{flags.run} was imported, without codes: give --codes=FOLDER, which tokenize wrote")
     source = open_codes(codes, split)
@@ -126,16 +126,16 @@ def _evaluate_generator(flags: Namespace, workdir: Path) -> None:
             "loss": measured.loss,
             "perplexity": measured.perplexity,
             "order_0": source.manifest["splits"][split]["entropy"],
-            "uniform": math.log(trainer.config.model.vocabulary),
+            "uniform": math.log(trainer.config.model.vocab_size),
             "images": measured.images,
         },
-        codes=trainer.config.model.vocabulary,
+        codes=trainer.config.model.vocab_size,
         perplexity_by_position=measured.perplexity_by_position.tolist(),
     )
     show(found)
     rows = np.exp(measured.by_position.mean(axis=1))
     print(f"  perplexity by rows of the picture, top to bottom: {' '.join(f'{row:.0f}' for row in rows)}")
-    keep(found, workdir, f"likelihood-{found['split']}", flags.json)
+    save(found, workdir, f"likelihood-{found['split']}", flags.json)
 
 
 def _write_picture(picture: np.ndarray, image_size: int, path: Path) -> None:
@@ -145,7 +145,7 @@ def _write_picture(picture: np.ndarray, image_size: int, path: Path) -> None:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m ibq_jax evaluate", description=__doc__.partition(": ")[2])
-    parser.add_argument("--run", type=place, help="folder of a run, or one of its checkpoints")
+    parser.add_argument("--run", type=as_path, help="folder of a run, or one of its checkpoints")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last ones")
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), help="how (default: clean; of an .npz: adm)")
     parser.add_argument("--examples", type=count, default=0, help="images of the split (default: 0, all)")

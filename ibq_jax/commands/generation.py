@@ -16,17 +16,17 @@ from ibq_jax.base.sharding import check_batch, make_mesh, process_rows
 from ibq_jax.commands import sample
 from ibq_jax.data.pipeline import evaluation_batches, open_split
 from ibq_jax.data.token_cache import read_fields
-from ibq_jax.evaluate.feature_nets import few_images, find_judges
+from ibq_jax.evaluate.feature_nets import few_images, find_feature_nets
 from ibq_jax.evaluate.protocols import PROTOCOLS
-from ibq_jax.evaluate.records import keep, record, show
-from ibq_jax.evaluate.sample_statistics import PictureJudge, PictureSet, Seen, compare, read_moments
+from ibq_jax.evaluate.records import record, save, show
+from ibq_jax.evaluate.sample_statistics import FeatureExtractor, Features, ImageSet, compare, read_moments
 
 NETS = ("inception", "efficientnet")
-SETS = "samples"  # of a run: the sets that were drawn to be judged
+SETS = "samples"  # of a run: the sets that were drawn to be evaluated
 
 
 def evaluate_drawn(flags: Namespace, saved: SavedRun) -> None:
-    """Of a generator's run: draws --num pictures, or goes on drawing them, and judges them."""
+    """Of a generator's run: draws --num pictures, or goes on drawing them, and evaluates them."""
     step = saved.saved_step()
     checkpoint = saved.workdir / "checkpoints" / str(step)
     (saved.workdir / SETS).mkdir(exist_ok=True)
@@ -49,10 +49,10 @@ def _evaluate(flags: Namespace, saved: SavedRun | None, step: int | None) -> Non
     protocol = PROTOCOLS[flags.protocol or "adm"]
     mesh = make_mesh({"data": -1})
     check_batch(flags.batch_size, mesh, 1, "--batch_size")
-    pictures = PictureSet(flags.samples)
-    judge = PictureJudge(find_judges(NETS, vars(flags)), protocol, mesh)
-    where, reference = _reference(flags, saved, judge, mesh)
-    generated = judge(pictures.batches(flags.batch_size))
+    pictures = ImageSet(flags.samples)
+    extractor = FeatureExtractor(find_feature_nets(NETS, vars(flags)), protocol, mesh)
+    where, reference = _reference(flags, saved, extractor, mesh)
+    generated = extractor(pictures.batches(flags.batch_size))
     metrics = dict(compare(generated, reference, protocol))
     if len(metrics) == 1:
         raise UsageError(f"{where} has no statistics of a net whose weights are here: nothing can be computed")
@@ -76,24 +76,24 @@ def _evaluate(flags: Namespace, saved: SavedRun | None, step: int | None) -> Non
     )
     show(found)
     print(f"  against {where}")
-    keep(found, saved and saved.workdir, f"{protocol.name}-{flags.samples.stem}", flags.json)
+    save(found, saved and saved.workdir, f"{protocol.name}-{flags.samples.stem}", flags.json)
 
 
 def _reference(
-    flags: Namespace, saved: SavedRun | None, judge: PictureJudge, mesh: jax.sharding.Mesh
-) -> tuple[str, Seen]:
+    flags: Namespace, saved: SavedRun | None, extractor: FeatureExtractor, mesh: jax.sharding.Mesh
+) -> tuple[str, Features]:
     """(which pictures in words, what the nets saw of them)."""
     if flags.reference is None:
         where, batches = _originals(saved, flags.batch_size, mesh)
-        return where, judge(batches)
+        return where, extractor(batches)
     moments = read_moments(flags.reference)
     try:
-        pictures = PictureSet(flags.reference)
+        pictures = ImageSet(flags.reference)
     except UsageError:
         if not moments:
             raise
-        return flags.reference.name, Seen(statistics=moments)
-    seen = judge(pictures.batches(flags.batch_size))
+        return flags.reference.name, Features(statistics=moments)
+    seen = extractor(pictures.batches(flags.batch_size))
     seen.statistics |= moments
     return flags.reference.name, seen
 

@@ -19,8 +19,8 @@ from ibq_jax.tokenizer import check as tokenizer_check
 from ibq_jax.tokenizer import step as tokenizer
 
 STAGES = {
-    "tokenizer": (tokenizer, tokenizer_check.check_config),
-    "autoregressive": (autoregressive, autoregressive_check.check_config),
+    "tokenizer": (tokenizer, tokenizer.TokenizerTrainer, tokenizer_check.check_config),
+    "autoregressive": (autoregressive, autoregressive.GeneratorTrainer, autoregressive_check.check_config),
 }
 GB = 1e9
 PEAKS = (
@@ -32,8 +32,8 @@ BETWEEN_SLICES = (
     "interconnect takes it for that inside a slice."
 )
 TO_TRY = (
-    "try a larger codebook or fsdp axis in --mesh, --config.model.remat=blocks, or --config.train.accumulate=2 or "
-    "more chips (fewer images a chip at a time)"
+    "try a larger codebook or fsdp axis in --mesh, --config.model.remat=blocks, or --config.train.grad_accum_steps=2 "
+    "or more chips (fewer images a chip at a time)"
 )
 
 
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     config = load_config(flags.config, rest)
     if config.stage not in STAGES:
         raise UsageError(f"{flags.config} is of stage {config.stage!r}; plan knows {', '.join(STAGES)}")
-    stage, check_config = STAGES[config.stage]
+    stage, make_trainer, check_config = STAGES[config.stage]
     jax.config.update("jax_platforms", "cpu")  # nothing runs: an accelerator of this machine stays free
     if flags.topology:
         chip, devices = topology_devices(flags.topology, flags.slices)
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
         chip, devices = None, _cpu_devices(flags.cpu_devices)
     mesh = make_mesh(_mesh_sizes(flags.mesh) if flags.mesh else config.mesh, devices)
     check_config(config, mesh)
-    trainer = stage.Trainer(config, mesh, steps_per_epoch=1)
+    trainer = make_trainer(config, mesh, steps_per_epoch=1)
     try:
         plan = compile_plan(stage.jit_train_step(trainer), stage.abstract_arguments(trainer), mesh, chip)
     except DoesNotFit as error:

@@ -15,8 +15,8 @@ from ibq_jax.data.beam_map import LOCAL_RUNNER, find_beam
 from ibq_jax.data.folders import image_folder
 from ibq_jax.data.imagenet import EXPECTED_IMAGES, imagenet2012
 from ibq_jax.data.openmoji import openmoji
-from ibq_jax.data.sources import Collection
-from ibq_jax.data.store import Written, find_dataset, made_with, write_dataset
+from ibq_jax.data.sources import ImageCollection
+from ibq_jax.data.store import WriteSummary, find_dataset, made_with, write_dataset
 from ibq_jax.data.tar_shards import tar_shards
 
 CLASSES_LISTED = 20
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     print(f"next: {_next_command(args)}")
 
 
-def _write(args: Namespace, settings: dict) -> tuple[Collection, Written]:
+def _write(args: Namespace, settings: dict) -> tuple[ImageCollection, WriteSummary]:
     if args.beam is None:
         if args.beam_options:
             raise UsageError("--beam_options goes with --beam")
@@ -124,7 +124,7 @@ def _check_same_settings(existing: Path, settings: dict) -> None:
         raise UsageError(f"{existing} was made with {made}, not {asked}: pass --overwrite, or choose another --name")
 
 
-def _describe(collection: Collection, written: Written) -> None:
+def _describe(collection: ImageCollection, written: WriteSummary) -> None:
     """Says what was stored, what was left out and whose the images are."""
     print(f"wrote {written.path}")
     for split, counts in written.counts.items():

@@ -155,7 +155,7 @@ def _one(run: Run, say: Callable[[str], None]) -> str:
 
 def _with_rate(history: History, config: ConfigDict, steps_per_epoch: int) -> History:
     """A tokenizer logs no learning rate; where its config makes it change, it follows from there."""
-    if config.stage != "tokenizer" or "gradient_norm" not in history:
+    if config.stage != "tokenizer" or "optimizer/gradient_norm" not in history:
         return history
     optimizer = config.optimizer
     unknown = optimizer.drop_epochs and not steps_per_epoch  # of imported weights
@@ -163,7 +163,7 @@ def _with_rate(history: History, config: ConfigDict, steps_per_epoch: int) -> Hi
         return history
     drops = [epoch * steps_per_epoch for epoch in optimizer.drop_epochs]
     rate = drop_schedule(optimizer.learning_rate, optimizer.warmup_steps, drops, optimizer.drop_factor)
-    steps = history["gradient_norm"].steps
+    steps = history["optimizer/gradient_norm"].steps
     rates = Series(steps, np.asarray([float(rate(step - 1)) for step in steps]))
     return replace(history, series=history.series | {"optimizer/learning_rate": rates})
 
@@ -171,7 +171,7 @@ def _with_rate(history: History, config: ConfigDict, steps_per_epoch: int) -> Hi
 def _plots(run: Run, about_codebook: bool) -> Iterator[str]:
     levels = {}
     if run.order_0 is not None:
-        levels = {"codes alone": run.order_0, "log K": math.log(run.config.model.vocabulary)}
+        levels = {"codes alone": run.order_0, "log K": math.log(run.config.model.vocab_size)}
     for panel in PANELS[run.stage]:
         if panel.codebook == about_codebook:
             yield plot(panel, {run.name: run.history}, levels if "loss/total" in panel.names else None)
@@ -189,7 +189,8 @@ def _what(config: ConfigDict) -> str:
         return f"tokenizer of {codes}{named}, {data.name} at {data.image_size} px"
     model = config.model
     rows, columns = model.grid
-    return f"generator of {rows}x{columns} of {model.vocabulary:,} codes, {model.layers} layers of width {model.width}"
+    size = f"{model.num_layers} layers of width {model.embed_dim}"
+    return f"generator of {rows}x{columns} of {model.vocab_size:,} codes, {size}"
 
 
 def _several(runs: list[Run], say: Callable[[str], None]) -> str:

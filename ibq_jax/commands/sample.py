@@ -9,12 +9,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ibq_jax.autoregressive.generate import Filter
+from ibq_jax.autoregressive.generate import LogitFilter
 from ibq_jax.autoregressive.restore import find_tokenizer, restore_run
 from ibq_jax.autoregressive.sample import SCHEDULES, Guidance, check_labels
-from ibq_jax.autoregressive.sample_images import PictureSampler
+from ibq_jax.autoregressive.sample_images import ImageSampler
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.files import absolute, place
+from ibq_jax.base.files import as_path, resolve
 from ibq_jax.base.processes import barrier, joined
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.commands.arguments import Parser, count, numbers, output_file, positive, underscored
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     labels = check_labels(trainer.model, np.asarray(flags.labels or range(max(len(classes), 1))))
     params = jax.device_get(restored.state.averaged if flags.weights == "ema" else restored.state.params)
     mesh = make_mesh({"data": -1}, jax.local_devices())
-    sampler = PictureSampler(trainer.model, params, tokenizer, mesh, settings, flags.lane)
+    sampler = ImageSampler(trainer.model, params, tokenizer, mesh, settings, flags.lane)
     prefix = _prefix(sampler, flags, manifest["preprocessing"])
 
     def draw(labels: np.ndarray, pictures: np.ndarray | None = None) -> np.ndarray:
@@ -78,7 +78,7 @@ def _settings(flags: Namespace, config: ConfigDict) -> dict:
 
     return {
         "guidance": Guidance(chosen("cfg_scale"), flags.cfg_schedule, flags.cfg_power, flags.cfg_interval),
-        "keep": Filter(chosen("top_k"), chosen("top_p")),
+        "logit_filter": LogitFilter(chosen("top_k"), chosen("top_p")),
         "temperature": chosen("temperature"),
         "seed": flags.seed,
     }
@@ -86,14 +86,14 @@ def _settings(flags: Namespace, config: ConfigDict) -> dict:
 
 def _described(flags: Namespace, settings: dict) -> dict:
     """What a set's pictures depend on, for its .json."""
-    guidance, keep = settings["guidance"], settings["keep"]
+    guidance, logit_filter = settings["guidance"], settings["logit_filter"]
     return {
-        "run": str(absolute(flags.run)),
+        "run": str(resolve(flags.run)),
         "weights": flags.weights,
         "seed": settings["seed"],
         "temperature": settings["temperature"],
-        "top_k": keep.top_k,
-        "top_p": keep.top_p,
+        "top_k": logit_filter.top_k,
+        "top_p": logit_filter.top_p,
         "cfg_scale": guidance.scale,
         "cfg_schedule": guidance.schedule,
         "cfg_power": guidance.power,
@@ -105,7 +105,7 @@ def _described(flags: Namespace, settings: dict) -> dict:
     }
 
 
-def _prefix(sampler: PictureSampler, flags: Namespace, preprocessing: dict) -> np.ndarray:
+def _prefix(sampler: ImageSampler, flags: Namespace, preprocessing: dict) -> np.ndarray:
     """The codes [1, P] that all pictures begin with: the first rows of an image's, or none."""
     if flags.image is None:
         return np.zeros((1, 0), np.int32)
@@ -132,7 +132,7 @@ def _write_sheet(draw, labels: np.ndarray, classes: Sequence[str], flags: Namesp
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m ibq_jax sample", description=__doc__.partition(": ")[2])
-    parser.add_argument("--run", required=True, type=place, help="folder of a generator's run, or a checkpoint")
+    parser.add_argument("--run", required=True, type=as_path, help="folder of a generator's run, or a checkpoint")
     parser.add_argument("--out", required=True, type=output_file, metavar="FILE", help="a .png, or with --num an .npz")
     parser.add_argument("--labels", type=numbers(int), default=(), help="classes, such as 0,1,2 (default: all)")
     parser.add_argument("--per_class", type=positive, default=8, help="pictures of a class in the sheet (default: 8)")

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ibq_jax.base.config import PREFIX
 from ibq_jax.base.errors import Failed, UsageError
-from ibq_jax.base.files import place
+from ibq_jax.base.files import as_path
 from ibq_jax.commands.arguments import Parser, count, positive, underscored
 from ibq_jax.sweep.grid import Grid, parse_over, read_study
 from ibq_jax.sweep.plots import draw
@@ -105,7 +105,7 @@ def _flags(argv: list[str]) -> tuple[Namespace, list[str]]:
     parser.add_argument(
         "--study", metavar="FILE.py", help="states CONFIG, OVER, SEEDS and OVERRIDES, for the flags above"
     )
-    parser.add_argument("--workdir", required=True, type=place, help="folder of the sweep, made when it is not there")
+    parser.add_argument("--workdir", required=True, type=as_path, help="folder of the sweep, made when it is not there")
     parser.add_argument(
         "--metrics", type=_names, default=(), metavar="A,B", help="of metrics.jsonl, for the table and plots"
     )

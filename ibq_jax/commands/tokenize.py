@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from ibq_jax.base.files import absolute, place
+from ibq_jax.base.files import as_path, resolve
 from ibq_jax.base.processes import barrier, joined
 from ibq_jax.commands.arguments import Parser, positive, underscored
 from ibq_jax.data.pipeline import open_split
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     trainer, restored = restore_run(flags.tokenizer)
     params = restored.state.ema if flags.weights == "ema" else restored.state.params
     origin = {
-        "path": str(absolute(flags.tokenizer)),
+        "path": str(resolve(flags.tokenizer)),
         "step": restored.step,
         "weights": flags.weights,
         "config": trainer.config.to_dict(),
@@ -67,7 +67,7 @@ def _job(flags: Namespace, config: ConfigDict) -> Job:
         image_size=data.image_size,
         resize=flags.resize or data.resize,
         batch_size=flags.batch_size or config.evaluate.batch_size,
-        threads=flags.threads or data.threads,
+        threads=flags.threads or data.num_threads,
     )
 
 
@@ -88,8 +88,8 @@ def _training_flags(out: Path, manifest: Mapping) -> Iterator[str]:
     """A small preset for small pictures and a large one for others, with what the codes leave no choice about."""
     preset = "openmoji32" if manifest["preprocessing"]["image_size"] < 128 else "imagenet256_B"
     yield f"--config=configs/autoregressive.py:{preset}"
-    yield f"--config.codes={shlex.quote(str(out))}"
-    yield f"--config.model.vocabulary={manifest['codes']}"
+    yield f"--config.token_cache={shlex.quote(str(out))}"
+    yield f"--config.model.vocab_size={manifest['codes']}"
     yield f"--config.model.grid={','.join(map(str, manifest['grid']))}"
     yield f"--config.model.num_classes={len(manifest['data']['class_names'])}"
 
@@ -114,7 +114,7 @@ def _two_splits(text: str) -> tuple[str, ...]:
 def _parser() -> Parser:
     parser = Parser(prog="python -m ibq_jax tokenize", description=__doc__.partition(": ")[2])
     parser.add_argument(
-        "--tokenizer", required=True, type=place, metavar="RUN", help="folder of a tokenizer's run, or a checkpoint"
+        "--tokenizer", required=True, type=as_path, metavar="RUN", help="folder of a tokenizer's run, or a checkpoint"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the token cache")
     parser.add_argument(

@@ -3,7 +3,7 @@
 from argparse import ArgumentTypeError
 
 from ibq_jax.base.config import PREFIX, load_config
-from ibq_jax.base.files import place
+from ibq_jax.base.files import as_path
 from ibq_jax.commands.arguments import Parser, underscored
 from ibq_jax.training.train import train
 
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--config", required=True, help="FILE.py:PRESET, such as configs/tokenizer.py:openmoji64")
     parser.add_argument(
-        "--workdir", required=True, type=place, help="folder of the run, here or gs://, made when it is not there"
+        "--workdir", required=True, type=as_path, help="folder of the run, here or gs://, made when it is not there"
     )
     parser.add_argument(
         "--profile",

@@ -85,5 +85,5 @@ def _images(folder: Path | None, side: int) -> np.ndarray:
 
 def _codes(model) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
-    codes = rng.integers(0, model.vocabulary, (SEQUENCES, *model.grid), np.int32)
+    codes = rng.integers(0, model.vocab_size, (SEQUENCES, *model.grid), np.int32)
     return codes, rng.integers(0, max(model.num_classes, 1), SEQUENCES, np.int32)

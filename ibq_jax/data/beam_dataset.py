@@ -39,16 +39,16 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import PARTIAL
 from ibq_jax.data.beam_map import BeamRunner, beam_map, partial_name, paths_in
 from ibq_jax.data.preprocess import UnreadableImage
-from ibq_jax.data.sources import Collection, Each, Example
+from ibq_jax.data.sources import Example, ImageCollection, ParallelMap
 from ibq_jax.data.store import (
-    Written,
+    WriteSummary,
     check_absent,
     check_some,
     dataset_info,
-    full_disk_said,
+    disk_full_as_usage_error,
     load,
     locked,
-    put_in_place,
+    replace_folder,
     why_skipped,
     write_examples,
 )
@@ -61,13 +61,13 @@ SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"  # as SequentialWrit
 
 
 def write_dataset_with_beam(
-    collect: Callable[[Each], Collection],
+    collect: Callable[[ParallelMap], ImageCollection],
     name: str,
     data_dir: str | os.PathLike,
     settings: Mapping[str, str | int | float],
     runner: BeamRunner,
     overwrite: bool = False,
-) -> tuple[Collection, Written]:
+) -> tuple[ImageCollection, WriteSummary]:
     """Does what `store.write_dataset` does. Killed and called again, it makes only the shards that are missing.
 
     A shard is missing, too, when its tar or the settings have changed since; of a folder's images, when the names have.
@@ -86,7 +86,7 @@ def write_dataset_with_beam(
     """
     home = Path(data_dir, name).resolve()
     work = home / "beam.incomplete"
-    with locked(work), full_disk_said(home, KEPT):
+    with locked(work), disk_full_as_usage_error(home, KEPT):
         mapped = functools.partial(beam_map, runner=runner)
         each = functools.partial(mapped, folder=work / "labels", description="reading labels")
         collection = collect(each)
@@ -106,9 +106,9 @@ def write_dataset_with_beam(
         )
         counts, skipped = _finish(collection, data, settings, results)
         _remove_partial(data)
-        put_in_place(data, path)
+        replace_folder(data, path)
         shutil.rmtree(work, ignore_errors=True)
-    return collection, Written(Path(data_dir, name, collection.version), counts, tuple(skipped))
+    return collection, WriteSummary(Path(data_dir, name, collection.version), counts, tuple(skipped))
 
 
 def _remove_partial(data: Path) -> None:
@@ -116,7 +116,7 @@ def _remove_partial(data: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)  # a worker that outlived its runner may be writing still
 
 
-def _items(collection: Collection) -> list[tuple]:
+def _items(collection: ImageCollection) -> list[tuple]:
     """(number, *parts): at most MOST_ITEMS runs of neighbouring parts, as even as may be."""
     count = min(len(collection.parts), MOST_ITEMS)
     bounds = [len(collection.parts) * number // count for number in range(count + 1)]
@@ -127,7 +127,7 @@ def _items(collection: Collection) -> list[tuple]:
 class _ShardWriter:
     """Writes the images of an item: a file of each split in `data`, and what there is to tell of them."""
 
-    collection: Collection  # without its parts, which are many
+    collection: ImageCollection  # without its parts, which are many
     data: Path
 
     def __call__(self, item: tuple) -> dict:
@@ -138,7 +138,7 @@ class _ShardWriter:
         folder = partial_name(self.data / f"{number:05}")
         folder.mkdir()
         try:
-            with full_disk_said(self.data, KEPT):
+            with disk_full_as_usage_error(self.data, KEPT):
                 return self._write(number, parts, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -190,7 +190,7 @@ def _empty_shard(path: Path) -> Path:
     return path
 
 
-def _template(collection: Collection, folder: Path, split: str) -> naming.ShardedFileTemplate:
+def _template(collection: ImageCollection, folder: Path, split: str) -> naming.ShardedFileTemplate:
     return naming.ShardedFileTemplate(
         dataset_name=collection.name,
         data_dir=folder,
@@ -201,7 +201,7 @@ def _template(collection: Collection, folder: Path, split: str) -> naming.Sharde
 
 
 def _finish(
-    collection: Collection, data: Path, settings: Mapping, results: list[Mapping]
+    collection: ImageCollection, data: Path, settings: Mapping, results: list[Mapping]
 ) -> tuple[dict[str, Counter], list[str]]:
     """Writes TFDS's metadata. Returns images per split and label, and what was skipped."""
     skipped = [line for result in results for line in result["skipped"]]

@@ -12,8 +12,8 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.data.preprocess import UnreadableImage
 from ibq_jax.data.sources import (
     IMAGE_SUFFIXES,
-    Collection,
     Example,
+    ImageCollection,
     class_names_to_store,
     held_out,
     printable,
@@ -29,7 +29,7 @@ class _Image(NamedTuple):
     path: str  # below the root, with "/"
 
 
-def image_folder(root: str | os.PathLike, name: str, validation: float = 0.05) -> Collection:
+def image_folder(root: str | os.PathLike, name: str, validation: float = 0.05) -> ImageCollection:
     """The .jpg, .jpeg, .png, .webp and .bmp images below `root`, in one of four layouts:
 
         root/CLASS/**/x.jpg    root/x.jpg    root/{train,val}/CLASS/**/x.jpg    root/{train,val}/x.jpg
@@ -51,7 +51,7 @@ def image_folder(root: str | os.PathLike, name: str, validation: float = 0.05) -
         images = _with_validation(images, validation)
     label_of = {None: None} | {class_name: label for label, class_name in enumerate(class_names)}
     read_part = functools.partial(_examples, root=root, label_of=label_of)
-    return Collection(
+    return ImageCollection(
         name=name,
         description=f"The images of the folder {printable(root.resolve().name)}.",
         examples=lambda: read_part(images),

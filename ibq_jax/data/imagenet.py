@@ -15,7 +15,7 @@ from typing import NamedTuple
 import tensorflow_datasets as tfds
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.data.sources import MAX_ENCODED_BYTES, Collection, Example
+from ibq_jax.data.sources import MAX_ENCODED_BYTES, Example, ImageCollection
 from ibq_jax.data.tar_reader import BrokenTar, Member, members, open_stream
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
@@ -32,7 +32,7 @@ class _Part(NamedTuple):
     stop: int | None
 
 
-def imagenet2012(tars: str | os.PathLike) -> Collection:
+def imagenet2012(tars: str | os.PathLike) -> ImageCollection:
     """ImageNet's training and validation images, read in place from the two tars in the folder `tars`.
 
     Labels 0..999 number the synsets (n01440764 first). Images keep their bytes, the few CMYK and PNG ones included.
@@ -59,7 +59,7 @@ def imagenet2012(tars: str | os.PathLike) -> Collection:
         for part in (train[0], held_out[0]):
             yield from read_part(part._replace(stop=None))
 
-    return Collection(
+    return ImageCollection(
         name="imagenet2012",
         version="5.1.0",
         description="ILSVRC 2012: photographs of 1,000 kinds of things (image-net.org).",

@@ -16,12 +16,12 @@ import resvg_py
 from PIL import Image
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.data.sources import Collection, Example, held_out
+from ibq_jax.data.sources import Example, ImageCollection, held_out
 
 VALIDATION_FRACTION = 0.1
 
 
-def openmoji(size: int = 128, name: str = "openmoji") -> Collection:
+def openmoji(size: int = 128, name: str = "openmoji") -> ImageCollection:
     """1,898 pictures in 9 categories, `size` x `size` pixels on white; a tenth of each category is validation.
 
     Every emoji without a skin tone is in, but for the category "Component": those are the bare skin-tone swatches.
@@ -44,7 +44,7 @@ def openmoji(size: int = 128, name: str = "openmoji") -> Collection:
             split = "validation" if code_points in validation else "train"
             yield Example(split, path.name, functools.partial(_render, path, size), class_names.index(category))
 
-    return Collection(
+    return ImageCollection(
         name=name,
         description=(
             f"OpenMoji's colour pictures, rendered at {size} pixels on white. "

@@ -1,6 +1,6 @@
 """What a data set is built from: a stream of encoded images with names, splits and, perhaps, classes.
 
-Each kind of source is a module that returns a `Collection`; `store.write_dataset` makes a TFDS data set of any.
+Every kind of source is a module that returns an `ImageCollection`; `store.write_dataset` makes a TFDS data set of any.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp"})
 MAX_ENCODED_BYTES = 2**28  # no photograph's file is larger, and a hostile one can be any size
 
 # Maps a function that gives JSON values over files, in order: `map`, or something that runs it on many machines.
-Each = Callable[[Callable[[Path], Any], Sequence[Path]], Iterable[Any]]
+ParallelMap = Callable[[Callable[[Path], Any], Sequence[Path]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Collection:
+class ImageCollection:
     """A data set that can be built: who it is, and a stream of its examples.
 
     The stream also comes in `parts`, for workers that share it: `read_part` of one after another gives all of it.

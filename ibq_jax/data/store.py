@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ibq_jax.base.errors import UsageError, one_line
 from ibq_jax.base.json_files import read_json
 from ibq_jax.data.preprocess import UnreadableImage, decode
-from ibq_jax.data.sources import MAX_ENCODED_BYTES, Collection, Example, printable
+from ibq_jax.data.sources import MAX_ENCODED_BYTES, Example, ImageCollection, printable
 
 EXAMPLES_PER_SHARD = 8192
 EXAMPLES_PER_CALL = 256  # TFDS rewrites its metadata at every call
@@ -33,7 +33,7 @@ CLASS_NAMES = ("pythonClassName", "python_class_name", "type")  # fields of feat
 
 
 @dataclass(frozen=True)
-class Written:
+class WriteSummary:
     """What `write_dataset` made: images per split and label, and which were left out for what reason."""
 
     path: Path
@@ -83,11 +83,11 @@ def made_with(path: Path) -> Mapping[str, str | int | float] | None:
 
 
 def write_dataset(
-    collection: Collection,
+    collection: ImageCollection,
     data_dir: str | os.PathLike,
     settings: Mapping[str, str | int | float],
     overwrite: bool = False,
-) -> Written:
+) -> WriteSummary:
     """Writes every readable image of the collection to `data_dir/name/version`, which appears only once it is complete.
 
     Each image is decoded fully first, so whatever is stored can be read. The others are named on stderr, counted, left
@@ -106,7 +106,7 @@ def write_dataset(
         info.metadata["skipped"] = skipped
         write_examples(_readable(collection, skipped), info, counts, EXAMPLES_PER_SHARD)
         check_some(collection, counts, skipped)
-    return Written(path, counts, tuple(skipped))
+    return WriteSummary(path, counts, tuple(skipped))
 
 
 def check_absent(path: Path, overwrite: bool) -> None:
@@ -115,14 +115,14 @@ def check_absent(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path} is there already: pass --overwrite to build it anew, or choose another --name")
 
 
-def check_some(collection: Collection, counts: Mapping[str, Counter], skipped: Sequence[str]) -> None:
+def check_some(collection: ImageCollection, counts: Mapping[str, Counter], skipped: Sequence[str]) -> None:
     """Raises UsageError when no image could be read."""
     if not counts:
         first = f", the first {skipped[0]}" if skipped else ""
         raise UsageError(f"{collection.name}: {len(skipped)} images found and none can be read{first}")
 
 
-def dataset_info(collection: Collection, folder: Path, settings: Mapping) -> tfds.core.DatasetInfo:
+def dataset_info(collection: ImageCollection, folder: Path, settings: Mapping) -> tfds.core.DatasetInfo:
     """What TFDS is to know of the collection's data set, which will be in `folder`; no splits yet."""
     features = {"image": tfds.features.Image(), "file_name": tfds.features.Text()}
     if collection.class_names:
@@ -175,7 +175,7 @@ def _write(
     writer.add_examples(records)
 
 
-def _readable(collection: Collection, skipped: list[str]) -> Iterator[tuple[Example, bytes]]:
+def _readable(collection: ImageCollection, skipped: list[str]) -> Iterator[tuple[Example, bytes]]:
     """The examples that decode, with their bytes, in order, checked on every core; the others go to `skipped`."""
     cores = os.cpu_count() or 1
     pending: deque[tuple[Example, Future[bytes]]] = deque()
@@ -218,17 +218,17 @@ def _complete_or_absent(path: Path) -> Iterator[Path]:
     A killed process leaves it behind, locked by no one; the next one empties it.
     """
     unfinished = path.with_name(f"{path.name}.incomplete")
-    with locked(unfinished), full_disk_said(path, "nothing was kept"):
+    with locked(unfinished), disk_full_as_usage_error(path, "nothing was kept"):
         try:
             for leftover in unfinished.iterdir():
                 leftover.unlink()
             yield unfinished
-            put_in_place(unfinished, path)
+            replace_folder(unfinished, path)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def put_in_place(folder: Path, path: Path) -> None:
+def replace_folder(folder: Path, path: Path) -> None:
     """Renames `folder`, complete, to `path`; what was there is removed."""
     if path.exists():
         shutil.rmtree(path)
@@ -252,7 +252,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def full_disk_said(path: Path, kept: str) -> Iterator[None]:
+def disk_full_as_usage_error(path: Path, kept: str) -> Iterator[None]:
     """Raises UsageError, with what was `kept`, when the block fails because the disk of `path` is full."""
     try:
         yield

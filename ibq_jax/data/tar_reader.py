@@ -29,7 +29,7 @@ class BrokenTar(ValueError):
     """What is not, or no longer, a tar; the message says why."""
 
 
-class Stream:
+class TarStream:
     """Bytes that are read once, in order, up to a limit."""
 
     def __init__(self, file: BinaryIO, limit: int = 2**63, compressed: bool = False):
@@ -64,7 +64,7 @@ class Stream:
 
 
 @contextlib.contextmanager
-def open_stream(path: Path) -> Iterator[Stream]:
+def open_stream(path: Path) -> Iterator[TarStream]:
     """A file's bytes, unpacked where they are gzip's, bzip2's or xz's: to 64 times its size, or 1 GiB."""
     if not path.is_file():  # a pipe, say, would never end
         raise BrokenTar("no regular file")
@@ -73,11 +73,11 @@ def open_stream(path: Path) -> Iterator[Stream]:
         file.seek(0)
         unpack = next((unpack for magic, unpack in COMPRESSIONS.items() if head.startswith(magic)), None)
         if unpack is None:
-            yield Stream(file)
+            yield TarStream(file)
             return
         limit = max(UNPACKED_AT_LEAST, UNPACKED_TIMES * path.stat().st_size)
         with unpack(file) as unpacked:
-            yield Stream(unpacked, limit, compressed=True)
+            yield TarStream(unpacked, limit, compressed=True)
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Member:
 
     name: str
     size: int
-    stream: Stream
+    stream: TarStream
     left: int
 
     def read(self, count: int) -> bytes:
@@ -106,7 +106,7 @@ class Member:
         self.left -= count
 
 
-def members(stream: Stream | Member) -> Iterator[Member]:
+def members(stream: TarStream | Member) -> Iterator[Member]:
     """The regular files of a tar in order; folders, links and devices are passed over.
 
     Names are as the tar has them: anything. Raises BrokenTar.
@@ -148,7 +148,7 @@ def _header(block: bytes) -> tarfile.TarInfo:
     return header
 
 
-def _extended(stream: Stream | Member, length: int) -> bytes:
+def _extended(stream: TarStream | Member, length: int) -> bytes:
     if length > MAX_HEADER_BYTES:
         raise BrokenTar(f"a header of {length} bytes; they have {MAX_HEADER_BYTES} at most")
     padded = length + -length % BLOCK

@@ -19,9 +19,9 @@ from ibq_jax.data.preprocess import UnreadableImage
 from ibq_jax.data.sources import (
     IMAGE_SUFFIXES,
     MAX_ENCODED_BYTES,
-    Collection,
-    Each,
     Example,
+    ImageCollection,
+    ParallelMap,
     class_names_to_store,
     is_held_out,
     printable,
@@ -36,7 +36,7 @@ MAX_LABEL_CHARACTERS = 256
 Label = int | str | None  # as written in a shard
 
 
-def tar_shards(pattern: str, name: str, validation: float = 0.05, each: Each = map) -> Collection:
+def tar_shards(pattern: str, name: str, validation: float = 0.05, each: ParallelMap = map) -> ImageCollection:
     """The images of every shard that matches `pattern`, e.g. "shards/*.tar", in the order of the shards' names.
 
     A sample is an image (.jpg .jpeg .png .webp .bmp) and, for its class, a .cls (a number or a name) or a .json with
@@ -60,7 +60,7 @@ def tar_shards(pattern: str, name: str, validation: float = 0.05, each: Each = m
     label_of |= {label: label for label in seen if not isinstance(label, str)}
     read_part = functools.partial(_examples, label_of=label_of, validation=validation)
 
-    return Collection(
+    return ImageCollection(
         name=name,
         description=f"The images of {len(shards)} tar shards.",
         examples=lambda: itertools.chain.from_iterable(map(read_part, shards)),
@@ -71,7 +71,7 @@ def tar_shards(pattern: str, name: str, validation: float = 0.05, each: Each = m
     )
 
 
-def _survey(shards: list[Path], each: Each) -> tuple[int, dict[Label, str]]:
+def _survey(shards: list[Path], each: ParallelMap) -> tuple[int, dict[Label, str]]:
     """The number of images, and every label that occurs with the first sample that has it."""
     total, seen = 0, {}
     found = each(_labels, shards)

@@ -45,7 +45,7 @@ class CodedImage(TypedDict):
 class CodeSource:
     """A split of a token cache: `len(source)` images, `source[i]` -> CodedImage, read in any order and any process.
 
-    class_names: of the labels, empty in a data set without classes. num_codes: K. grid: (h, w).
+    class_names: of the labels, empty in a data set without classes. codebook_size: K. grid: (h, w).
     views: names of the crops of an image, in order; "ten_crop" names ten. manifest: as `read_manifest` gives it.
     """
 
@@ -55,7 +55,7 @@ class CodeSource:
         self._type = record_type(split, manifest)
         self.class_names = tuple(manifest["data"]["class_names"])
         self.views = tuple(manifest["data"]["splits"][split]["views"])
-        self.num_codes, self.grid = manifest["codes"], tuple(manifest["grid"])
+        self.codebook_size, self.grid = manifest["codes"], tuple(manifest["grid"])
 
     @property
     def num_classes(self) -> int:
@@ -70,7 +70,7 @@ class CodeSource:
             [record] = np.frombuffer(self._records[index], self._type)
         except (RuntimeError, ValueError) as error:  # ArrayRecord's, and NumPy's of a record of another length
             raise damaged(self, f"record {index}: {error}") from error
-        if record["codes"].max() >= self.num_codes or not NO_LABEL <= record["label"] < max(self.num_classes, 1):
+        if record["codes"].max() >= self.codebook_size or not NO_LABEL <= record["label"] < max(self.num_classes, 1):
             raise damaged(self, f"record {index}: a code or label that does not exist")
         return CodedImage(codes=record["codes"], label=int(record["label"]), index=int(record["index"]))
 

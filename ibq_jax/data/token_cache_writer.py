@@ -17,7 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from ibq_jax.base.config import flatten
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.files import PARTIAL, whole_or_absent
+from ibq_jax.base.files import PARTIAL, atomic_file
 from ibq_jax.data.token_cache import (
     MANIFEST,
     SETTINGS,
@@ -67,7 +67,7 @@ def list_shards(folder: Path, settings: Mapping) -> list[Shard]:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, settings: Mapping, overwrite: bool) -> Iterator[None]:
+def locked_cache(folder: Path, settings: Mapping, overwrite: bool) -> Iterator[None]:
     """Makes `folder` a cache of these settings, empty or with what is whole of it, for as long as the block runs.
 
     Several processes may be inside at once, but none while another overwrites.
@@ -115,7 +115,7 @@ def _clear(folder: Path) -> None:
 
 def _write_or_check_settings(folder: Path, settings: Mapping) -> None:
     if not (folder / MANIFEST).exists():
-        with whole_or_absent(folder / SETTINGS, wait=True) as partial:
+        with atomic_file(folder / SETTINGS, wait=True) as partial:
             if partial is not None:
                 _write_json(partial, settings)
     fields = read_fields(folder / (MANIFEST if (folder / MANIFEST).exists() else SETTINGS))
@@ -142,7 +142,7 @@ def finish(folder: Path, settings: Mapping) -> dict | None:
     shards = list_shards(folder, settings)
     if not all(shard.is_whole for shard in shards):
         return None
-    with whole_or_absent(folder / MANIFEST, wait=True) as partial:
+    with atomic_file(folder / MANIFEST, wait=True) as partial:
         if partial is not None:
             counts = {
                 split: _count(folder, split, settings, [shard for shard in shards if shard.split == split])
@@ -170,7 +170,7 @@ def _count(folder: Path, split: str, settings: Mapping, shards: list[Shard]) -> 
         if len(labels):
             labels += np.bincount(records["label"], minlength=len(labels))
     name = f"{split}_histogram.npy"
-    with whole_or_absent(folder / name) as partial:
+    with atomic_file(folder / name) as partial:
         if partial is not None:
             with partial.open("wb") as file:
                 np.save(file, histogram)

@@ -13,8 +13,7 @@ import jax
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.evaluate.protocols import Protocol, for_inception
-from ibq_jax.pretrained import efficientnet, inception, weight_files
-from ibq_jax.pretrained import lpips as perceptual
+from ibq_jax.pretrained import efficientnet, inception, lpips, weight_files
 
 FID, SFID, FD = "FID", "sFID", efficientnet.NAME
 LOGITS = "logits"  # among the Inception's features, for the Inception Score
@@ -22,11 +21,9 @@ DIMS = {FID: 2048, SFID: 2023, FD: 1280}
 LPIPS_NETS = ("vgg16", "alexnet")
 KINDS = ("efficientnet", "inception", *LPIPS_NETS)
 
-Features = dict[str, jax.Array]  # by the name of their distance
-
 
 @dataclass(frozen=True)
-class Judges:
+class FeatureNets:
     """`weights` of those that were found, by kind."""
 
     weights: Mapping[str, dict]
@@ -37,7 +34,7 @@ class Judges:
         return ((FID, SFID) if "inception" in self.weights else ()) + ((FD,) if "efficientnet" in self.weights else ())
 
 
-NOBODY = Judges({})
+NO_FEATURE_NETS = FeatureNets({})
 
 
 def few_images(metrics: Iterable[str], images: int) -> list[str]:
@@ -47,7 +44,9 @@ def few_images(metrics: Iterable[str], images: int) -> list[str]:
     return [f"unreliable, since {images:,} images are few: {', '.join(few)}"] if few else []
 
 
-def find_judges(kinds: Sequence[str], files: Mapping[str, str], say: Callable[[str], None] = print) -> Judges:
+def find_feature_nets(
+    kinds: Sequence[str], files: Mapping[str, str], say: Callable[[str], None] = print
+) -> FeatureNets:
     """Those of `kinds` whose weights are here, the others are said; `files`: where the user says they are, by kind.
 
     Raises UsageError for an unknown kind, a file that was named and is absent, or one that holds another net.
@@ -61,11 +60,11 @@ def find_judges(kinds: Sequence[str], files: Mapping[str, str], say: Callable[[s
             say(_absence(kind))
         else:
             weights[kind] = LOADERS[kind](path)
-    return Judges(weights)
+    return FeatureNets(weights)
 
 
-def features_of(weights: Mapping[str, dict], pictures: jax.Array, protocol: Protocol) -> Features:
-    """What every net among `weights` (`Judges.weights`) sees in pictures; pure, to be jitted."""
+def features_of(weights: Mapping[str, dict], pictures: jax.Array, protocol: Protocol) -> dict[str, jax.Array]:
+    """What every net among `weights` (`FeatureNets.weights`) sees in pictures; pure, to be jitted."""
     features = {}
     if "inception" in weights:
         seen = inception.features(weights["inception"], for_inception(pictures, protocol.resizing))
@@ -78,8 +77,8 @@ def features_of(weights: Mapping[str, dict], pictures: jax.Array, protocol: Prot
 LOADERS: dict[str, Callable[[Path], dict]] = {
     "efficientnet": efficientnet.load_weights,
     "inception": inception.load_weights,
-    "vgg16": lambda path: perceptual.load_weights(path, "vgg16"),
-    "alexnet": lambda path: perceptual.load_weights(path, "alexnet"),
+    "vgg16": lambda path: lpips.load_weights(path, "vgg16"),
+    "alexnet": lambda path: lpips.load_weights(path, "alexnet"),
 }
 
 

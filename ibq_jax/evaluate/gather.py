@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from ibq_jax.evaluate.statistics import FeatureStatistics
 
 
-def on_host(queued: Iterable) -> Iterator:
+def to_host_async(queued: Iterable) -> Iterator:
     """What is queued, on the host one item late: the devices are at the next one meanwhile."""
     ahead = None
     for item in queued:
@@ -26,7 +26,7 @@ def own_rows(mask: np.ndarray) -> np.ndarray:
     return mask & (np.arange(len(mask)) % jax.process_count() == jax.process_index())
 
 
-def of_all_processes(statistics: FeatureStatistics) -> FeatureStatistics:
+def merge_across_processes(statistics: FeatureStatistics) -> FeatureStatistics:
     """Every process calls it, and gets the statistics of all pictures."""
     if jax.process_count() == 1:
         return statistics

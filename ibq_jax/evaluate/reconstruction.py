@@ -16,8 +16,8 @@ import numpy as np
 from ibq_jax.base import processes
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import batch_sharding, global_batch, replicated, to_host
-from ibq_jax.evaluate.feature_nets import DIMS, FID, LPIPS_NETS, NOBODY, SFID, Judges, features_of
-from ibq_jax.evaluate.gather import of_all_processes, on_host, own_rows
+from ibq_jax.evaluate.feature_nets import DIMS, FID, LPIPS_NETS, NO_FEATURE_NETS, SFID, FeatureNets, features_of
+from ibq_jax.evaluate.gather import merge_across_processes, own_rows, to_host_async
 from ibq_jax.evaluate.image_metrics import psnr, ssim
 from ibq_jax.evaluate.protocols import PROTOCOLS, Protocol
 from ibq_jax.evaluate.statistics import FeatureStatistics
@@ -39,19 +39,19 @@ class ReconstructionEvaluator:
     def __init__(
         self,
         reconstruct: Reconstruct,
-        num_codes: int,
+        codebook_size: int,
         mesh: jax.sharding.Mesh,
         batches: Callable[[int], Iterable[Mapping[str, np.ndarray]]],
         examples: int = 0,
         protocol: Protocol = PROTOCOLS["clean"],
-        judges: Judges = NOBODY,
+        feature_nets: FeatureNets = NO_FEATURE_NETS,
     ):
-        self._batches, self._examples, self._mesh, self._num_codes = batches, examples, mesh, num_codes
+        self._batches, self._examples, self._mesh, self._num_codes = batches, examples, mesh, codebook_size
         self.protocol = protocol
-        self._distances = tuple(name for name in judges.distances if name != SFID)
-        self._weights = jax.device_put(dict(judges.weights), replicated(mesh))
+        self._distances = tuple(name for name in feature_nets.distances if name != SFID)
+        self._weights = jax.device_put(dict(feature_nets.weights), replicated(mesh))
         self._measure = processes.jit(
-            lambda *arguments: _measure(reconstruct, num_codes, protocol, *arguments),
+            lambda *arguments: _measure(reconstruct, codebook_size, protocol, *arguments),
             mesh,
             out_shardings=replicated(mesh),
         )
@@ -76,7 +76,7 @@ class ReconstructionEvaluator:
             value = np.concatenate(parts).astype(np.float64)
             yield name, self.protocol.mean(value) if name in ("psnr", "ssim") else float(value.mean())
         for name, (originals, reconstructions) in tally.statistics.items():
-            distance = of_all_processes(originals).frechet(of_all_processes(reconstructions))
+            distance = merge_across_processes(originals).frechet(merge_across_processes(reconstructions))
             yield ("rFID" if name == FID else name), distance
         share = tally.histogram[tally.histogram > 0] / tally.histogram.sum()
         entropy = float(-np.sum(share * np.log(share)))
@@ -96,7 +96,7 @@ class ReconstructionEvaluator:
         """What `_measure` gives of every batch, on the host."""
         batches = self._batches(self._examples)
         arrays = (global_batch({"image": b["image"], "mask": b["mask"]}, self._mesh) for b in batches)
-        return on_host(self._measure(params, self._weights, a["image"], a["mask"]) for a in arrays)
+        return to_host_async(self._measure(params, self._weights, a["image"], a["mask"]) for a in arrays)
 
     def picture(self, params: dict, columns: int, rows: int = 1) -> np.ndarray:
         """A row of originals above a row of their reconstructions, `rows` times: uint8 [2 rows H, columns W, 3].
@@ -119,9 +119,9 @@ class ReconstructionEvaluator:
 class _Tally:
     """What was measured so far."""
 
-    def __init__(self, num_codes: int, distances: Iterable[str]):
+    def __init__(self, codebook_size: int, distances: Iterable[str]):
         self.values: dict[str, list[np.ndarray]] = defaultdict(list)
-        self.histogram = np.zeros(num_codes)
+        self.histogram = np.zeros(codebook_size)
         self.statistics = {name: (FeatureStatistics(DIMS[name]), FeatureStatistics(DIMS[name])) for name in distances}
         self.images = 0
 
@@ -138,7 +138,7 @@ class _Tally:
 
 def _measure(
     reconstruct: Reconstruct,
-    num_codes: int,
+    codebook_size: int,
     protocol: Protocol,
     params: dict,
     weights: Mapping[str, dict],
@@ -155,5 +155,5 @@ def _measure(
         if net in weights:
             values[f"lpips_{net}"] = lpips(weights[net], originals, clipped, net=net)
     features = [features_of(weights, protocol.as_seen(pictures), protocol) for pictures in (images, clipped)]
-    counted = jnp.where(mask[:, None, None], codes, num_codes)  # padding is out of range, which a scatter drops
-    return {"values": values, "features": features, "counts": count_codes(counted, num_codes), "mask": mask}
+    counted = jnp.where(mask[:, None, None], codes, codebook_size)  # padding is out of range, which a scatter drops
+    return {"values": values, "features": features, "counts": count_codes(counted, codebook_size), "mask": mask}

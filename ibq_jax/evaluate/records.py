@@ -88,7 +88,7 @@ def words_of(found: Mapping) -> Iterator[tuple[str, str]]:
         yield label, form.format(value) if math.isfinite(value) else str(value)
 
 
-def keep(found: Mapping, run: Path | None, what: str, file: Path | None) -> None:
+def save(found: Mapping, run: Path | None, what: str, file: Path | None) -> None:
     """Writes an evaluation into its run's folder, where there is one, and to `file` where one was asked for.
 
     Of several processes the first one does.

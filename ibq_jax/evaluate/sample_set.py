@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ibq_jax.base.config import differences
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.files import whole_or_absent
+from ibq_jax.base.files import atomic_file
 
 PART_PICTURES = 256
 SETTINGS = "settings.json"
@@ -60,7 +60,7 @@ def write_sample_set(
             numbers = np.arange(start, min(start + PART_PICTURES, len(labels)))
             if not file.exists() and number % process_count != process_index:
                 continue
-            with whole_or_absent(file) as partial:
+            with atomic_file(file) as partial:
                 if partial is not None:
                     pictures = draw(labels[numbers], numbers)
                     with partial.open("wb") as out:
@@ -68,7 +68,7 @@ def write_sample_set(
             bar.update(len(numbers))
     if not all(file.exists() for file in files):
         return False
-    with whole_or_absent(path, wait=True) as partial:
+    with atomic_file(path, wait=True) as partial:
         if partial is not None:
             _join(files, labels, partial)
     path.with_suffix(".json").write_text((parts / SETTINGS).read_text())
@@ -78,7 +78,7 @@ def write_sample_set(
 
 def _claim(parts: Path, settings: Mapping) -> None:
     parts.mkdir(parents=True, exist_ok=True)
-    with whole_or_absent(parts / SETTINGS, wait=True) as partial:
+    with atomic_file(parts / SETTINGS, wait=True) as partial:
         if partial is not None:
             partial.write_text(json.dumps(settings, indent=2) + "\n")
     begun = json.loads((parts / SETTINGS).read_text())

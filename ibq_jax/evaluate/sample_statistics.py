@@ -16,8 +16,8 @@ import numpy as np
 from ibq_jax.base import processes
 from ibq_jax.base.errors import UsageError, one_line
 from ibq_jax.base.sharding import global_batch, replicated
-from ibq_jax.evaluate.feature_nets import DIMS, FD, FID, LOGITS, SFID, Judges, features_of
-from ibq_jax.evaluate.gather import of_all_processes, on_host, own_rows
+from ibq_jax.evaluate.feature_nets import DIMS, FD, FID, LOGITS, SFID, FeatureNets, features_of
+from ibq_jax.evaluate.gather import merge_across_processes, own_rows, to_host_async
 from ibq_jax.evaluate.protocols import Protocol
 from ibq_jax.evaluate.statistics import FeatureStatistics, inception_score, precision_recall
 from ibq_jax.pretrained.archive_limits import check_archive
@@ -28,7 +28,7 @@ MOMENTS = {FID: "", SFID: "_s"}  # what follows "mu" and "sigma" there
 
 
 @dataclass
-class Seen:
+class Features:
     """What the nets saw of a set of pictures: `statistics` by distance, and picture by picture the `features` that
     precision and recall are of, and the Inception's logits. Of a file of statistics, the first alone."""
 
@@ -38,12 +38,12 @@ class Seen:
     features: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-class PictureJudge:
+class FeatureExtractor:
     """Looks at pictures with all devices of `mesh`."""
 
-    def __init__(self, judges: Judges, protocol: Protocol, mesh: jax.sharding.Mesh):
-        self._mesh, self._distances = mesh, judges.distances
-        self._weights = jax.device_put(dict(judges.weights), replicated(mesh))
+    def __init__(self, feature_nets: FeatureNets, protocol: Protocol, mesh: jax.sharding.Mesh):
+        self._mesh, self._distances = mesh, feature_nets.distances
+        self._weights = jax.device_put(dict(feature_nets.weights), replicated(mesh))
         self._features = processes.jit(
             lambda weights, pictures: features_of(weights, protocol.as_seen(pictures), protocol),
             mesh,
@@ -51,11 +51,11 @@ class PictureJudge:
         )
         self._everywhere = jax.jit(lambda mask: mask, out_shardings=replicated(mesh))
 
-    def __call__(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Seen:
+    def __call__(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Features:
         """Of batches with this process's rows of "image" and "mask". Raises UsageError when there is no picture."""
-        seen = Seen(statistics={name: FeatureStatistics(DIMS[name]) for name in self._distances})
+        seen = Features(statistics={name: FeatureStatistics(DIMS[name]) for name in self._distances})
         rows = defaultdict(list)
-        for features, mask in on_host(self._look(batches, seen)):
+        for features, mask in to_host_async(self._look(batches, seen)):
             seen.images += int(mask.sum())
             for name, values in features.items():
                 if name in seen.statistics:
@@ -64,11 +64,11 @@ class PictureJudge:
                     rows[name].append(values[mask])
         if not seen.images:
             raise UsageError("there is no picture to evaluate")
-        seen.statistics = {name: of_all_processes(statistics) for name, statistics in seen.statistics.items()}
+        seen.statistics = {name: merge_across_processes(statistics) for name, statistics in seen.statistics.items()}
         seen.features = {name: np.concatenate(parts) for name, parts in rows.items()}
         return seen
 
-    def _look(self, batches: Iterable[Mapping[str, np.ndarray]], seen: Seen) -> Iterator[tuple[dict, jax.Array]]:
+    def _look(self, batches: Iterable[Mapping[str, np.ndarray]], seen: Features) -> Iterator[tuple[dict, jax.Array]]:
         """(features, mask) of every batch, queued."""
         for batch in batches:
             seen.side = batch["image"].shape[1]
@@ -76,7 +76,7 @@ class PictureJudge:
             yield self._features(self._weights, arrays["image"]), self._everywhere(arrays["mask"])
 
 
-def compare(generated: Seen, reference: Seen, protocol: Protocol) -> Iterator[tuple[str, float]]:
+def compare(generated: Features, reference: Features, protocol: Protocol) -> Iterator[tuple[str, float]]:
     """Yields (name, value): the distances that both have statistics for, inception_score and its deviation between
     groups of the protocol's size, precision and recall of the first features that both have, images."""
     for name, statistics in generated.statistics.items():
@@ -94,7 +94,7 @@ def compare(generated: Seen, reference: Seen, protocol: Protocol) -> Iterator[tu
     yield "images", float(generated.images)
 
 
-class PictureSet:
+class ImageSet:
     """The pictures of an .npz, read batch by batch: a set of 50,000 at 256 pixels is larger than many a memory."""
 
     def __init__(self, path: Path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ibq_jax.base.errors import UsageError, one_line, printable
-from ibq_jax.base.files import whole_or_absent
+from ibq_jax.base.files import atomic_file
 from ibq_jax.pretrained.archive_limits import open_npz
 
 BUFFER_ROWS = 1024  # features that wait for one product: at D = 2048 four times as fast as 64 at a time
@@ -135,7 +135,7 @@ class FeatureStatistics:
         if self.count is not None:
             arrays["count"] = np.int64(self.count)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_or_absent(path) as partial:
+        with atomic_file(path) as partial:
             if partial is None:
                 raise UsageError(f"{path} exists already, or another process is writing it")
             with partial.open("wb") as out:

@@ -4,26 +4,29 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ibq_jax.autoregressive.generate import Filter
+from ibq_jax.autoregressive.generate import LogitFilter
 from ibq_jax.autoregressive.restore import TokenizerWeights
 from ibq_jax.autoregressive.sample import Guidance
-from ibq_jax.autoregressive.sample_images import PictureSampler
-from ibq_jax.autoregressive.step import Trainer as GeneratorTrainer
+from ibq_jax.autoregressive.sample_images import ImageSampler
+from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.base.sharding import check_batch, process_rows
 from ibq_jax.data.pipeline import evaluation_batches, open_split
 from ibq_jax.data.token_cache import CodeSource, evaluation_code_batches
 from ibq_jax.evaluate.contact_sheet import contact_sheet
-from ibq_jax.evaluate.feature_nets import NOBODY, Judges
+from ibq_jax.evaluate.feature_nets import NO_FEATURE_NETS, FeatureNets
 from ibq_jax.evaluate.likelihood import LikelihoodEvaluator
 from ibq_jax.evaluate.protocols import PROTOCOLS, Protocol
 from ibq_jax.evaluate.reconstruction import ReconstructionEvaluator
-from ibq_jax.tokenizer.step import Trainer
+from ibq_jax.tokenizer.step import TokenizerTrainer
 
 PICTURES_A_CLASS = 4  # in a training run's sheets
 
 
 def validation_evaluator(
-    trainer: Trainer, examples: int, protocol: Protocol = PROTOCOLS["clean"], judges: Judges = NOBODY
+    trainer: TokenizerTrainer,
+    examples: int,
+    protocol: Protocol = PROTOCOLS["clean"],
+    feature_nets: FeatureNets = NO_FEATURE_NETS,
 ) -> ReconstructionEvaluator:
     """On the validation split of the trainer's config; `examples` of it, 0 for all."""
     config = trainer.config
@@ -39,11 +42,11 @@ def validation_evaluator(
             examples=count,
             rows=process_rows(trainer.mesh, config.evaluate.batch_size),
             antialias=protocol.antialias,
-            threads=config.data.threads,
+            threads=config.data.num_threads,
         )
 
     return ReconstructionEvaluator(
-        trainer.reconstruct, config.codebook.size, trainer.mesh, batches, examples, protocol, judges
+        trainer.reconstruct, config.codebook.size, trainer.mesh, batches, examples, protocol, feature_nets
     )
 
 
@@ -58,7 +61,7 @@ def likelihood_evaluator(trainer: GeneratorTrainer, source: CodeSource, examples
             batch_size=config.evaluate.batch_size,
             examples=examples,
             rows=process_rows(trainer.mesh, config.evaluate.batch_size),
-            threads=config.data.threads,
+            threads=config.data.num_threads,
         )
 
     return LikelihoodEvaluator(trainer.code_losses, source.grid, trainer.mesh, batches)
@@ -71,12 +74,12 @@ def class_samples(
     config = trainer.config
     settings = {
         "guidance": Guidance(config.sample.cfg_scale),
-        "keep": Filter(config.sample.top_k, config.sample.top_p),
+        "logit_filter": LogitFilter(config.sample.top_k, config.sample.top_p),
         "temperature": config.sample.temperature,
         "seed": config.seed,
     }
-    names = tuple(manifest["data"]["class_names"])[: config.log.images] or ("",)
-    images = PictureSampler(trainer.model, params, tokenizer, trainer.mesh, settings)(
+    names = tuple(manifest["data"]["class_names"])[: config.log.num_images] or ("",)
+    images = ImageSampler(trainer.model, params, tokenizer, trainer.mesh, settings)(
         np.repeat(np.arange(len(names)), PICTURES_A_CLASS)
     )
     return contact_sheet(images.reshape(len(names), PICTURES_A_CLASS, *images.shape[1:]), names)

@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ibq_jax.autoregressive.restore import CODES
-from ibq_jax.autoregressive.step import Trainer as GeneratorTrainer
+from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.base.checkpoint import WEIGHTS_ONLY, Checkpoints
 from ibq_jax.base.config import save_config
-from ibq_jax.base.files import whole_folder
+from ibq_jax.base.files import atomic_folder
 from ibq_jax.base.saved_run import IMPORTED
 from ibq_jax.base.sharding import abstract_state, make_mesh
 from ibq_jax.data.token_cache import VERSION
@@ -30,7 +30,7 @@ from ibq_jax.interop.recognize import GENERATOR, TOKENIZER, Contents, architectu
 from ibq_jax.interop.tokenizer_names import Put, Read
 from ibq_jax.pretrained.tensor_files import TensorFile, open_tensors, write_tensors
 from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
-from ibq_jax.tokenizer.step import Trainer as TokenizerTrainer
+from ibq_jax.tokenizer.step import TokenizerTrainer
 from ibq_jax.tokenizer.tokenize import fingerprint
 
 CARRIED = "carried.safetensors"
@@ -53,7 +53,7 @@ def import_file(
     contents = Contents(contents.stage, architecture(config))
     trainer = _trainer(config)
     check(file.shapes, contents)
-    with whole_folder(out) as partial:
+    with atomic_folder(out) as partial:
         with _reading(file) as read:
             unread = dict.fromkeys(file.shapes)
 
@@ -116,9 +116,9 @@ def _state(read: Read, shapes: Mapping, contents: Contents, trainer) -> dict:
         else params
     )
     state = {"step": np.int32(0), "params": params, "ema": averaged}
-    if tokenizer_names.has_discriminator(shapes) and like.adversary is not None:
-        variables = {"params": like.adversary.params, "batch_stats": like.adversary.batch_stats}
-        state["adversary"] = tokenizer_names.read_discriminator(read, published, put=_placing(variables))
+    if tokenizer_names.has_discriminator(shapes) and like.discriminator is not None:
+        variables = {"params": like.discriminator.params, "batch_stats": like.discriminator.batch_stats}
+        state["discriminator"] = tokenizer_names.read_discriminator(read, published, put=_placing(variables))
     return state
 
 
@@ -143,13 +143,13 @@ def _decoder(carried: dict, partial: Path, out: Path, tokenizer: Path | None) ->
         write_tensors(partial / "tokenizer.safetensors", beside, {})
         import_file(partial / "tokenizer.safetensors", partial / "tokenizer")
         (partial / "tokenizer.safetensors").unlink()
-        return _told(partial / "tokenizer", (out / "tokenizer").resolve())
+        return _describe_tokenizer(partial / "tokenizer", (out / "tokenizer").resolve())
     if tokenizer is not None:
-        return _told(tokenizer, tokenizer.resolve())
+        return _describe_tokenizer(tokenizer, tokenizer.resolve())
     return {"tokenizer": {"path": "", "step": None, "weights": "ema", "fingerprint": ""}, "preprocessing": {}}
 
 
-def _told(run: Path, path: Path) -> dict:
+def _describe_tokenizer(run: Path, path: Path) -> dict:
     trainer, restored = restore_tokenizer(run)
     digest, data = fingerprint(trainer.model, restored.state.ema), trainer.config.data
     return {
@@ -165,6 +165,6 @@ def _manifest(config: ConfigDict, path: Path, decoder: dict) -> dict:
         "imported": str(path.resolve()),
         **decoder,
         "data": {"class_names": [str(label) for label in range(config.model.num_classes)]},
-        "codes": config.model.vocabulary,
+        "codes": config.model.vocab_size,
         "grid": list(config.model.grid),
     }

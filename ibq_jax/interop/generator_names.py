@@ -17,7 +17,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.base.errors import UsageError
-from ibq_jax.interop.tokenizer_names import Path, Put, Read, Shapes, as_it_is, check_tensors, on_host, shapes_of
+from ibq_jax.interop.tokenizer_names import (
+    Path,
+    Put,
+    Read,
+    Shapes,
+    check_tensors,
+    keep_on_host,
+    shapes_of,
+    to_host_async,
+)
 
 PREFIX, TOKENIZER_PREFIX = "transformer.", "first_stage_model."
 
@@ -77,13 +86,13 @@ def model_fields(published: Mapping) -> dict:
         raise UsageError(f"configuration of the generator: block_size is {published['block_size']}, which is no square")
     settings = DEFAULTS | dict(published)
     return {
-        "vocabulary": settings["vocab_size"],
+        "vocab_size": settings["vocab_size"],
         "grid": grid,
         "num_classes": settings["class_num"],
-        "layers": settings["n_layer"],
-        "heads": settings["n_head"],
-        "kv_heads": settings["n_kv_head"] or settings["n_head"],
-        "width": settings["n_embd"],
+        "num_layers": settings["n_layer"],
+        "num_heads": settings["n_head"],
+        "num_kv_heads": settings["n_kv_head"] or settings["n_head"],
+        "embed_dim": settings["n_embd"],
         "gamma_init": settings["alng"],
         "use_pretrained_codebook": settings["use_pretrained_codebook"],
         "codebook_dim": settings["n_codebook_embd"],
@@ -102,12 +111,12 @@ def architecture(config: Mapping) -> dict:
     """
     model = config["model"]
     return {
-        "vocab_size": model["vocabulary"],
+        "vocab_size": model["vocab_size"],
         "block_size": math.prod(model["grid"]),
-        "n_layer": model["layers"],
-        "n_head": model["heads"],
-        "n_kv_head": model["kv_heads"],
-        "n_embd": model["width"],
+        "n_layer": model["num_layers"],
+        "n_head": model["num_heads"],
+        "n_kv_head": model["num_kv_heads"],
+        "n_embd": model["embed_dim"],
         "class_num": model["num_classes"],
         "alng": model["gamma_init"],
         "use_pretrained_codebook": model["use_pretrained_codebook"],
@@ -118,7 +127,7 @@ def architecture(config: Mapping) -> dict:
 
 
 def published_tensors(params: Mapping, prefix: str = PREFIX) -> dict:
-    """The parameters, layer by layer, under their published names and turned as there; whatever kind of array."""
+    """The parameters, layer by layer, under their published names and transposed as there; whatever kind of array."""
     tensors = {}
     for path, leaf in flatten_dict(params).items():
         leaf = leaf.swapaxes(-1, -2) if path[-1] == "kernel" else leaf
@@ -129,7 +138,7 @@ def published_tensors(params: Mapping, prefix: str = PREFIX) -> dict:
 
 def generator_to_torch(params: Mapping, prefix: str = PREFIX) -> dict[str, np.ndarray]:
     """The parameters under their published names, in PyTorch's layouts."""
-    return on_host(published_tensors(params, prefix))
+    return to_host_async(published_tensors(params, prefix))
 
 
 def generator_from_torch(state_dict: Mapping[str, np.ndarray], model: GeneratorModel) -> dict:
@@ -150,7 +159,7 @@ def check_generator(shapes: Shapes, model: GeneratorModel) -> None:
     check_tensors(own, {"generator": known}, wanted="generator")
 
 
-def read_generator(read: Read, prefix: str, model: GeneratorModel, put: Put = as_it_is) -> dict:
+def read_generator(read: Read, prefix: str, model: GeneratorModel, put: Put = keep_on_host) -> dict:
     """The parameters of `model`, one after another from a file that has been checked, each `put` in place.
 
     The largest come first: one is held twice while it is put in place, and by then little else is there.
@@ -158,16 +167,16 @@ def read_generator(read: Read, prefix: str, model: GeneratorModel, put: Put = as
     leaves = {}
     like = flatten_dict(abstract_params(model))
     for path, leaf in sorted(like.items(), key=lambda item: -math.prod(item[1].shape)):
-        leaves[path] = put(path, _stacked(read, prefix + TABLE[path], leaf, turned=path[-1] == "kernel"))
+        leaves[path] = put(path, _stacked(read, prefix + TABLE[path], leaf, transposed=path[-1] == "kernel"))
     return unflatten_dict(leaves)
 
 
-def _stacked(read: Read, name: str, leaf: jax.ShapeDtypeStruct, turned: bool) -> np.ndarray:
+def _stacked(read: Read, name: str, leaf: jax.ShapeDtypeStruct, transposed: bool) -> np.ndarray:
     """One leaf, of as many tensors as it has layers."""
     array = np.empty(leaf.shape, leaf.dtype)
     for i, layer in enumerate(array if "{}" in name else [array]):
         tensor = read(name.format(i))
-        layer[...] = tensor.T if turned else tensor
+        layer[...] = tensor.T if transposed else tensor
     return array
 
 

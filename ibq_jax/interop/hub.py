@@ -26,14 +26,14 @@ PUBLISHED = {
 OURS = "model.safetensors"  # what `convert --hub` writes
 
 
-def local(place: str | Path) -> Path:
+def download_if_hub(source: str | Path) -> Path:
     """`place` itself, or where it is hf://OWNER/NAME[/FILE][@REVISION] the file, downloaded unless it is kept already.
 
     Raises UsageError for another form, without the package, and for whatever the download ends with.
     """
-    text = str(place)
+    text = str(source)
     if not text.startswith(SCHEME):
-        return Path(place)
+        return Path(source)
     path, _, revision = text.removeprefix(SCHEME).partition("@")
     owner, _, rest = path.partition("/")
     name, _, file = rest.partition("/")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ibq_jax.base.files import whole_folder
+from ibq_jax.base.files import atomic_folder
 from ibq_jax.interop import torch_model
 from ibq_jax.interop.hub import OURS
 from ibq_jax.pretrained.tensor_files import write_tensors
@@ -67,7 +67,7 @@ codes = generator.sample(labels, cfg_scale=2.0)  # [B] -> [B, h, w], for its tok
 def write_hub_folder(folder: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
     """`tensors` and `about` as `export_run` or `relabel_file` gives them. Raises UsageError where the folder exists."""
     told = {name: json.loads(text) if name in STRUCTURED else text for name, text in about.items()}
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         write_tensors(partial / OURS, tensors, about)
         (partial / "config.json").write_text(json.dumps(told, indent=2) + "\n")
         (partial / "README.md").write_text(_card(told))

@@ -10,7 +10,7 @@ from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.autoregressive.restore import restore_run as restore_generator
 from ibq_jax.base.errors import UsageError
 from ibq_jax.interop import generator_names, tokenizer_names
-from ibq_jax.interop.hub import local
+from ibq_jax.interop.hub import download_if_hub
 from ibq_jax.interop.recognize import GENERATOR, STAGES, TOKENIZER, check, recognize
 from ibq_jax.pretrained.tensor_files import SUFFIXES, TensorFile, open_tensors
 from ibq_jax.tokenizer.model import TokenizerModel
@@ -28,12 +28,12 @@ def stage_of(path: Path) -> str:
     return recognize(file.shapes, file.about, str(path)).stage
 
 
-def load_tokenizer(place: str | Path, use_ema: bool) -> tuple[TokenizerModel, Mapping]:
+def load_tokenizer(source: str | Path, use_ema: bool) -> tuple[TokenizerModel, Mapping]:
     """(model, parameters): averaged ones with `use_ema`, where the file has them.
 
-    Raises UsageError for whatever is wrong with the place, the file or its tensors.
+    Raises UsageError for whatever is wrong with the source, the file or its tensors.
     """
-    path = local(place)
+    path = download_if_hub(source)
     if not is_weights_file(path):
         trainer, restored = restore_tokenizer(path)
         return trainer.model, restored.state.ema if use_ema else restored.state.params
@@ -43,9 +43,9 @@ def load_tokenizer(place: str | Path, use_ema: bool) -> tuple[TokenizerModel, Ma
     return TokenizerModel(**tokenizer_names.model_fields(published)), jax.tree.map(jnp.asarray, params)
 
 
-def load_generator(place: str | Path, use_ema: bool) -> tuple[GeneratorModel, Mapping, str]:
+def load_generator(source: str | Path, use_ema: bool) -> tuple[GeneratorModel, Mapping, str]:
     """(model, parameters, what stands before its tensors' published names); otherwise as `load_tokenizer`."""
-    path = local(place)
+    path = download_if_hub(source)
     if not is_weights_file(path):
         trainer, restored, _ = restore_generator(path)
         params = restored.state.averaged if use_ema else restored.state.params

@@ -9,17 +9,16 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ibq_jax.base.config import PREFIX, flatten, load_config, preset_names
+from ibq_jax.base.config import PREFIX, flatten, load_config, preset_folder, preset_names
 from ibq_jax.base.errors import UsageError
 from ibq_jax.interop import generator_names, tokenizer_names
 
 TOKENIZER, GENERATOR = "tokenizer", "autoregressive"
 STAGES = {TOKENIZER: "a tokenizer", GENERATOR: "a generator"}
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = preset_folder()
 CODES_A_SIDE, HEAD_CHANNELS = 16, 64
 ANYWHERE = {TOKENIZER: "encoder.conv_in.weight", GENERATOR: "blocks.0.attention.wqkv.weight"}
 
@@ -28,7 +27,7 @@ PRESETS = {
     GENERATOR: ("imagenet256_B", "autoregressive.py"),
 }  # whose other fields a network of sizes of its own gets
 
-UNTOLD = frozenset(("model.heads", "model.kv_heads", "model.grid"))
+UNTOLD = frozenset(("model.num_heads", "model.num_kv_heads", "model.grid"))
 
 Shape = tuple[int, ...]
 
@@ -191,7 +190,7 @@ def _fields(contents: Contents) -> dict[str, object]:
             {} if no_class else {"loss.class_dropout": 0.0}
         )
     fields = tokenizer_names.model_fields(contents.architecture)
-    codebook = {"codebook.size": fields.pop("num_codes"), "codebook.dim": fields.pop("code_dim")}
+    codebook = {"codebook.size": fields.pop("codebook_size"), "codebook.dim": fields.pop("code_dim")}
     sizes = {f"model.{name}": value for name, value in fields.items()} | codebook
     if "loss" in contents.architecture:
         discriminator = tokenizer_names.discriminator_fields(contents.architecture)

@@ -86,13 +86,15 @@ def _tokenizer(restored: Restored, decay: float, weights: str, as_found: Mapping
     state = jax.device_get(restored.state)
     if weights != "all":
         return tokenizer_names.tokenizer_to_torch(state.ema if weights == "ema" else state.params)
-    adversary = None
-    if state.adversary is not None and jax.tree.leaves(state.adversary.params):
-        adversary = {"params": state.adversary.params, "batch_stats": state.adversary.batch_stats}
+    discriminator = None
+    if state.discriminator is not None and jax.tree.leaves(state.discriminator.params):
+        discriminator = {"params": state.discriminator.params, "batch_stats": state.discriminator.batch_stats}
     if as_found:
         ema = state.ema if as_found["averages"] else None
-        return tokenizer_names.on_host(tokenizer_names.published_tensors(state.params, ema, adversary, stand_in=False))
-    return tokenizer_names.on_host(tokenizer_names.published_tensors(state.params, state.ema, adversary)) | {
+        return tokenizer_names.to_host_async(
+            tokenizer_names.published_tensors(state.params, ema, discriminator, stand_in=False)
+        )
+    return tokenizer_names.to_host_async(tokenizer_names.published_tensors(state.params, state.ema, discriminator)) | {
         "model_ema.decay": np.array(decay, np.float32),
         "model_ema.num_updates": np.array(restored.step, np.int32),
     }

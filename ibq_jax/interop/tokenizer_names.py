@@ -68,7 +68,7 @@ SUPPORTED = {"double_z": False, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
 RELEASED_DISCRIMINATOR = {"disc_ndf": 64, "disc_num_layers": 3}  # where a configuration is silent
 
 
-def as_it_is(path: Path, array: np.ndarray) -> np.ndarray:
+def keep_on_host(path: Path, array: np.ndarray) -> np.ndarray:
     """A `Put` that leaves arrays on the host."""
     return array
 
@@ -88,7 +88,7 @@ def model_fields(published: Mapping) -> dict:
                 f"configuration of the tokenizer: ddconfig.{key} is {layout[key]!r}, only {supported!r} exists"
             )
     fields = {ours: _value(layout, theirs, "ddconfig.") for ours, theirs in GENERATOR_CONFIG.items()}
-    fields |= {"num_codes": _value(published, "n_embed"), "code_dim": _value(published, "embed_dim")}
+    fields |= {"codebook_size": _value(published, "n_embed"), "code_dim": _value(published, "embed_dim")}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
@@ -112,15 +112,15 @@ def architecture(config: Mapping) -> dict:
         "embed_dim": config["codebook"]["dim"],
         "loss": {
             "disc_ndf": config["discriminator"]["channels"],
-            "disc_num_layers": config["discriminator"]["layers"],
+            "disc_num_layers": config["discriminator"]["num_layers"],
         },
     }
 
 
 def discriminator_fields(published: Mapping) -> dict:
-    """The fields `channels` and `layers` of `PatchDiscriminator` for a published configuration."""
+    """The fields `channels` and `num_layers` of `PatchDiscriminator` for a published configuration."""
     sizes = RELEASED_DISCRIMINATOR | dict(published.get("loss", {}))
-    return {"channels": sizes["disc_ndf"], "layers": sizes["disc_num_layers"]}
+    return {"channels": sizes["disc_ndf"], "num_layers": sizes["disc_num_layers"]}
 
 
 def _value(mapping: Mapping, key: str, where: str = ""):
@@ -153,20 +153,20 @@ def published_tensors(
 
 def tokenizer_to_torch(params: Mapping) -> dict[str, np.ndarray]:
     """The generator's parameters under their published names, in PyTorch's layouts."""
-    return on_host(published_tensors(params))
+    return to_host_async(published_tensors(params))
 
 
 def ema_to_torch(params: Mapping) -> dict[str, np.ndarray]:
     """The generator's averaged parameters as the published checkpoints keep them, beside the others."""
-    return on_host(_renamed(params, lambda path: _ema_name(published_name(path))))
+    return to_host_async(_renamed(params, lambda path: _ema_name(published_name(path))))
 
 
 def discriminator_to_torch(variables: Mapping) -> dict[str, np.ndarray]:
     """The discriminator's {"params", "batch_stats"} under their published names, in PyTorch's layouts."""
-    return on_host(_renamed(variables, _discriminator_name))
+    return to_host_async(_renamed(variables, _discriminator_name))
 
 
-def on_host(tensors: Mapping) -> dict[str, np.ndarray]:
+def to_host_async(tensors: Mapping) -> dict[str, np.ndarray]:
     """As contiguous NumPy arrays of the types that PyTorch has them in."""
     return {name: np.array(tensor, dtype=torch_type(tensor.dtype), order="C") for name, tensor in tensors.items()}
 
@@ -216,13 +216,13 @@ def has_discriminator(names: Iterable[str]) -> bool:
     return any(name.startswith("loss.discriminator.") for name in names)
 
 
-def read_tokenizer(read: Read, published: Mapping, averaged: bool = False, put: Put = as_it_is) -> dict:
+def read_tokenizer(read: Read, published: Mapping, averaged: bool = False, put: Put = keep_on_host) -> dict:
     """The generator's parameters, one tensor after another from a file that has been checked, each `put` in place."""
     rename = _ema_name if averaged else str
     return _read(read, _abstract_generator(published), lambda path: rename(published_name(path)), put)
 
 
-def read_discriminator(read: Read, published: Mapping, put: Put = as_it_is) -> dict:
+def read_discriminator(read: Read, published: Mapping, put: Put = keep_on_host) -> dict:
     """The discriminator's {"params", "batch_stats"} likewise."""
     return _read(read, _abstract_discriminator(published), _discriminator_name, put)
 
@@ -328,6 +328,6 @@ def _abstract_generator(published: Mapping) -> dict:
 
 def _abstract_discriminator(published: Mapping) -> dict:
     model = PatchDiscriminator(**discriminator_fields(published), norm_group=0)
-    side = 2 ** (model.layers + 2)
+    side = 2 ** (model.num_layers + 2)
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), image))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from flax.traverse_util import flatten_dict
 
-from ibq_jax.autoregressive.generate import Filter
+from ibq_jax.autoregressive.generate import LogitFilter
 from ibq_jax.autoregressive.layers import Block, rotary_angles
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.autoregressive.sample import Guidance, Sampler
@@ -93,7 +93,9 @@ def verify_generator(
     expected = np.asarray(model.apply({"params": params}, jnp.asarray(codes), jnp.asarray(labels)))
     prefix = flat[:, : flat.shape[1] // 2]
     sampler = Sampler(model, params, make_mesh({"data": 1}, jax.local_devices()[:1]))
-    settings = dict(guidance=Guidance(1.0), keep=Filter(), temperature=0.0, seed=0, numbers=np.arange(len(labels)))
+    settings = dict(
+        guidance=Guidance(1.0), logit_filter=LogitFilter(), temperature=0.0, seed=0, sample_ids=np.arange(len(labels))
+    )
     drawn = np.asarray(sampler(labels, prefix=prefix, **settings))
     drawn_there = module.sample(
         torch.from_numpy(labels).long(), temperature=0.0, prefix=torch.from_numpy(prefix).long()
@@ -134,10 +136,10 @@ def _blocks(model: GeneratorModel, params: Mapping, codes: jax.Array, labels: ja
     per_layer, _ = bound.modulations(labels)
     known = codes.reshape(len(codes), -1)[:, :-1]
     x = jnp.concatenate((params["class_emb"][labels][:, None], bound.embed(known)), axis=1)
-    block = Block(model.heads, model.kv_heads, 0.0, model.attention, model.dtype)
+    block = Block(model.num_heads, model.num_kv_heads, 0.0, model.attention, model.dtype)
     angles = rotary_angles(model.grid, model.head_channels)
     apply = jax.jit(lambda layer, x, modulation: block.apply({"params": layer}, x, modulation, angles, False)[0])
-    for i in range(model.layers):
+    for i in range(model.num_layers):
         x = apply(jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]), x, per_layer[i])
         yield f"blocks.{i}", np.asarray(x)
 

@@ -18,7 +18,7 @@ gradients, which compute every block's logits anew: four products of N V C multi
 knows g, the weights, beforehand. It takes both walks for one chunk before it goes on to the next, and so can keep the
 chunk's logits [V, T] in between: three products. The price is that dhead is there when the forward pass ends.
 
-On a mesh, tokens lie on all axes and the head's rows on axis `codebook` (see `ibq_jax.ops.stream`).
+On a mesh, tokens lie on all axes and the head's rows on axis `codebook` (see `ibq_jax.ops.block_scan`).
 """
 
 import math
@@ -32,11 +32,11 @@ from jax import lax
 from jax.sharding import Mesh
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.ops.stream import (
+from ibq_jax.ops.block_scan import (
     CODES,
     GATHERED,
     OWNED,
-    Stream,
+    BlockScan,
     add_rows,
     own_rows,
     per_token,
@@ -129,28 +129,28 @@ def _check_arrays(x: jax.Array, head: jax.Array, targets: jax.Array) -> None:
         raise ValueError(f"expected targets {x.shape[:1]} of integers; got {targets.shape} of {targets.dtype}")
 
 
-def _stream(x: jax.Array, head: jax.Array, block_size: int, implementation: str, mesh: Mesh | None) -> Stream:
+def _stream(x: jax.Array, head: jax.Array, block_size: int, implementation: str, mesh: Mesh | None) -> BlockScan:
     if implementation != "streamed":
         raise UsageError(f"implementation={implementation!r} does not exist; it is 'streamed' or 'dense'")
     if block_size < 0:
         raise UsageError(f"block_size={block_size} must not be negative (0 = chosen for you)")
     (tokens, width), rows = x.shape, head.shape[0]
     sizes_on_a_device(tokens, rows, mesh, f"a vocabulary of {rows} rows")
-    return Stream(block_size or max(BLOCK_BYTES // (4 * max(width, LARGEST_CHUNK)), LEAST_BLOCK), mesh)
+    return BlockScan(block_size or max(BLOCK_BYTES // (4 * max(width, LARGEST_CHUNK)), LEAST_BLOCK), mesh)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _losses(stream: Stream, x: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+def _losses(stream: BlockScan, x: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
     return _losses_forward(stream, x, head, targets)[0]
 
 
-def _losses_forward(stream: Stream, x: jax.Array, head: jax.Array, targets: jax.Array):
+def _losses_forward(stream: BlockScan, x: jax.Array, head: jax.Array, targets: jax.Array):
     run = stream.on_devices(partial(_local_losses, stream), (OWNED, CODES, GATHERED), GATHERED)
     losses, m, s = run(x, head, targets)
     return losses, (x, head, targets, m, s)
 
 
-def _losses_backward(stream: Stream, residuals, g):
+def _losses_backward(stream: BlockScan, residuals, g):
     in_specs = (OWNED, CODES, *[GATHERED] * 4)
     run = stream.on_devices(partial(_local_gradients, stream), in_specs, (OWNED, CODES))
     return *run(*residuals, g), None
@@ -160,18 +160,18 @@ _losses.defvjp(_losses_forward, _losses_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(stream: Stream, x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+def _total(stream: BlockScan, x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     return (_losses(stream, x, head, targets) * weights).sum()
 
 
-def _total_forward(stream: Stream, x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array):
+def _total_forward(stream: BlockScan, x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array):
     in_specs, out_specs = (OWNED, CODES, GATHERED, GATHERED), (GATHERED, OWNED, CODES)
     run = stream.on_devices(partial(_local_losses_and_gradients, stream), in_specs, out_specs)
     losses, dx, dhead = run(x, head, targets, weights)
     return (losses * weights).sum(), (losses, dx, dhead)
 
 
-def _total_backward(stream: Stream, residuals, g):
+def _total_backward(stream: BlockScan, residuals, g):
     losses, dx, dhead = jax.tree.map(lambda array: (g * array).astype(array.dtype), residuals)
     return dx, dhead, None, losses
 
@@ -179,7 +179,7 @@ def _total_backward(stream: Stream, residuals, g):
 _total.defvjp(_total_forward, _total_backward)
 
 
-def _local_losses(stream: Stream, x: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+def _local_losses(stream: BlockScan, x: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
     """The losses [N]; m and S [N], with those of the tokens that fill the last chunk."""
     tokens = targets.shape[0]
     x = lax.all_gather(x, stream.code_axes, tiled=True)
@@ -192,7 +192,7 @@ def _local_losses(stream: Stream, x: jax.Array, head: jax.Array, targets: jax.Ar
     return losses[:tokens], m, s
 
 
-def _local_gradients(stream: Stream, x, head, targets, m, s, g) -> tuple[jax.Array, jax.Array]:
+def _local_gradients(stream: BlockScan, x, head, targets, m, s, g) -> tuple[jax.Array, jax.Array]:
     """dx of the device's own tokens, dhead of its own rows."""
     x = lax.all_gather(x, stream.code_axes, tiled=True)
 
@@ -210,7 +210,7 @@ def _local_gradients(stream: Stream, x, head, targets, m, s, g) -> tuple[jax.Arr
     return _to_owners(stream, _joined(dx)[: targets.shape[0]], dhead, head.dtype)
 
 
-def _local_losses_and_gradients(stream: Stream, x, head, targets, weights) -> tuple[jax.Array, ...]:
+def _local_losses_and_gradients(stream: BlockScan, x, head, targets, weights) -> tuple[jax.Array, ...]:
     """The losses [N]; dx of the device's own tokens, dhead of its own rows."""
     x = lax.all_gather(x, stream.code_axes, tiled=True)
 
@@ -235,7 +235,7 @@ def _local_losses_and_gradients(stream: Stream, x, head, targets, weights) -> tu
 
 
 def _chunk_losses(
-    stream: Stream, x: jax.Array, targets: jax.Array, head: jax.Array, kept: jax.Array | None
+    stream: BlockScan, x: jax.Array, targets: jax.Array, head: jax.Array, kept: jax.Array | None
 ) -> tuple[jax.Array, ...]:
     """The losses, m and S [T] of a chunk; and `kept` [V, T] with the chunk's logits, unless it is None."""
 
@@ -255,7 +255,7 @@ def _chunk_losses(
 
 
 def _chunk_gradients(
-    stream: Stream, x, targets, m, s, g, head, dhead: jax.Array, logits_of: Callable, only_once: bool
+    stream: BlockScan, x, targets, m, s, g, head, dhead: jax.Array, logits_of: Callable, only_once: bool
 ) -> tuple[jax.Array, jax.Array]:
     """dhead with this chunk's share added, and dx [T, C], both by this device's rows alone.
 
@@ -277,12 +277,12 @@ def _chunk_gradients(
     return dhead, dx
 
 
-def _to_owners(stream: Stream, dx: jax.Array, dhead: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def _to_owners(stream: BlockScan, dx: jax.Array, dhead: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     dx = lax.psum_scatter(dx, stream.code_axes, tiled=True)
     return dx.astype(dtype), lax.psum(dhead, stream.token_axes).astype(dtype)
 
 
-def _zeros(stream: Stream, shape: tuple[int, ...]) -> jax.Array:
+def _zeros(stream: BlockScan, shape: tuple[int, ...]) -> jax.Array:
     """Float32, about to become different on every device."""
     return lax.pcast(jnp.zeros(shape, jnp.float32), stream.token_axes + stream.code_axes, to="varying")
 

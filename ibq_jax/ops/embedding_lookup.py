@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from ibq_jax.ops.stream import CODES, GATHERED, OWNED, Stream, own_rows, sizes_on_a_device
+from ibq_jax.ops.block_scan import CODES, GATHERED, OWNED, BlockScan, own_rows, sizes_on_a_device
 
 
 def embedding_lookup(table: jax.Array, indices: jax.Array, *, mesh: Mesh | None = None) -> jax.Array:
@@ -34,7 +34,7 @@ def embedding_lookup(table: jax.Array, indices: jax.Array, *, mesh: Mesh | None 
         return jnp.take(table, indices, axis=0, mode="clip")
     rows = table.shape[0]
     sizes_on_a_device(indices.shape[0], rows, mesh, f"a table of {rows} rows", "sequences")
-    stream = Stream(rows, mesh)
+    stream = BlockScan(rows, mesh)
 
     def local(table, indices):
         _, found = own_rows(table, indices, stream)

@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.ops.stream import Stream, sizes_on_a_device
+from ibq_jax.ops.block_scan import BlockScan, sizes_on_a_device
 from ibq_jax.ops.streamed import LOG_EPSILON, chunk_tokens, streamed_nearest_codes, streamed_quantize
 
 BLOCK_BYTES = 8 * 2**20
@@ -122,7 +122,7 @@ def _check_arrays(z: jax.Array, codebook: jax.Array) -> None:
         raise ValueError(f"expected float32 or bfloat16, got z {z.dtype} and codebook {codebook.dtype}")
 
 
-def _stream(z: jax.Array, codebook: jax.Array, block_size: int, mesh: Mesh | None, group_tokens: int) -> Stream:
+def _stream(z: jax.Array, codebook: jax.Array, block_size: int, mesh: Mesh | None, group_tokens: int) -> BlockScan:
     (tokens, width), codes = z.shape, codebook.shape[0]
     tokens, codes = sizes_on_a_device(tokens, codes, mesh, f"a codebook of {codes} codes")
     if block_size == 0:
@@ -133,7 +133,7 @@ def _stream(z: jax.Array, codebook: jax.Array, block_size: int, mesh: Mesh | Non
             f"block_size={block_size} does not divide the {codes} codes of a device; "
             f"near divisors: {_near_divisors(codes, block_size)} (0 = chosen for you)"
         )
-    return Stream(block_size, mesh)
+    return BlockScan(block_size, mesh)
 
 
 def _divisors(number: int) -> Iterable[int]:

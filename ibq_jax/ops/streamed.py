@@ -47,7 +47,18 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from ibq_jax.base.sharding import CODEBOOK, DATA, FSDP
-from ibq_jax.ops.stream import CODES, EQUAL, GATHERED, OWNED, Stream, add_rows, first_code, own_rows, per_token, product
+from ibq_jax.ops.block_scan import (
+    CODES,
+    EQUAL,
+    GATHERED,
+    OWNED,
+    BlockScan,
+    add_rows,
+    first_code,
+    own_rows,
+    per_token,
+    product,
+)
 
 LOG_EPSILON = 1e-5  # eps: within the logarithm of avg_entropy, as in the released code
 LEAST_CHUNK = 1024  # tokens; products of fewer do not keep a TPU's matrix units busy
@@ -56,7 +67,7 @@ NO_CODE = jnp.iinfo(jnp.int32).max
 CODES_BY_RUNS = P(CODEBOOK, (DATA, FSDP))
 
 
-def streamed_nearest_codes(z: jax.Array, codebook: jax.Array, stream: Stream) -> jax.Array:
+def streamed_nearest_codes(z: jax.Array, codebook: jax.Array, stream: BlockScan) -> jax.Array:
     """argmax_k of z E^T, [N] int32. Sizes are taken to divide; the public functions check them."""
 
     def local(z, codebook):
@@ -73,7 +84,7 @@ def streamed_nearest_codes(z: jax.Array, codebook: jax.Array, stream: Stream) ->
 
 
 def streamed_quantize(
-    z: jax.Array, codebook: jax.Array, temperature: float, group_tokens: int, stream: Stream
+    z: jax.Array, codebook: jax.Array, temperature: float, group_tokens: int, stream: BlockScan
 ) -> tuple[jax.Array, ...]:
     """The fields of `IndexBackprop` in their order. Sizes are taken to divide; the public functions check them."""
     dtype = jnp.result_type(z, codebook)
@@ -88,7 +99,7 @@ class _Plan:
     temperature: float
     group_tokens: int
     tokens: int  # N, of all devices
-    stream: Stream
+    stream: BlockScan
 
 
 class _Saved(NamedTuple):
@@ -278,7 +289,7 @@ def _joined(arrays: Any) -> Any:
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), arrays)
 
 
-def _own_codes(codebook: jax.Array, stream: Stream) -> jax.Array:
+def _own_codes(codebook: jax.Array, stream: BlockScan) -> jax.Array:
     return first_code(codebook, stream) + jnp.arange(codebook.shape[0], dtype=jnp.int32)
 
 
@@ -297,7 +308,7 @@ def _improve(best: tuple[jax.Array, jax.Array], logits: jax.Array, codes: jax.Ar
     return jnp.maximum(m, top), jnp.where(top > m, first, index)
 
 
-def _best_of_devices(best: tuple[jax.Array, jax.Array], stream: Stream) -> tuple[jax.Array, jax.Array]:
+def _best_of_devices(best: tuple[jax.Array, jax.Array], stream: BlockScan) -> tuple[jax.Array, jax.Array]:
     m = lax.pmax(best[0], stream.code_axes)
     return m, lax.pmin(jnp.where(best[0] == m, best[1], NO_CODE), stream.code_axes)
 

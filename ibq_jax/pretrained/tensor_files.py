@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ibq_jax.base.errors import UsageError, one_line, printable
-from ibq_jax.base.files import whole_or_absent
+from ibq_jax.base.files import atomic_file
 from ibq_jax.pretrained.archive_limits import check_pickle, open_npz
 from ibq_jax.pretrained.state_dict_pickle import OLDER_FORM, read_state_dict
 
@@ -191,7 +191,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[
         raise UsageError(f"{path}: weights are written as .safetensors, {', '.join(PICKLED)}")
     torch = _pytorch(f"{path}: writing {path.suffix} files") if path.suffix in PICKLED else None
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_or_absent(path) as partial:
+    with atomic_file(path) as partial:
         if partial is None:
             raise UsageError(f"{path} exists already, or another process is writing it")
         if torch is None:

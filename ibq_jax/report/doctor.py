@@ -173,9 +173,9 @@ def _level(seen: str, ended: bool) -> Finding:
 
 
 def _discriminator(history: History, config: ConfigDict) -> Iterator[Finding]:
-    if "adversary/hinge" not in history or history.last_step <= config.discriminator.start_step:
+    if "discriminator/hinge" not in history or history.last_step <= config.discriminator.start_step:
         return
-    hinge = float(np.median(history["adversary/hinge"].tail(0.25).values))
+    hinge = float(np.median(history["discriminator/hinge"].tail(0.25).values))
     seen = f"hinge loss {hinge:.3f} in the last quarter (0: never wrong, {CHANCE:g}: knows nothing)"
     if hinge < D_WINS:
         yield Finding(
@@ -193,7 +193,7 @@ def _discriminator(history: History, config: ConfigDict) -> Iterator[Finding]:
 
 
 def _gradients(history: History, config: ConfigDict) -> Iterator[Finding]:
-    name = next((name for name in ("gradient_norm", "optimizer/gradient_norm") if name in history), None)
+    name = next((name for name in ("optimizer/gradient_norm", "optimizer/gradient_norm") if name in history), None)
     if name is None:
         return
     norms = history[name].tail(0.5).values

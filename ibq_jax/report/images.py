@@ -18,7 +18,7 @@ from ibq_jax.evaluate.validation import class_samples, validation_evaluator
 from ibq_jax.report.curves import colour_errors, plot_ranks
 from ibq_jax.report.page import png_uri, shown
 from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
-from ibq_jax.tokenizer.step import Trainer, to_uint8
+from ibq_jax.tokenizer.step import TokenizerTrainer, to_uint8
 
 PICTURES = 8  # originals with their reconstructions
 CODES_SHOWN = 16  # of the most used, and of the least
@@ -52,7 +52,7 @@ def _caption() -> str:
     )
 
 
-def _triples(trainer: Trainer, evaluator, params: Mapping) -> Iterator[np.ndarray]:
+def _triples(trainer: TokenizerTrainer, evaluator, params: Mapping) -> Iterator[np.ndarray]:
     """uint8 [3 H, W, 3] each: an image above its reconstruction above their difference."""
     side, pairs = trainer.config.data.image_size, evaluator.picture(params, PICTURES)
     for left in range(0, pairs.shape[1], side):
@@ -63,7 +63,7 @@ def _triples(trainer: Trainer, evaluator, params: Mapping) -> Iterator[np.ndarra
         yield np.concatenate([pair, colour_errors(np.minimum(difference * ERROR_FACTOR, 1.0))])
 
 
-def _codes(trainer: Trainer, params: Mapping, counts: np.ndarray) -> dict:
+def _codes(trainer: TokenizerTrainer, params: Mapping, counts: np.ndarray) -> dict:
     """Which codes are used how often on validation images, and what the first and the last of them look like."""
     used = np.flatnonzero(counts)
     ranked = used[np.argsort(-counts[used], kind="stable")]
@@ -90,7 +90,7 @@ def _codes(trainer: Trainer, params: Mapping, counts: np.ndarray) -> dict:
     }
 
 
-def _patches(trainer: Trainer, params: Mapping, codes: np.ndarray) -> np.ndarray:
+def _patches(trainer: TokenizerTrainer, params: Mapping, codes: np.ndarray) -> np.ndarray:
     """uint8 [N, p, p, 3]: the middle of what a square of each code decodes to."""
     tokenizer = Tokenizer(trainer.model.clone(mesh=None), jax.device_get(params))
     grid = np.broadcast_to(codes[:, None, None], (len(codes), CODES_AROUND, CODES_AROUND))

@@ -53,8 +53,8 @@ def _check_images(config: ConfigDict) -> None:
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
-    check_batch(config.data.batch_size, mesh, config.train.accumulate, "data.batch_size")
-    micro = config.data.batch_size // config.train.accumulate
+    check_batch(config.data.batch_size, mesh, config.train.grad_accum_steps, "data.batch_size")
+    micro = config.data.batch_size // config.train.grad_accum_steps
     tokens = micro * (config.data.image_size // downsampling(config)) ** 2
     entropy_group, norm_group = config.quantizer.entropy_group_tokens, config.discriminator.norm_group
     if config.quantizer.name in WITH_ENTROPY and entropy_group and tokens % entropy_group:

@@ -30,10 +30,10 @@ class CodebookWindow:
     histogram: jax.Array
 
     @classmethod
-    def empty(cls, num_codes: int) -> "CodebookWindow":
-        return cls(jnp.full((num_codes,), NEVER, jnp.int32), jnp.zeros((num_codes,), jnp.float32))
+    def empty(cls, codebook_size: int) -> "CodebookWindow":
+        return cls(jnp.full((codebook_size,), NEVER, jnp.int32), jnp.zeros((codebook_size,), jnp.float32))
 
-    def moved(self, indices: jax.Array, step: jax.Array, window: int) -> "CodebookWindow":
+    def update(self, indices: jax.Array, step: jax.Array, window: int) -> "CodebookWindow":
         """With the codes of `step` in, seen over the last `window` steps."""
         counts = count_codes(indices, self.histogram.shape[0])
         return CodebookWindow(
@@ -51,9 +51,9 @@ class CodebookWindow:
         }
 
 
-def count_codes(indices: jax.Array, num_codes: int) -> jax.Array:
+def count_codes(indices: jax.Array, codebook_size: int) -> jax.Array:
     """How often each code occurs: [K] float32."""
-    return jnp.zeros((num_codes,), jnp.float32).at[indices.reshape(-1)].add(1.0)
+    return jnp.zeros((codebook_size,), jnp.float32).at[indices.reshape(-1)].add(1.0)
 
 
 def perplexity(histogram: jax.Array) -> jax.Array:
@@ -62,25 +62,25 @@ def perplexity(histogram: jax.Array) -> jax.Array:
     return jnp.exp(-jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1.0)), 0.0)))
 
 
-def check_collapse(step: int, metrics: dict[str, float], *, usage_floor: float, warmup_steps: int) -> None:
+def check_collapse(step: int, metrics: dict[str, float], *, usage_floor: float, grace_steps: int) -> None:
     """Raises TrainingStopped when, after the warm-up, fewer codes are in use than the floor."""
     usage = metrics["codebook/usage"]
-    if step < warmup_steps or usage >= usage_floor:
+    if step < grace_steps or usage >= usage_floor:
         return
     if metrics.get("codebook/max_probability", 0.0) > SATURATED:
         advice = (
             "the softmax is saturated, so the encoder gets no gradient: try a lower optimizer.learning_rate or a "
             "smaller codebook.dim"
         )
-    elif "codebook/average_entropy" in metrics or "codebook/max_probability" in metrics:
+    elif "codebook/batch_entropy" in metrics or "codebook/max_probability" in metrics:
         advice = "try a larger loss.entropy_weight (docs/collapse.md)"
     else:
         advice = (
             "this quantizer has no loss against it: try quantizer.name=ibq (docs/codebook_scaling.md) or fewer codes "
-            "(codebook.size), or let it go on with watch.usage_floor=0"
+            "(codebook.size), or let it go on with codebook_monitor.usage_floor=0"
         )
     seen = "".join(f"; {words} {metrics[name]:.3g}" for name, words in MEASURES.items() if name in metrics)
     raise TrainingStopped(
-        f"step {step}: the codebook has collapsed: {usage:.2%} of the codes are in use, under watch.usage_floor="
-        f"{usage_floor:.2%}{seen}; {advice}"
+        f"step {step}: the codebook has collapsed: {usage:.2%} of the codes are in use, under "
+        f"codebook_monitor.usage_floor={usage_floor:.2%}{seen}; {advice}"
     )

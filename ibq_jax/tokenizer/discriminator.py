@@ -59,13 +59,13 @@ class GroupedBatchNorm(nn.Module):
 class PatchDiscriminator(nn.Module):
     """Images [B, H, W, 3] -> logits float32 [B, h', w', 1].
 
-    `layers` halvings and two more convolutions, all 4x4; channels double up to eightfold. `norm_group` is the number of
-    consecutive images a batch norm sees at once, 0 for the whole batch. Raises UsageError when it does not divide the
-    batch, or when the images are too small for the layers.
+    `num_layers` halvings and two more convolutions, all 4x4; channels double up to eightfold. `norm_group` is the
+    number of consecutive images a batch norm sees at once, 0 for the whole batch. Raises UsageError when it does not
+    divide the batch, or when the images are too small for the layers.
     """
 
     channels: int
-    layers: int
+    num_layers: int
     norm_group: int
     dtype: jnp.dtype = jnp.float32
 
@@ -78,19 +78,19 @@ class PatchDiscriminator(nn.Module):
                 f"a batch of {b} images does not divide into groups of {group}; set discriminator.norm_group to a "
                 f"divisor of {b}, or to 0 for the whole batch"
             )
-        if min(h, w) < 3 * 2**self.layers:
+        if min(h, w) < 3 * 2**self.num_layers:
             raise UsageError(
-                f"discriminator.layers={self.layers} leaves no patch of {h}x{w} images; they need sides of at least "
-                f"{3 * 2**self.layers} pixels, or fewer layers"
+                f"discriminator.num_layers={self.num_layers} leaves no patch of {h}x{w} images; they need sides of "
+                f"at least {3 * 2**self.num_layers} pixels, or fewer layers"
             )
-        for i in range(self.layers + 2):
-            last = i == self.layers + 1
-            normed = 0 < i <= self.layers
+        for i in range(self.num_layers + 2):
+            last = i == self.num_layers + 1
+            normed = 0 < i <= self.num_layers
             x = conv(
                 x.shape[-1],
                 1 if last else self.channels * min(2**i, MAX_MULTIPLIER),
                 4,
-                stride=2 if i < self.layers else 1,
+                stride=2 if i < self.num_layers else 1,
                 padding=1,
                 use_bias=not normed,
                 kernel_init=normal(0.02),

@@ -39,7 +39,7 @@ class LecamAverages:
     def zeros(cls) -> "LecamAverages":
         return cls(real=jnp.zeros((), jnp.float32), fake=jnp.zeros((), jnp.float32))
 
-    def moved(self, real_mean: jax.Array, fake_mean: jax.Array, decay: float) -> "LecamAverages":
+    def update(self, real_mean: jax.Array, fake_mean: jax.Array, decay: float) -> "LecamAverages":
         """One step towards the batch's means, through which no gradient flows."""
         real_mean, fake_mean = jax.lax.stop_gradient((real_mean, fake_mean))
         return LecamAverages(
@@ -63,7 +63,7 @@ def discriminator_loss(
     lecam_loss = lecam(logits_real, logits_fake, averages)
     total = hinge_loss + lecam_weight * lecam_loss
     return total, {
-        "discriminator": total,
+        "loss": total,
         "hinge": hinge_loss,
         "lecam": lecam_loss,
         "logits_real": jnp.mean(logits_real),

@@ -28,7 +28,7 @@ class TokenizerModel(nn.Module):
     attention_resolutions: Sequence[int]
     z_channels: int
     resolution: int
-    num_codes: int
+    codebook_size: int
     code_dim: int
     quantizer: str = "ibq"
     quantizer_settings: Mapping = FrozenDict()
@@ -50,7 +50,7 @@ class TokenizerModel(nn.Module):
         self.encoder = Encoder(**layout)
         self.decoder = Decoder(**layout)
         self.quantize = build_quantizer(
-            self.quantizer, self.quantizer_settings, num_codes=self.num_codes, dim=self.code_dim, mesh=self.mesh
+            self.quantizer, self.quantizer_settings, codebook_size=self.codebook_size, dim=self.code_dim, mesh=self.mesh
         )
         # Latents are float32 on both sides of the quantizer, whatever the rest computes in.
         self.quant_conv = conv(self.z_channels, self.quantize.latent_dim, 1)
@@ -85,7 +85,7 @@ class TokenizerModel(nn.Module):
 
     def code_rows(self) -> jax.Array:
         """What the decoder gets for each code: [K, D]."""
-        return self.quantize.lookup(jnp.arange(self.num_codes))
+        return self.quantize.lookup(jnp.arange(self.codebook_size))
 
     def _decode_latent(self, z_q: jax.Array) -> jax.Array:
         return self.decoder(self.post_quant_conv(z_q))
@@ -98,7 +98,7 @@ def downsampling(config: ConfigDict) -> int:
 
 def latent_dim(config: ConfigDict) -> int:
     """D, numbers that a code stands for. Raises UsageError for a codebook size that the quantizer cannot have."""
-    size = dict(num_codes=config.codebook.size, dim=config.codebook.dim)
+    size = dict(codebook_size=config.codebook.size, dim=config.codebook.dim)
     return build_quantizer(config.quantizer.name, quantizer_settings(config), **size).latent_dim
 
 
@@ -106,7 +106,7 @@ def build_model(config: ConfigDict, mesh: Mesh | None = None) -> TokenizerModel:
     """The model of a config from configs/tokenizer.py; on a `mesh`, codebook rows lie on its axis `codebook`."""
     return TokenizerModel(
         **config.model,
-        num_codes=config.codebook.size,
+        codebook_size=config.codebook.size,
         code_dim=config.codebook.dim,
         quantizer=config.quantizer.name,
         quantizer_settings=quantizer_settings(config),

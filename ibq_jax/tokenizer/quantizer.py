@@ -37,8 +37,8 @@ def straight_through(value: jax.Array, z: jax.Array) -> jax.Array:
 
 
 class IndexBackpropQuantizer(nn.Module):
-    """Index Backpropagation Quantization with a codebook of `num_codes` x `dim` that starts normal, with the standard
-    deviation `init_scale`.
+    """Index Backpropagation Quantization with a codebook of `codebook_size` x `dim` that starts normal, with
+    the standard deviation `init_scale`.
 
     quant_loss is three mean squares: of z_q - z, of the chosen row from the latent's side (commitment) and from the
     row's side (codebook). `beta` scales the codebook term as the released code does, or with beta_on="commitment" the
@@ -47,7 +47,7 @@ class IndexBackpropQuantizer(nn.Module):
     The other fields are those of `ibq_jax.ops.index_backprop`.
     """
 
-    num_codes: int
+    codebook_size: int
     dim: int
     beta: float = 0.25
     beta_on: str = "codebook"
@@ -65,7 +65,7 @@ class IndexBackpropQuantizer(nn.Module):
         if self.beta_on not in BETA_ON:
             raise UsageError(f"quantizer.beta_on is {self.beta_on!r}; it must be one of {', '.join(BETA_ON)}")
         codebook_init = nn.with_logical_partitioning(normal(self.init_scale), ("codes", "code_dim"))
-        self.codebook = jnp.asarray(self.param("codebook", codebook_init, (self.num_codes, self.dim), jnp.float32))
+        self.codebook = jnp.asarray(self.param("codebook", codebook_init, (self.codebook_size, self.dim), jnp.float32))
 
     @property
     def latent_dim(self) -> int:

@@ -1,8 +1,8 @@
 """The quantizers by name, and one of them built from a config's fields.
 
-Each is a module with `num_codes` codes exactly, `latent_dim` (D of its latents), `module(z) -> Quantized`, `nearest(z)`
-and `lookup(indices)`, as described in `ibq_jax.tokenizer.quantizer`. Its other fields are those of a config's groups
-`quantizer` and `codebook` that it has a use for.
+Each is a module with `codebook_size` codes exactly, `latent_dim` (D of its latents), `module(z) -> Quantized`,
+`nearest(z)` and `lookup(indices)`, as described in `ibq_jax.tokenizer.quantizer`. Its other fields are those of a
+config's groups `quantizer` and `codebook` that it has a use for.
 """
 
 import dataclasses
@@ -28,7 +28,9 @@ WITH_ENTROPY = ("ibq", "lfq")
 OWN_FIELDS = {"l2_normalize": "vq", "levels": "fsq"}  # which code a latent gets, beside sizes and parameters
 
 
-def build_quantizer(name: str, settings: Mapping, *, num_codes: int, dim: int, mesh: Mesh | None = None) -> nn.Module:
+def build_quantizer(
+    name: str, settings: Mapping, *, codebook_size: int, dim: int, mesh: Mesh | None = None
+) -> nn.Module:
     """The quantizer `name`, which takes what it has a use for of the `settings`, of the width `dim` and of the mesh.
 
     Raises UsageError for a name that there is not.
@@ -37,7 +39,7 @@ def build_quantizer(name: str, settings: Mapping, *, num_codes: int, dim: int, m
         raise UsageError(f"quantizer.name={name} is not one of {', '.join(QUANTIZERS)}")
     kind = QUANTIZERS[name]
     known = {field.name for field in dataclasses.fields(kind)}
-    fields = {**settings, "num_codes": num_codes, "dim": dim, "mesh": mesh}
+    fields = {**settings, "codebook_size": codebook_size, "dim": dim, "mesh": mesh}
     return kind(**{field: value for field, value in fields.items() if field in known})
 
 
@@ -54,7 +56,7 @@ def check_trained_rows(name: str, what: str) -> None:
         raise UsageError(f"{what} needs a trained codebook, as {' and '.join(WITH_TRAINED_ROWS)} have; this is {name}")
 
 
-def identity(name: str, settings: Mapping) -> dict:
+def fingerprint_fields(name: str, settings: Mapping) -> dict:
     """What of a quantizer decides codes, beside sizes and parameters; of ibq nothing, which was the only one when the
     first caches were made."""
     if name == "ibq":

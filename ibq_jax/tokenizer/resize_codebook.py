@@ -14,7 +14,7 @@ from ibq_jax.tokenizer.step import TokenizerState
 CODEBOOK = "quantize/codebook"
 
 
-def split_map(codes: int, target: int) -> np.ndarray:
+def grow_index_map(codes: int, target: int) -> np.ndarray:
     """The index map that grows K codes to `target`: codes 0..K-1 stay where they are, children follow, evenly spread.
 
     Raises UsageError unless there are to be more.
@@ -24,7 +24,7 @@ def split_map(codes: int, target: int) -> np.ndarray:
     return (np.arange(target) % codes).astype(np.int32)
 
 
-def kept_map(counts: np.ndarray, multiple: int) -> np.ndarray:
+def prune_index_map(counts: np.ndarray, multiple: int) -> np.ndarray:
     """The index map that drops codes with a count [K] of 0, in order, but for as many as `multiple` asks to be kept.
 
     Raises UsageError when no code would go.
@@ -37,7 +37,7 @@ def kept_map(counts: np.ndarray, multiple: int) -> np.ndarray:
     return np.sort(np.concatenate([np.flatnonzero(counts), first_unused])).astype(np.int32)
 
 
-def with_codebook(state: TokenizerState, index_map: np.ndarray, spread: float, seed: int) -> TokenizerState:
+def resize_codebook(state: TokenizerState, index_map: np.ndarray, spread: float, seed: int) -> TokenizerState:
     """`state` with the codes that `index_map` names, on the devices it was on.
 
     Where a code comes n times, its first copy stays as it was; the others move by normal noise of `spread` times the

@@ -30,7 +30,7 @@ class LookupFreeQuantizer(nn.Module):
     not fall apart into dimensions. quant_loss is `beta` times the mean square between a latent and its corner.
     """
 
-    num_codes: int
+    codebook_size: int
     beta: float = 0.25
     entropy_temperature: float = 0.01
     entropy_group_tokens: int = 0
@@ -43,10 +43,10 @@ class LookupFreeQuantizer(nn.Module):
     @property
     def latent_dim(self) -> int:
         """D. Raises UsageError where K is no power of two."""
-        if self.num_codes < 2 or self.num_codes & (self.num_codes - 1):
-            near = 2 ** max(1, round(math.log2(max(self.num_codes, 2))))
-            raise UsageError(f"codebook.size={self.num_codes}: quantizer lfq takes powers of two, such as {near}")
-        return self.num_codes.bit_length() - 1
+        if self.codebook_size < 2 or self.codebook_size & (self.codebook_size - 1):
+            near = 2 ** max(1, round(math.log2(max(self.codebook_size, 2))))
+            raise UsageError(f"codebook.size={self.codebook_size}: quantizer lfq takes powers of two, such as {near}")
+        return self.codebook_size.bit_length() - 1
 
     def __call__(self, z: jax.Array) -> Quantized:
         z = z.astype(jnp.float32)
@@ -54,7 +54,7 @@ class LookupFreeQuantizer(nn.Module):
         corner = self.lookup(indices)
         out = index_backprop(
             2.0 * z.reshape(-1, self.latent_dim),
-            self.lookup(jnp.arange(self.num_codes)),
+            self.lookup(jnp.arange(self.codebook_size)),
             entropy_temperature=self.entropy_temperature,
             entropy_group_tokens=self.entropy_group_tokens,
             block_size=self.block_size,
@@ -88,7 +88,7 @@ class FiniteScalarQuantizer(nn.Module):
     eights as there are in it, one or two of them doubled.
     """
 
-    num_codes: int
+    codebook_size: int
     levels: Sequence[int] = ()
 
     @property
@@ -99,12 +99,12 @@ class FiniteScalarQuantizer(nn.Module):
     @property
     def _levels(self) -> np.ndarray:
         """int32 [D]."""
-        levels = tuple(self.levels) or _usual_levels(self.num_codes)
+        levels = tuple(self.levels) or _usual_levels(self.codebook_size)
         if not all(isinstance(level, int) and 2 <= level <= MOST_LEVELS for level in levels):
             raise UsageError(f"quantizer.levels={levels}: each is a whole number from 2 to {MOST_LEVELS}")
-        if math.prod(levels) != self.num_codes:
+        if math.prod(levels) != self.codebook_size:
             raise UsageError(
-                f"quantizer.levels={levels} make {math.prod(levels)} codes, codebook.size is {self.num_codes}; "
+                f"quantizer.levels={levels} make {math.prod(levels)} codes, codebook.size is {self.codebook_size}; "
                 f"set codebook.size={math.prod(levels)}, or other levels"
             )
         return np.array(levels, np.int32)
@@ -152,18 +152,18 @@ class FiniteScalarQuantizer(nn.Module):
         return jnp.sum(digits * _last(self._places(), rounded.ndim), axis=-1, dtype=jnp.int32)
 
 
-def _usual_levels(num_codes: int) -> tuple[int, ...]:
+def _usual_levels(codebook_size: int) -> tuple[int, ...]:
     """None is under 5, as the paper advises. Raises UsageError where there are none."""
     for levels in PAPER_LEVELS:
-        if math.prod(levels) == num_codes:
+        if math.prod(levels) == codebook_size:
             return levels
-    power = num_codes.bit_length() - 1
+    power = codebook_size.bit_length() - 1
     eights, doubled = divmod(power, 3)
-    if num_codes != 2**power or doubled > eights or not eights:
+    if codebook_size != 2**power or doubled > eights or not eights:
         known = ", ".join(f"{math.prod(levels)}" for levels in PAPER_LEVELS)
         raise UsageError(
-            f"codebook.size={num_codes}: quantizer fsq knows no levels for it; set quantizer.levels to numbers of that "
-            f"product, or take {known}, or a power of two from 64 on"
+            f"codebook.size={codebook_size}: quantizer fsq knows no levels for it; set quantizer.levels to numbers of "
+            f"that product, or take {known}, or a power of two from 64 on"
         )
     return (16,) * doubled + (8,) * (eights - doubled)
 

@@ -29,7 +29,7 @@ from ibq_jax.tokenizer.quantizers import WITH_TRAINED_ROWS
 
 
 @flax.struct.dataclass
-class Adversary:
+class DiscriminatorState:
     """The discriminator's side of the state."""
 
     params: dict
@@ -40,13 +40,13 @@ class Adversary:
 
 @flax.struct.dataclass
 class TokenizerState:
-    """Everything a step changes. `adversary` is None where loss.adversarial_weight is 0."""
+    """Everything a step changes. `discriminator` is None where loss.adversarial_weight is 0."""
 
     step: jax.Array
     params: dict
     optimizer: optax.OptState
     ema: dict
-    adversary: Adversary | None
+    discriminator: DiscriminatorState | None
     window: CodebookWindow
 
 
@@ -61,7 +61,7 @@ def to_uint8(images: jax.Array) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class Trainer:
+class TokenizerTrainer:
     """The functions of one config on one mesh. `perceptual`, where asked for, is VGG16's weights or None (off)."""
 
     config: ConfigDict
@@ -77,45 +77,53 @@ class Trainer:
         config = self.config.discriminator
         return PatchDiscriminator(
             channels=config.channels,
-            layers=config.layers,
+            num_layers=config.num_layers,
             norm_group=config.norm_group,
             dtype=jnp.dtype(self.config.dtype),
         )
 
     @cached_property
-    def optimizer(self) -> optax.GradientTransformation:
+    def learning_rate(self) -> optax.Schedule:
+        """Step -> the rate of both optimizers."""
         config = self.config.optimizer
         drops = tuple(epoch * self.steps_per_epoch for epoch in config.drop_epochs)
-        schedule = drop_schedule(config.learning_rate, config.warmup_steps, drops, config.drop_factor)
-        return adam(schedule, config.beta1, config.beta2, config.gradient_clip)
+        return drop_schedule(config.learning_rate, config.warmup_steps, drops, config.drop_factor)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Adam, of the autoencoder and, with a state of its own, of the discriminator."""
+        config = self.config.optimizer
+        return adam(self.learning_rate, config.beta1, config.beta2, config.gradient_clip)
 
     @cached_property
     def window_steps(self) -> int:
         """Steps of the window in which a code counts as used."""
         data = self.config.data
         tokens = data.batch_size * (data.image_size // downsampling(self.config)) ** 2
-        return max(1, self.config.watch.window_tokens // tokens)
+        return max(1, self.config.codebook_monitor.window_tokens // tokens)
 
     def create_state(self, seed: int) -> TokenizerState:
         """The state before the first step, its parameters boxed with their logical axis names."""
-        generator_key, adversary_key = jax.random.split(jax.random.key(seed))
+        autoencoder_key, discriminator_key = jax.random.split(jax.random.key(seed))
         size = self.config.data.image_size
-        params = self.model.init(generator_key, jnp.zeros((1, size, size, 3)), method="initialize")["params"]
+        params = self.model.init(autoencoder_key, jnp.zeros((1, size, size, 3)), method="initialize")["params"]
         window = CodebookWindow.empty(self.config.codebook.size)
         return TokenizerState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             optimizer=self.optimizer.init(params),
             ema=jax.tree.map(jnp.copy, params),
-            adversary=self._create_adversary(adversary_key) if self.config.loss.adversarial_weight else None,
+            discriminator=self._create_discriminator(discriminator_key)
+            if self.config.loss.adversarial_weight
+            else None,
             window=jax.tree.map(lambda leaf: nn.LogicallyPartitioned(leaf, ("codes",)), window),
         )
 
-    def _create_adversary(self, key: jax.Array) -> Adversary:
+    def _create_discriminator(self, key: jax.Array) -> DiscriminatorState:
         size = self.config.data.image_size
         images = jnp.zeros((max(1, self.config.discriminator.norm_group), size, size, 3))
         variables = self.discriminator.init(key, images)
-        return Adversary(
+        return DiscriminatorState(
             params=variables["params"],
             optimizer=self.optimizer.init(variables["params"]),
             batch_stats=variables["batch_stats"],
@@ -126,14 +134,14 @@ class Trainer:
         """One step on images [B, H, W, 3], uint8 or float: (state, metrics); metrics["finite"] is a bool."""
         images = to_float(images)
         (reconstructions, codebook_loss), pull_back, (indices, metrics) = jax.vjp(
-            lambda params: self._generate(params, images), state.params, has_aux=True
+            lambda params: self._reconstruct(params, images), state.params, has_aux=True
         )
-        adversary = state.adversary
-        if adversary is not None:
-            adversary, scalars = self._train_adversary(state, images, reconstructions)
+        discriminator = state.discriminator
+        if discriminator is not None:
+            discriminator, scalars = self._train_discriminator(state, images, reconstructions)
             metrics |= scalars
-        (image_loss, (adversary, scalars)), cotangent = jax.value_and_grad(self._image_loss, has_aux=True)(
-            reconstructions, adversary, perceptual, images, state.step
+        (image_loss, (discriminator, scalars)), cotangent = jax.value_and_grad(self._image_loss, has_aux=True)(
+            reconstructions, discriminator, perceptual, images, state.step
         )
         (gradient,) = pull_back((cotangent, jnp.ones_like(codebook_loss)))
         updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
@@ -144,10 +152,14 @@ class Trainer:
             params=params,
             optimizer=optimizer,
             ema=moving_average(state.ema, params, self.config.optimizer.ema_decay),
-            adversary=adversary,
-            window=state.window.moved(indices, step, self.window_steps),
+            discriminator=discriminator,
+            window=state.window.update(indices, step, self.window_steps),
         )
-        metrics |= scalars | {"loss/total": image_loss + codebook_loss, "gradient_norm": optax.tree.norm(gradient)}
+        metrics |= scalars | {
+            "loss/total": image_loss + codebook_loss,
+            "optimizer/gradient_norm": optax.tree.norm(gradient),
+            "optimizer/learning_rate": self.learning_rate(step - 1),
+        }
         metrics["finite"] = jnp.isfinite(sum(metrics.values()))
         if self.model.quantizer in WITH_TRAINED_ROWS:
             metrics["codebook/max_norm"] = jnp.sqrt(jnp.max(jnp.sum(params["quantize"]["codebook"] ** 2, axis=1)))
@@ -159,7 +171,7 @@ class Trainer:
         indices = self.model.apply(variables, to_float(images), method="encode")
         return jnp.clip(self.model.apply(variables, indices, method="decode"), -1.0, 1.0), indices
 
-    def _generate(self, params: dict, images: jax.Array):
+    def _reconstruct(self, params: dict, images: jax.Array):
         """((reconstructions, codebook loss), (indices, metrics))."""
 
         def one(x):
@@ -168,7 +180,7 @@ class Trainer:
                 "loss/quantizer": quantized.quant_loss,
                 "loss/entropy": quantized.entropy_loss,
                 "codebook/sample_entropy": quantized.sample_entropy,
-                "codebook/average_entropy": quantized.avg_entropy,
+                "codebook/batch_entropy": quantized.avg_entropy,
                 "codebook/max_probability": quantized.max_probability,
             }
             scalars = {name: value for name, value in scalars.items() if value is not None}
@@ -182,27 +194,29 @@ class Trainer:
         metrics = scalars | {"loss/codebook": loss} | jax.tree.map(jnp.max, peaks)
         return (_joined(reconstructions), loss), (_joined(indices), jax.lax.stop_gradient(metrics))
 
-    def _train_adversary(self, state: TokenizerState, images: jax.Array, reconstructions: jax.Array):
+    def _train_discriminator(self, state: TokenizerState, images: jax.Array, reconstructions: jax.Array):
         """(the discriminator after its update on real and reconstructed images, metrics)."""
-        config, old = self.config.loss, state.adversary
+        config, old = self.config.loss, state.discriminator
         started = (state.step >= self.config.discriminator.start_step).astype(jnp.float32)
 
         def loss(params):
             real, batch_stats = self._discriminate(params, old.batch_stats, images)
             fake, batch_stats = self._discriminate(params, batch_stats, jax.lax.stop_gradient(reconstructions))
-            averages = old.lecam.moved(jnp.mean(real), jnp.mean(fake), 1.0 - started * (1.0 - config.lecam_decay))
+            averages = old.lecam.update(jnp.mean(real), jnp.mean(fake), 1.0 - started * (1.0 - config.lecam_decay))
             total, scalars = losses.discriminator_loss(real, fake, averages, config.lecam_weight)
             return started * total, (batch_stats, averages, scalars)
 
         gradient, (batch_stats, averages, scalars) = jax.grad(loss, has_aux=True)(old.params)
         updates, optimizer = self.optimizer.update(gradient, old.optimizer, old.params)
         params = optax.apply_updates(old.params, updates)
-        metrics = {f"adversary/{name}": value for name, value in scalars.items()}
-        metrics["adversary/gradient_norm"] = optax.tree.norm(gradient)
-        return Adversary(params=params, optimizer=optimizer, batch_stats=batch_stats, lecam=averages), metrics
+        metrics = {f"discriminator/{name}": value for name, value in scalars.items()}
+        metrics["discriminator/gradient_norm"] = optax.tree.norm(gradient)
+        return DiscriminatorState(params=params, optimizer=optimizer, batch_stats=batch_stats, lecam=averages), metrics
 
-    def _image_loss(self, reconstructions, adversary: Adversary | None, perceptual: dict | None, images, step):
-        """What the generator pays for its pictures: (loss, (adversary with its statistics moved, metrics))."""
+    def _image_loss(
+        self, reconstructions, discriminator: DiscriminatorState | None, perceptual: dict | None, images, step
+    ):
+        """What the generator pays for its pictures: (loss, (discriminator with its statistics moved, metrics))."""
         config = self.config.loss
         distance = jnp.zeros((images.shape[0],))
         if perceptual is not None:
@@ -210,13 +224,13 @@ class Trainer:
             distance = _joined(self._in_micro_batches(measure, images, reconstructions))
         loss, scalars = losses.reconstruction_nll(images, reconstructions, distance, config.perceptual_weight)
         metrics = {f"loss/{name}": value for name, value in scalars.items()}
-        if adversary is not None:
-            fake, batch_stats = self._discriminate(adversary.params, adversary.batch_stats, reconstructions)
-            adversary = adversary.replace(batch_stats=batch_stats)
+        if discriminator is not None:
+            fake, batch_stats = self._discriminate(discriminator.params, discriminator.batch_stats, reconstructions)
+            discriminator = discriminator.replace(batch_stats=batch_stats)
             metrics["loss/adversarial"] = losses.non_saturating(fake)
             started = (step >= self.config.discriminator.start_step).astype(jnp.float32)
             loss += config.adversarial_weight * started * metrics["loss/adversarial"]
-        return loss, (adversary, metrics)
+        return loss, (discriminator, metrics)
 
     def _discriminate(self, params: dict, batch_stats: dict, images: jax.Array):
         """(logits, batch statistics moved by this call)."""
@@ -236,7 +250,7 @@ class Trainer:
 
         Gradients flow through; a micro-batch's activations are computed anew for them, so that only one's are held.
         """
-        count = self.config.train.accumulate
+        count = self.config.train.grad_accum_steps
         if count == 1:
             return jax.tree.map(lambda leaf: leaf[None], function(*arrays))
         sharding = NamedSharding(self.mesh, PartitionSpec(None, AXES))
@@ -249,13 +263,13 @@ def _joined(leaf: jax.Array) -> jax.Array:
     return leaf.reshape(-1, *leaf.shape[2:])
 
 
-def jit_train_step(trainer: Trainer):
+def jit_train_step(trainer: TokenizerTrainer):
     """`trainer.train_step(state, perceptual, images)`, sharded over its mesh; the state is donated."""
     mesh = trainer.mesh
     return jit_step(trainer.train_step, trainer.create_state, mesh, (replicated(mesh), batch_sharding(mesh)))
 
 
-def abstract_arguments(trainer: Trainer) -> tuple:
+def abstract_arguments(trainer: TokenizerTrainer) -> tuple:
     """Shapes, types and shardings of the step's arguments; with a perceptual net wherever the config asks for one."""
     mesh, data = trainer.mesh, trainer.config.data
     state, _ = abstract_state(trainer.create_state, mesh, 0)

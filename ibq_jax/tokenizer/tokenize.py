@@ -24,14 +24,14 @@ import numpy as np
 from tqdm import tqdm
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.files import whole_or_absent
+from ibq_jax.base.files import atomic_file
 from ibq_jax.base.sharding import batch_sharding, check_batch, global_batch, make_mesh, replicated
 from ibq_jax.data.pipeline import ImageSource, check_readers, check_sizes, decode_record, iterate
 from ibq_jax.data.preprocess import VIEWS, resize_shorter_side, views
 from ibq_jax.data.token_cache import MANIFEST, VERSION, read_manifest, record_type
-from ibq_jax.data.token_cache_writer import Shard, claimed, finish, list_shards, shard_count, write_records
+from ibq_jax.data.token_cache_writer import Shard, finish, list_shards, locked_cache, shard_count, write_records
 from ibq_jax.tokenizer.model import TokenizerModel
-from ibq_jax.tokenizer.quantizers import identity
+from ibq_jax.tokenizer.quantizers import fingerprint_fields
 from ibq_jax.tokenizer.step import to_float
 
 # Fields of the model that decide which codes an image gets; the others say where and how fast, or how it was trained.
@@ -42,10 +42,11 @@ DECIDING_FIELDS = (
     "attention_resolutions",
     "z_channels",
     "resolution",
-    "num_codes",
+    "codebook_size",
     "code_dim",
     "dtype",
 )
+FINGERPRINT_NAMES = {"codebook_size": "num_codes"}  # as the field was called when the first caches were made
 
 Encode = Callable[[np.ndarray], jax.Array]  # uint8 [B, S, S, 3] -> codes int32 [B, h, w]
 
@@ -73,9 +74,9 @@ def fingerprint(model: TokenizerModel, params: Mapping) -> str:
     The same on any number of devices, and for a tokenizer that was trained here or imported. `params` must be readable
     from this process: whole on its devices or the host, as `restore_run` gives them.
     """
-    fields = {name: getattr(model, name) for name in DECIDING_FIELDS}
+    fields = {FINGERPRINT_NAMES.get(name, name): getattr(model, name) for name in DECIDING_FIELDS}
     fields["dtype"] = jnp.dtype(model.dtype).name
-    fields |= identity(model.quantizer, model.quantizer_settings)
+    fields |= fingerprint_fields(model.quantizer, model.quantizer_settings)
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -122,7 +123,7 @@ def extract(
         raise UsageError(f"--overwrite is for one process, not {process_count}: remove {folder} beforehand")
     folder, params = Path(folder).resolve(), jax.device_get(params)
     settings = _settings(model, params, job, origin)
-    with claimed(folder, settings, overwrite):
+    with locked_cache(folder, settings, overwrite):
         if (folder / MANIFEST).exists():
             print(f"{folder} is complete already; --overwrite makes it anew")
             return read_manifest(folder)
@@ -176,9 +177,9 @@ def _settings(model: TokenizerModel, params: Mapping, job: Job, origin: Mapping)
         },
         "preprocessing": {"image_size": job.image_size, "resize": job.resize, "antialias": True},
         "precision": jnp.dtype(model.dtype).name,
-        "codes": model.num_codes,
+        "codes": model.codebook_size,
         "grid": grid,
-        "dtype": np.min_scalar_type(model.num_codes - 1).name,
+        "dtype": np.min_scalar_type(model.codebook_size - 1).name,
     }
 
 
@@ -201,7 +202,7 @@ def _write_shards(shards: list[Shard], settings: Mapping, job: Job, encode: Enco
     with tqdm(total=total, initial=total - left, unit=" images", disable=None, dynamic_ncols=True) as bar:
         for shard in missing:
             shard.path.parent.mkdir(exist_ok=True)
-            with whole_or_absent(shard.path) as partial:
+            with atomic_file(shard.path) as partial:
                 if partial is None:
                     bar.update(len(shard.images))
                 else:

@@ -24,7 +24,7 @@ class NearestRowQuantizer(nn.Module):
     equation 3: beta scales the commitment). z_q is e, with its gradient copied to z as it is. No entropy term.
     """
 
-    num_codes: int
+    codebook_size: int
     dim: int
     beta: float = 0.25
     block_size: int = 0
@@ -73,8 +73,8 @@ class VectorQuantizer(NearestRowQuantizer):
     l2_normalize: bool = False
 
     def setup(self):
-        init = nn.with_logical_partitioning(uniform_within(1.0 / self.num_codes), ("codes", "code_dim"))
-        self.codebook = jnp.asarray(self.param("codebook", init, (self.num_codes, self.dim), jnp.float32))
+        init = nn.with_logical_partitioning(uniform_within(1.0 / self.codebook_size), ("codes", "code_dim"))
+        self.codebook = jnp.asarray(self.param("codebook", init, (self.codebook_size, self.dim), jnp.float32))
 
     def rows(self) -> jax.Array:
         return _unit(self.codebook) if self.l2_normalize else self.codebook
@@ -89,7 +89,7 @@ class SimVectorQuantizer(NearestRowQuantizer):
 
     def setup(self):
         init = nn.with_logical_partitioning(normal(self.dim**-0.5), ("codes", "code_dim"))
-        self.codebook = jnp.asarray(self.param("codebook", init, (self.num_codes, self.dim), jnp.float32))
+        self.codebook = jnp.asarray(self.param("codebook", init, (self.codebook_size, self.dim), jnp.float32))
         uniform = uniform_within(self.dim**-0.5)
         self.projection = nn.Dense(self.dim, kernel_init=uniform, bias_init=uniform)
 

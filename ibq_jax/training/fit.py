@@ -14,12 +14,12 @@ from ibq_jax.base.checkpoint import Checkpoints
 from ibq_jax.base.config import differences, flatten, read_config, save_config
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import is_remote
-from ibq_jax.base.loop import Loop, Pace, Stage
+from ibq_jax.base.loop import Intervals, Loop, Stage
 from ibq_jax.base.processes import barrier, check_alike
 from ibq_jax.base.saved_run import IMPORTED, open_checkpoints, total_steps
 from ibq_jax.base.sharding import abstract_state, create_sharded, describe_mesh
 from ibq_jax.base.telemetry import Telemetry
-from ibq_jax.base.timing import Parts
+from ibq_jax.base.timing import PhaseTimer
 from ibq_jax.base.watchdog import Watchdog
 
 Batches = Generator[Mapping[str, np.ndarray]]
@@ -100,28 +100,28 @@ def fit(
     print(describe_mesh(mesh))
     checkpoints = open_checkpoints(workdir, config)
     state, start_step = _start(create_state, mesh, config.seed, checkpoints, complete)
-    pace = Pace(
+    intervals = Intervals(
         total_steps=total_steps(config, steps_per_epoch),
         log_every=config.log.every,
         images_every=config.log.images_every,
         evaluate_every=config.evaluate.every,
         checkpoint_every=config.checkpoint.every,
     )
-    if start_step >= pace.total_steps:
-        print(f"complete: step {start_step} of {pace.total_steps}; a larger train.steps goes on from there")
-    telemetry = Telemetry(workdir, start_step, pace.total_steps, enabled=jax.process_index() == 0)
+    if start_step >= intervals.total_steps:
+        print(f"complete: step {start_step} of {intervals.total_steps}; a larger train.steps goes on from there")
+    telemetry = Telemetry(workdir, start_step, intervals.total_steps, enabled=jax.process_index() == 0)
     metadata = {"config": config.to_dict(), "steps_per_epoch": steps_per_epoch}
-    parts, watch = Parts(), config.watch
+    timer, limits = PhaseTimer(), config.watchdog
     stacks_folder = Path.cwd() if is_remote(workdir) else workdir
     watchdog = Watchdog(
-        parts,
+        timer,
         stacks_folder / f"stacks_process{jax.process_index()}.txt",
-        factor=watch.slow_factor,
-        seconds=watch.slow_seconds,
-        hang_seconds=watch.hang_seconds,
+        factor=limits.slow_factor,
+        seconds=limits.slow_seconds,
+        hang_seconds=limits.hang_seconds,
         say=lambda words: print(words, file=sys.stderr),
     )
-    loop = Loop(stage, mesh, pace, checkpoints, telemetry, workdir, metadata, parts, profile)
+    loop = Loop(stage, mesh, intervals, checkpoints, telemetry, workdir, metadata, timer, profile)
     try:
         with watchdog:
             state = loop.run(state, batches_from(start_step), start_step)

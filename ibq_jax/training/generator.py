@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from ibq_jax.autoregressive.check import check_config
 from ibq_jax.autoregressive.restore import CODES, TokenizerWeights, check_fit, find_tokenizer
-from ibq_jax.autoregressive.step import GeneratorState, Trainer, jit_train_step
+from ibq_jax.autoregressive.step import GeneratorState, GeneratorTrainer, jit_train_step
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.files import absolute
+from ibq_jax.base.files import resolve
 from ibq_jax.base.sharding import make_mesh, process_rows
 from ibq_jax.data.token_cache import CodeSource, check_manifest, open_codes, read_fields, training_code_batches
 from ibq_jax.evaluate.validation import class_samples, likelihood_evaluator
@@ -22,16 +22,16 @@ from ibq_jax.training.fit import FieldRoles, check_same_run, fit
 
 FIELD_ROLES = FieldRoles(
     free=(
-        "codes",
+        "token_cache",
         "tokenizer",
-        "data.workers",
-        "data.threads",
+        "data.num_workers",
+        "data.num_threads",
         "mesh.",
         "sample.",
         "log.",
         "evaluate.",
         "checkpoint.",
-        "watch.",
+        "watchdog.",
         "loss.implementation",
         "loss.block_size",
         "model.remat",
@@ -39,7 +39,7 @@ FIELD_ROLES = FieldRoles(
         "train.steps",
         "train.epochs",
     ),
-    location=("data.workers", "data.threads", "codes", "tokenizer"),
+    location=("data.num_workers", "data.num_threads", "token_cache", "tokenizer"),
     network=("stage:", "model."),
     not_structural=(
         "model.dropout",
@@ -54,10 +54,10 @@ FIELD_ROLES = FieldRoles(
 class GeneratorStage:
     """What the loop asks of the generator (`ibq_jax.base.loop.Stage`)."""
 
-    def __init__(self, trainer: Trainer, manifest: Mapping, tokenizer: TokenizerWeights | None):
+    def __init__(self, trainer: GeneratorTrainer, manifest: Mapping, tokenizer: TokenizerWeights | None):
         config = trainer.config
         self._trainer, self._manifest, self._tokenizer = trainer, manifest, tokenizer
-        validation = open_codes(config.codes, "validation")
+        validation = open_codes(config.token_cache, "validation")
         self._evaluator = likelihood_evaluator(trainer, validation, config.evaluate.examples)
 
     @cached_property
@@ -95,7 +95,7 @@ def train_generator(config: ConfigDict, workdir: Path, profile: range = range(0)
 
     Raises UsageError (bad input), TrainingStopped or Interrupted (see `ibq_jax.base.loop`).
     """
-    workdir = absolute(workdir)
+    workdir = resolve(workdir)
     mesh = make_mesh(config.mesh)
     check_config(config, mesh)
     source = _open_codes(config, workdir)
@@ -105,7 +105,7 @@ def train_generator(config: ConfigDict, workdir: Path, profile: range = range(0)
             f"data.batch_size={config.data.batch_size} is more than the {len(source)} pictures of {source}"
         )
     tokenizer = find_tokenizer(config.tokenizer, source.manifest, needed=config.model.use_pretrained_codebook)
-    trainer = Trainer(config, mesh, steps_per_epoch)
+    trainer = GeneratorTrainer(config, mesh, steps_per_epoch)
     stage = GeneratorStage(trainer, source.manifest, tokenizer)
     codebook = _codebook(config, tokenizer) if config.model.use_pretrained_codebook else None
     check_same_run(workdir, config, FIELD_ROLES)
@@ -119,8 +119,8 @@ def train_generator(config: ConfigDict, workdir: Path, profile: range = range(0)
             seed=config.seed,
             start_step=step,
             rows=process_rows(mesh, config.data.batch_size),
-            workers=config.data.workers,
-            threads=config.data.threads,
+            workers=config.data.num_workers,
+            threads=config.data.num_threads,
         )
 
     def complete(state: GeneratorState) -> GeneratorState:
@@ -141,13 +141,13 @@ def train_generator(config: ConfigDict, workdir: Path, profile: range = range(0)
 
 def _open_codes(config: ConfigDict, workdir: Path) -> CodeSource:
     """The training codes. Raises UsageError unless they are of the config's kind, and the run's if it has begun."""
-    if not config.codes:
-        raise UsageError("config.codes is empty: give --config.codes=FOLDER, which tokenize wrote")
-    source = open_codes(config.codes, "train")
+    if not config.token_cache:
+        raise UsageError("config.token_cache is empty: give --config.token_cache=FOLDER, which tokenize wrote")
+    source = open_codes(config.token_cache, "train")
     check_fit(config, source)
     before = read_fields(workdir / CODES) if (workdir / CODES).is_file() else {"imported": ""}
     if "imported" not in before:  # of an imported run's codes, only what the config says is known
-        check_manifest(source.manifest, _identity(before), where=config.codes, asker=f"the run in {workdir}")
+        check_manifest(source.manifest, _identity(before), where=config.token_cache, asker=f"the run in {workdir}")
     return source
 
 

@@ -9,40 +9,40 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.files import absolute
+from ibq_jax.base.files import resolve
 from ibq_jax.base.sharding import make_mesh, process_rows
 from ibq_jax.data.pipeline import open_split, training_batches
-from ibq_jax.evaluate.feature_nets import find_judges
+from ibq_jax.evaluate.feature_nets import find_feature_nets
 from ibq_jax.evaluate.protocols import find_protocol
 from ibq_jax.evaluate.validation import validation_evaluator
 from ibq_jax.pretrained.lpips import load_weights
 from ibq_jax.pretrained.weight_files import absence, find
 from ibq_jax.tokenizer.check import check_config
 from ibq_jax.tokenizer.codebook_monitor import check_collapse
-from ibq_jax.tokenizer.step import TokenizerState, Trainer, jit_train_step
+from ibq_jax.tokenizer.step import TokenizerState, TokenizerTrainer, jit_train_step
 from ibq_jax.training.fit import FieldRoles, check_same_run, fit
 
 FIELD_ROLES = FieldRoles(
     free=(
         "data.dir",
-        "data.workers",
-        "data.threads",
+        "data.num_workers",
+        "data.num_threads",
         "mesh.",
         "log.",
         "evaluate.",
         "checkpoint.",
-        "watch.usage_floor",
-        "watch.warmup_steps",
-        "watch.slow_factor",
-        "watch.slow_seconds",
-        "watch.hang_seconds",
+        "codebook_monitor.usage_floor",
+        "codebook_monitor.grace_steps",
+        "watchdog.slow_factor",
+        "watchdog.slow_seconds",
+        "watchdog.hang_seconds",
         "codebook.block_size",
         "model.remat",
         "train.steps",
         "train.epochs",
         "loss.perceptual_file",
     ),
-    location=("data.dir", "data.workers", "data.threads", "loss.perceptual_file"),
+    location=("data.dir", "data.num_workers", "data.num_threads", "loss.perceptual_file"),
     network=("stage:", "model.", "codebook.", "quantizer.name:"),
     not_structural=("model.remat", "codebook.implementation", "codebook.init_scale"),
 )
@@ -51,12 +51,12 @@ FIELD_ROLES = FieldRoles(
 class TokenizerStage:
     """What the loop asks of the tokenizer (`ibq_jax.base.loop.Stage`)."""
 
-    def __init__(self, trainer: Trainer, perceptual: dict | None):
+    def __init__(self, trainer: TokenizerTrainer, perceptual: dict | None):
         config = trainer.config
-        kinds = [kind for kind in config.evaluate.judges.split(",") if kind]
+        kinds = [kind for kind in config.evaluate.feature_nets.split(",") if kind]
         self._trainer, self._perceptual = trainer, perceptual
         self._evaluator = validation_evaluator(
-            trainer, config.evaluate.examples, find_protocol(config.evaluate.protocol), find_judges(kinds, {})
+            trainer, config.evaluate.examples, find_protocol(config.evaluate.protocol), find_feature_nets(kinds, {})
         )
 
     @cached_property
@@ -67,22 +67,22 @@ class TokenizerStage:
         return self._compiled_step(state, self._perceptual, batch["image"])
 
     def examine(self, step: int, metrics: Mapping[str, float]) -> None:
-        watch = self._trainer.config.watch
-        check_collapse(step, metrics, usage_floor=watch.usage_floor, warmup_steps=watch.warmup_steps)
+        monitor = self._trainer.config.codebook_monitor
+        check_collapse(step, metrics, usage_floor=monitor.usage_floor, grace_steps=monitor.grace_steps)
 
     def describe(self, metrics: Mapping[str, float]) -> str:
         words = [f"loss {metrics['loss/total']:.4f}", f"l1 {metrics['loss/l1']:.4f}"]
         if self._perceptual is not None:
             words.append(f"lpips {metrics['loss/lpips']:.4f}")
-        if "adversary/discriminator" in metrics:
-            words.append(f"D {metrics['adversary/discriminator']:.3f}")
+        if "discriminator/loss" in metrics:
+            words.append(f"D {metrics['discriminator/loss']:.3f}")
         return "  ".join([*words, f"codebook used {metrics['codebook/usage']:.1%}"])
 
     def evaluate(self, state: TokenizerState) -> dict[str, float]:
         return {f"validation/{name}": value for name, value in self._evaluator(state.ema)}
 
     def pictures(self, state: TokenizerState) -> dict[str, np.ndarray]:
-        return {"reconstructions": self._evaluator.picture(state.ema, self._trainer.config.log.images)}
+        return {"reconstructions": self._evaluator.picture(state.ema, self._trainer.config.log.num_images)}
 
 
 def train_tokenizer(config: ConfigDict, workdir: Path, profile: range = range(0)) -> TokenizerState:
@@ -90,7 +90,7 @@ def train_tokenizer(config: ConfigDict, workdir: Path, profile: range = range(0)
 
     Raises UsageError (bad input), TrainingStopped or Interrupted (see `ibq_jax.base.loop`).
     """
-    workdir = absolute(workdir)
+    workdir = resolve(workdir)
     mesh = make_mesh(config.mesh)
     check_config(config, mesh)
     source = open_split(config.data.name, config.data.dir, config.data.train_split)
@@ -99,7 +99,7 @@ def train_tokenizer(config: ConfigDict, workdir: Path, profile: range = range(0)
         raise UsageError(
             f"data.batch_size={config.data.batch_size} is more than the {len(source)} images of the data set"
         )
-    trainer = Trainer(config, mesh, steps_per_epoch)
+    trainer = TokenizerTrainer(config, mesh, steps_per_epoch)
     perceptual = _perceptual_weights(config)
     stage = TokenizerStage(trainer, perceptual)
     check_same_run(workdir, config, FIELD_ROLES)
@@ -127,8 +127,8 @@ def _batch_fields(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
         batch_size=data.batch_size,
         seed=config.seed,
         rows=process_rows(mesh, data.batch_size),
-        workers=data.workers,
-        threads=data.threads,
+        workers=data.num_workers,
+        threads=data.num_threads,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.files import place
+from ibq_jax.base.files import as_path
 from ibq_jax.base.saved_run import SavedRun
 from ibq_jax.training.generator import train_generator
 from ibq_jax.training.tokenizer import train_tokenizer
@@ -32,6 +32,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str], profile: range = 
     """
     if config.stage not in STAGES:
         raise UsageError(f"the config is of stage {config.stage!r}; the stages are {', '.join(STAGES)}")
-    workdir = place(workdir)
+    workdir = as_path(workdir)
     STAGES[config.stage](config, workdir, profile)
     return SavedRun.find(workdir)

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 
 from ibq_jax import Generator
-from ibq_jax.autoregressive.generate import Filter, generate, step_weights
+from ibq_jax.autoregressive.generate import LogitFilter, generate, step_weights
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.autoregressive.sample import Guidance, Sampler
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import AXES, make_mesh
 from ibq_jax.interop.generator_names import abstract_params
 
-SMALL = dict(vocabulary=64, grid=(4, 4), num_classes=5, layers=2, heads=2, kv_heads=2, width=32, gamma_init=1e-3)
-LARGE = SMALL | dict(vocabulary=1024, heads=4, kv_heads=2, width=128)
+SMALL = dict(
+    vocab_size=64, grid=(4, 4), num_classes=5, num_layers=2, num_heads=2, num_kv_heads=2, embed_dim=32, gamma_init=1e-3
+)
+LARGE = SMALL | dict(vocab_size=1024, num_heads=4, num_kv_heads=2, embed_dim=128)
 COLLECTIVES = r"all-(gather|reduce|to-all)|reduce-scatter|collective-(permute|broadcast)"
 
 
@@ -43,7 +45,7 @@ def sampler(devices: int, **changes) -> Sampler:
 
 
 def draw(devices: int, labels, seed: int = 0, **changes) -> np.ndarray:
-    settings = dict(guidance=Guidance(1.5), keep=Filter(), temperature=1.0, seed=seed)
+    settings = dict(guidance=Guidance(1.5), logit_filter=LogitFilter(), temperature=1.0, seed=seed)
     return sampler(devices, **changes)(np.asarray(labels), **settings)
 
 
@@ -58,7 +60,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return p / p.sum(axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(kv_heads=1, grid=(2, 8))], ids=["square", "oblong, shared keys"])
+@pytest.mark.parametrize("changes", [{}, dict(num_kv_heads=1, grid=(2, 8))], ids=["square", "oblong, shared keys"])
 @pytest.mark.parametrize("scale", [1.0, 2.25])
 def test_the_likeliest_codes_are_those_of_the_whole_network(changes, scale):
     drawn, labels = generator(**changes), np.array([0, 1, 4, 4, 2])
@@ -123,7 +125,7 @@ def test_any_mesh_draws_the_same():
     labels, drawn = np.arange(9) % 5, generator()
     mesh = make_mesh(dict(zip(AXES, (2, 2, 2), strict=True)))
     codes = Sampler(drawn.model, drawn.params, mesh)(
-        labels, guidance=Guidance(1.5), keep=Filter(), temperature=1.0, seed=0
+        labels, guidance=Guidance(1.5), logit_filter=LogitFilter(), temperature=1.0, seed=0
     )
     np.testing.assert_array_equal(codes, draw(1, labels))
 
@@ -136,10 +138,10 @@ def test_the_seed_decides():
 
 
 def test_pictures_of_one_code_pair_follow_the_guided_distribution():
-    changes, scale, temperature, count = dict(vocabulary=6, grid=(1, 2)), 1.7, 4.0, 16384
+    changes, scale, temperature, count = dict(vocab_size=6, grid=(1, 2)), 1.7, 4.0, 16384
     drawn, label = generator(**changes), np.array([3])
-    sampler = Sampler(drawn.model, drawn.params, make_mesh({"data": 8}), lane=512)
-    settings = dict(keep=Filter(), temperature=temperature, seed=0)
+    sampler = Sampler(drawn.model, drawn.params, make_mesh({"data": 8}), per_device_batch=512)
+    settings = dict(logit_filter=LogitFilter(), temperature=temperature, seed=0)
     codes = sampler(np.repeat(label, count), guidance=Guidance(scale), **settings).reshape(-1, 2)
     counts = np.zeros((6, 6))
     np.add.at(counts, tuple(codes.T), 1)
@@ -178,7 +180,7 @@ def kept_by_reference(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarra
 def test_filters_keep_what_a_plain_loop_keeps(top_k, top_p):
     random = np.random.default_rng(0)
     logits = np.concatenate((random.normal(size=(20, 40)) * 3, random.integers(-2, 3, (20, 40)))).astype(np.float32)
-    actual = np.asarray(Filter(top_k, top_p)(jnp.asarray(logits)))
+    actual = np.asarray(LogitFilter(top_k, top_p)(jnp.asarray(logits)))
     expected = np.stack([kept_by_reference(row, top_k, top_p) for row in logits])
     np.testing.assert_array_equal(np.isfinite(actual), expected)
     np.testing.assert_array_equal(actual[expected], logits[expected])
@@ -187,27 +189,27 @@ def test_filters_keep_what_a_plain_loop_keeps(top_k, top_p):
 def test_the_code_that_crosses_the_threshold_stays():
     logits = jnp.log(jnp.asarray([[0.15, 0.4, 0.05, 0.3, 0.1]]))
     for top_p, kept in ((0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.71, [0, 1, 3]), (0.96, [0, 1, 2, 3, 4])):
-        np.testing.assert_array_equal(np.flatnonzero(np.isfinite(Filter(top_p=top_p)(logits)[0])), kept)
+        np.testing.assert_array_equal(np.flatnonzero(np.isfinite(LogitFilter(top_p=top_p)(logits)[0])), kept)
 
 
 def test_top_p_counts_what_top_k_left():
     logits = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1]]))
-    assert np.isfinite(Filter(top_p=0.5)(logits)).sum() == 2
-    assert np.isfinite(Filter(top_k=2, top_p=0.5)(logits)).sum() == 1  # 0.4 is 0.57 of the two
+    assert np.isfinite(LogitFilter(top_p=0.5)(logits)).sum() == 2
+    assert np.isfinite(LogitFilter(top_k=2, top_p=0.5)(logits)).sum() == 1  # 0.4 is 0.57 of the two
 
 
 def test_only_kept_codes_are_drawn():
     drawn, labels, keep = generator(), np.arange(12) % 5, dict(top_k=5, top_p=0.8)
     codes = drawn.sample(labels, cfg_scale=1.5, temperature=2.0, **keep)
     logits = jnp.asarray(guided_logits(drawn, codes, labels, 1.5).reshape(-1, 64) / 2.0)
-    kept = np.isfinite(Filter(**keep)(logits))
+    kept = np.isfinite(LogitFilter(**keep)(logits))
     assert np.all(kept[np.arange(len(kept)), np.ravel(codes)])
     assert np.mean(np.ravel(codes) != logits.argmax(axis=-1)) > 0.2
 
 
 def test_filters_that_keep_everything_change_nothing():
     logits = jax.random.normal(jax.random.key(0), (8, 64))
-    for keep in (Filter(), Filter(top_k=64), Filter(top_k=1000), Filter(top_p=1.0)):
+    for keep in (LogitFilter(), LogitFilter(top_k=64), LogitFilter(top_k=1000), LogitFilter(top_p=1.0)):
         np.testing.assert_array_equal(keep(logits), logits)
     drawn, labels = generator(), np.arange(4)
     np.testing.assert_array_equal(drawn.sample(labels, top_k=None), drawn.sample(labels, top_k=0, top_p=1.0))
@@ -257,7 +259,7 @@ def test_without_guidance_no_row_is_doubled():
             jnp.ones(16),
             jnp.float32(1),
         )
-        program = jax.make_jaxpr(functools.partial(generate, drawn.model, Filter(), guided))(*arguments)
+        program = jax.make_jaxpr(functools.partial(generate, drawn.model, LogitFilter(), guided))(*arguments)
         return set(re.findall(r"\d+", " ".join(re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", str(program)))))
 
     assert "14" in shapes(guided=True)
@@ -278,7 +280,7 @@ def test_a_scale_of_one_throughout_takes_the_program_without_guidance(guidance, 
     drawn, asked = generator(), []
     sampler = Sampler(drawn.model, drawn.params, make_mesh({"data": 1}, jax.devices()[:1]))
     sampler._generate = lambda *arguments: asked.append(arguments[2]) or np.zeros((4, 16), np.int32)
-    sampler(np.array([0]), guidance=guidance, keep=Filter(), temperature=1.0, seed=0)
+    sampler(np.array([0]), guidance=guidance, logit_filter=LogitFilter(), temperature=1.0, seed=0)
     assert asked == [guided]
 
 
@@ -292,7 +294,7 @@ def test_devices_never_talk():
         return np.zeros((32, 16), np.int32)
 
     sampler._generate = keep_program
-    sampler(np.arange(5), guidance=Guidance(1.5), keep=Filter(), temperature=1.0, seed=0)
+    sampler(np.arange(5), guidance=Guidance(1.5), logit_filter=LogitFilter(), temperature=1.0, seed=0)
     total = jax.jit(jnp.sum).lower(sampler._batch(np.arange(5), np.arange(5), np.zeros((5, 0), int), 0)[0])
     assert re.search(COLLECTIVES, total.compile().as_text())
     assert "num_partitions=8" in programs[0]

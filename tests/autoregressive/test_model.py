@@ -18,7 +18,9 @@ from ibq_jax.interop.generator_names import abstract_params
 EXACT = 1e-5  # relative to the largest magnitude, between two forms of the same float32 formula
 QUICK = {"xla_backend_optimization_level": 0}  # compiles twice as fast
 PUBLISHED = json.loads((released.GOLDEN / "published_generators.json").read_text())
-SMALL = dict(vocabulary=24, grid=(3, 4), num_classes=5, layers=2, heads=4, kv_heads=4, width=32, gamma_init=1e-3)
+SMALL = dict(
+    vocab_size=24, grid=(3, 4), num_classes=5, num_layers=2, num_heads=4, num_kv_heads=4, embed_dim=32, gamma_init=1e-3
+)
 
 
 def assert_same(actual, expected, tolerance=EXACT):
@@ -39,7 +41,7 @@ def random_params(model: GeneratorModel):
 
 def batch(model: GeneratorModel, size: int = 3):
     random = np.random.default_rng(1)
-    codes = random.integers(0, model.vocabulary, (size, *model.grid), np.int32)
+    codes = random.integers(0, model.vocab_size, (size, *model.grid), np.int32)
     return jnp.asarray(codes), jnp.asarray(np.arange(size) % (model.num_classes + 1), jnp.int32)
 
 
@@ -50,7 +52,7 @@ def logits(model: GeneratorModel, params):
 def value_and_gradient(model: GeneratorModel, params, train: bool = False):
     """Of a random projection of what the head is applied to, dropped out with one key."""
     codes, labels = batch(model)
-    projection = jax.random.normal(jax.random.key(2), (len(codes), model.positions, model.width))
+    projection = jax.random.normal(jax.random.key(2), (len(codes), model.positions, model.embed_dim))
 
     def value(params):
         rngs = {"dropout": jax.random.key(3)}
@@ -64,7 +66,7 @@ def test_every_code_sees_all_codes_before_it_and_none_other():
     model = GeneratorModel(**SMALL)
     variables = {"params": random_params(model)}
     codes, labels = batch(model, 1)
-    weights = jax.random.normal(jax.random.key(0), (model.vocabulary,))
+    weights = jax.random.normal(jax.random.key(0), (model.vocab_size,))
 
     def of_each_position(moved):
         def add(call, args, kwargs, context):
@@ -75,7 +77,7 @@ def test_every_code_sees_all_codes_before_it_and_none_other():
             return model.apply(variables, codes, labels)[0] @ weights
 
     jacobian = jax.jit(jax.jacrev(of_each_position), compiler_options=QUICK)(
-        jnp.zeros((model.positions - 1, model.width))
+        jnp.zeros((model.positions - 1, model.embed_dim))
     )
     sees = np.asarray(jnp.abs(jacobian).max(axis=-1))
     seen, unseen = np.tril_indices(model.positions, -1, model.positions - 1), np.triu_indices(model.positions - 1)
@@ -130,7 +132,7 @@ def test_hidden_channels_are_the_published_ones(size, channels):
 
 
 def test_initial_values():
-    model = GeneratorModel(**SMALL | {"width": 64, "vocabulary": 512})
+    model = GeneratorModel(**SMALL | {"embed_dim": 64, "vocab_size": 512})
     params = nn.meta.unbox(jax.jit(model.init, compiler_options=QUICK)(jax.random.key(0), *batch(model)))["params"]
     assert not params["head"].any() and not params["head_modulation"]["bias"].any()
     assert np.all(params["blocks"]["ffn_norm"]["scale"] == 1) and np.all(params["head_norm"]["scale"] == 1)
@@ -150,7 +152,7 @@ def test_initial_values():
 
 
 def test_shared_keys_and_values_are_the_same_as_repeated_ones():
-    model = GeneratorModel(**SMALL | {"kv_heads": 2})
+    model = GeneratorModel(**SMALL | {"num_kv_heads": 2})
     params = random_params(model)
     heads = params["blocks"]["attention"]["wqkv"]["kernel"].reshape(2, 32, 8, 8)  # 4 queries, 2 keys, 2 values
     repeated = jnp.concatenate((heads[:, :, :4], jnp.repeat(heads[:, :, 4:], 2, axis=2)), axis=2)
@@ -219,16 +221,18 @@ def test_an_oblong_grid_counts_its_rows_and_columns():
 
 
 @pytest.mark.parametrize(
-    ("width", "heads", "kv_heads", "words"),
+    ("width", "heads", "num_kv_heads", "words"),
     [
-        (30, 4, 4, "model.width=30 does not divide into model.heads=4"),
-        (24, 4, 4, "model.width=24 does not divide into model.heads=4 of a multiple of 4 channels"),
-        (32, 4, 3, "model.heads=4 is not a multiple of model.kv_heads=3"),
-        (32, 4, 8, "model.heads=4 is not a multiple of model.kv_heads=8"),
+        (30, 4, 4, "model.embed_dim=30 does not divide into model.num_heads=4"),
+        (24, 4, 4, "model.embed_dim=24 does not divide into model.num_heads=4 of a multiple of 4 channels"),
+        (32, 4, 3, "model.num_heads=4 is not a multiple of model.num_kv_heads=3"),
+        (32, 4, 8, "model.num_heads=4 is not a multiple of model.num_kv_heads=8"),
     ],
 )
-def test_heads_that_do_not_divide_are_refused(width, heads, kv_heads, words):
+def test_heads_that_do_not_divide_are_refused(width, heads, num_kv_heads, words):
     with pytest.raises(UsageError, match=words):
-        check_layout(width, heads, kv_heads)
+        check_layout(width, heads, num_kv_heads)
     with pytest.raises(UsageError, match=words):
-        abstract_params(GeneratorModel(**SMALL | {"width": width, "heads": heads, "kv_heads": kv_heads}))
+        abstract_params(
+            GeneratorModel(**SMALL | {"embed_dim": width, "num_heads": heads, "num_kv_heads": num_kv_heads})
+        )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support import released
 
-from ibq_jax.autoregressive.step import GeneratorState, Trainer, abstract_arguments, jit_train_step
+from ibq_jax.autoregressive.step import GeneratorState, GeneratorTrainer, abstract_arguments, jit_train_step
 from ibq_jax.base.config import load_config
 from ibq_jax.base.sharding import AXES, abstract_state, batch_sharding, make_mesh
 from ibq_jax.interop.generator_names import generator_to_torch
@@ -23,16 +23,16 @@ EXACT = 1e-5  # relative to the largest magnitude, between two orders of the sam
 ONE = (1, 1, 1)
 QUICK = {"xla_backend_optimization_level": 0}  # compiles twice as fast
 SMALL = (
-    "model.vocabulary=64",
+    "model.vocab_size=64",
     "model.grid=(3, 4)",
-    "model.layers=2",
-    "model.heads=2",
-    "model.kv_heads=2",
-    "model.width=32",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.num_kv_heads=2",
+    "model.embed_dim=32",
     "model.gamma_init=1.0",
     "model.dropout=0.0",
     "data.batch_size=32",
-    "optimizer.warmup=0.0",
+    "optimizer.warmup_fraction=0.0",
     "optimizer.ema_decay=0.75",
     "train.steps=100",
 )
@@ -42,9 +42,9 @@ def config(*overrides: str, preset: str = "openmoji32"):
     return load_config(f"{CONFIG}:{preset}", [f"--config.{field}" for field in overrides])
 
 
-def make_trainer(*overrides: str, sizes: tuple[int, int, int] = ONE) -> Trainer:
+def make_trainer(*overrides: str, sizes: tuple[int, int, int] = ONE) -> GeneratorTrainer:
     mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)])
-    return Trainer(config(*SMALL, *overrides), mesh, steps_per_epoch=1)
+    return GeneratorTrainer(config(*SMALL, *overrides), mesh, steps_per_epoch=1)
 
 
 def batches(steps: int, size: int = 32) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -55,7 +55,7 @@ def batches(steps: int, size: int = 32) -> list[tuple[np.ndarray, np.ndarray]]:
     ]
 
 
-def starting_state(trainer: Trainer) -> GeneratorState:
+def starting_state(trainer: GeneratorTrainer) -> GeneratorState:
     """With random weights: as the head is zero after `create_state`, nothing else would learn at once."""
     shapes, shardings = abstract_state(trainer.create_state, trainer.mesh, 0)
     random = np.random.default_rng(0)
@@ -64,7 +64,7 @@ def starting_state(trainer: Trainer) -> GeneratorState:
     return jax.device_put(zeros.replace(params=params, ema=shapes.ema and params), shardings)
 
 
-def compiled_step(trainer: Trainer):
+def compiled_step(trainer: GeneratorTrainer):
     return jit_train_step(trainer).lower(*abstract_arguments(trainer)).compile(QUICK)
 
 
@@ -120,8 +120,8 @@ def released_rate(step: int, steps: int, warmup: int, start: float, final: float
 )
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.0])
 def test_schedules_are_the_released_ones(preset, final, decays, share):
-    fields = config("train.steps=100", f"optimizer.warmup={share}", preset=preset)
-    trainer = Trainer(fields, make_mesh({"data": 8}), steps_per_epoch=1)
+    fields = config("train.steps=100", f"optimizer.warmup_fraction={share}", preset=preset)
+    trainer = GeneratorTrainer(fields, make_mesh({"data": 8}), steps_per_epoch=1)
     first, last = decays
     for step in range(100):
         rate = 3e-4 * released_rate(step, 100, round(100 * share), 0.005, final)
@@ -133,8 +133,8 @@ def test_schedules_are_the_released_ones(preset, final, decays, share):
 @pytest.mark.parametrize(("preset", "epochs", "warm"), [("B", 300, 6), ("L", 350, 7), ("XL", 400, 8), ("XXL", 450, 9)])
 def test_the_published_lengths_count_in_epochs(preset, epochs, warm):
     fields = config(preset=f"imagenet256_{preset}")
-    trainer, steps = Trainer(fields, make_mesh({"data": 8}), steps_per_epoch=1668), 1668
-    final = fields.optimizer.final_rate
+    trainer, steps = GeneratorTrainer(fields, make_mesh({"data": 8}), steps_per_epoch=1668), 1668
+    final = fields.optimizer.end_lr_factor
     for step in (0, 1, warm * steps - 1, warm * steps, warm * steps + 1, 40 * steps, epochs * steps - 1):
         rate = 3e-4 * released_rate(step, epochs * steps, warm * steps, 0.005, final)
         assert float(trainer.learning_rate(step)) == pytest.approx(rate, rel=1e-5), step
@@ -145,7 +145,9 @@ def test_optimizer_steps_are_pytorchs(decay_all):
     """Clipped AdamW in groups; weight decay and rate are large, so that a few steps show them."""
     torch = pytest.importorskip("torch")
     fields = (f"optimizer.decay_all={decay_all}", "optimizer.learning_rate=0.02", "optimizer.weight_decay=0.5")
-    trainer = make_trainer(*fields, "optimizer.weight_decay_end=0.9", "optimizer.warmup=0.03", "train.steps=10")
+    trainer = make_trainer(
+        *fields, "optimizer.weight_decay_end=0.9", "optimizer.warmup_fraction=0.03", "train.steps=10"
+    )
     random = np.random.default_rng(0)
     shapes = {"head": (8, 4), "norm": {"scale": (4,)}, "layer": {"kernel": (4, 4), "bias": (4,)}}
     params = jax.tree.map(
@@ -197,7 +199,7 @@ def test_eight_devices_step_as_one_does(sizes):
 
 @pytest.mark.parametrize("sizes", [ONE, pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_micro_batches_step_as_the_whole_batch_does(sizes):
-    assert_same_run(run_steps("train.accumulate=4", sizes=sizes), run_steps())
+    assert_same_run(run_steps("train.grad_accum_steps=4", sizes=sizes), run_steps())
 
 
 def test_every_parameter_moves_and_the_loss_falls_on_codes_seen():
@@ -238,11 +240,11 @@ class TrainedOn(Exception):
     """Labels, on their way out of a step."""
 
 
-def labels_trained_on(monkeypatch, trainer: Trainer, labels: np.ndarray, step: int = 0) -> np.ndarray:
+def labels_trained_on(monkeypatch, trainer: GeneratorTrainer, labels: np.ndarray, step: int = 0) -> np.ndarray:
     def gradient(self, params, codes, labels, key):
         raise TrainedOn(np.asarray(labels))
 
-    monkeypatch.setattr(Trainer, "_gradient", gradient)
+    monkeypatch.setattr(GeneratorTrainer, "_gradient", gradient)
     state = GeneratorState(step=jnp.int32(step), params={}, optimizer=(), ema=None)
     with pytest.raises(TrainedOn) as raised:
         trainer.train_step(state, jnp.zeros((len(labels), 3, 4), jnp.int32), jnp.asarray(labels))
@@ -307,7 +309,7 @@ def test_what_is_compiled_takes_the_shapes_it_says():
 
 
 def test_every_parameter_lies_where_the_golden_file_says_and_its_moments_beside_it():
-    trainer = Trainer(
+    trainer = GeneratorTrainer(
         config("optimizer.ema_decay=0.9", preset="imagenet256_B"), make_mesh({"data": 2, "fsdp": 2, "codebook": 2}), 1
     )
     _, shardings = abstract_state(trainer.create_state, trainer.mesh, 0)

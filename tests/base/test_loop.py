@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ibq_jax.base.checkpoint import Checkpoints
-from ibq_jax.base.loop import Interrupted, Loop, Pace, TrainingStopped
+from ibq_jax.base.loop import Interrupted, Intervals, Loop, TrainingStopped
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.base.telemetry import Telemetry
 
@@ -52,7 +52,7 @@ class Run:
 
     def __init__(self, workdir):
         self.workdir, self.mesh = workdir, make_mesh({"data": -1})
-        self.pace = Pace(total_steps=6, log_every=1, images_every=3, evaluate_every=3, checkpoint_every=2)
+        self.pace = Intervals(total_steps=6, log_every=1, images_every=3, evaluate_every=3, checkpoint_every=2)
         self.closed, self.profile = False, range(0)
 
     def batches(self, start):
@@ -98,7 +98,7 @@ def test_a_run_logs_evaluates_and_saves_at_its_pace(run):
 
 def test_numbers_are_read_after_the_next_step_is_queued(run):
     stage = CountingStage()
-    run.pace = Pace(total_steps=4, log_every=1, images_every=9, evaluate_every=9, checkpoint_every=9)
+    run.pace = Intervals(total_steps=4, log_every=1, images_every=9, evaluate_every=9, checkpoint_every=9)
     run(stage)
     assert stage.events[:6] == ["queue 1", "queue 2", "examine 1", "queue 3", "examine 2", "queue 4"]
 

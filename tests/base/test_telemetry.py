@@ -36,7 +36,7 @@ def test_time_spent_aside_does_not_count_in_the_rate(tmp_path, capsys, monkeypat
     monkeypatch.setattr("time.monotonic", lambda: now)
     telemetry = Telemetry(tmp_path, 0, 30)
     now = 2.0
-    with telemetry.aside():
+    with telemetry.paused():
         now = 100.0
     telemetry.line(10, "")
     assert "step 10/30  5.00 steps/s  00:04 left" in capsys.readouterr().out

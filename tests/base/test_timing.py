@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from ibq_jax.base.timing import STEP, Parts, Timeline, goodput, read_timeline, shares
+from ibq_jax.base.timing import STEP, PhaseTimer, Timeline, goodput, read_timeline, shares
 from ibq_jax.base.watchdog import Watchdog
 
 
 def test_a_part_inside_another_is_not_counted_twice():
     now = 0.0
-    parts = Parts(clock=lambda: now)
+    parts = PhaseTimer(clock=lambda: now)
     now = 1.0
     with parts("outer"):
         now = 3.0
@@ -52,7 +52,7 @@ def test_a_row_that_a_kill_cut_short_is_passed_over(tmp_path):
 
 
 def test_a_long_wait_is_said_once_with_the_stacks(tmp_path):
-    parts, said = Parts(), []
+    parts, said = PhaseTimer(), []
     for _ in range(3):
         with parts("data"):
             pass
@@ -67,9 +67,9 @@ def test_what_hangs_is_ended_with_a_message(tmp_path):
     program = f"""
 import time
 from pathlib import Path
-from ibq_jax.base.timing import Parts
+from ibq_jax.base.timing import PhaseTimer
 from ibq_jax.base.watchdog import Watchdog
-parts = Parts()
+parts = PhaseTimer()
 stacks = Path({json.dumps(str(tmp_path))}) / "stacks.txt"
 with Watchdog(parts, stacks, factor=10, seconds=60, hang_seconds=1, say=print):
     with parts("data"):

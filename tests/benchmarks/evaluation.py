@@ -1,6 +1,6 @@
 """How much of an evaluation is the host's work, rather than the networks': openmoji64's reconstructions.
 
-    python tests/benchmarks/evaluation.py --data-dir=~/data --judges=efficientnet
+    python tests/benchmarks/evaluation.py --data-dir=~/data --feature_nets=efficientnet
 
 One pass over the training split, which has more images than the other, with fresh weights. Timed each alone:
 reading and decoding, putting the numbers together (statistics in float64 included), and the whole pass, in which the
@@ -16,11 +16,11 @@ import jax
 
 from ibq_jax.base.config import load_config
 from ibq_jax.base.sharding import create_sharded, make_mesh
-from ibq_jax.evaluate.feature_nets import find_judges
+from ibq_jax.evaluate.feature_nets import find_feature_nets
 from ibq_jax.evaluate.protocols import PROTOCOLS
 from ibq_jax.evaluate.reconstruction import _Tally
 from ibq_jax.evaluate.validation import validation_evaluator
-from ibq_jax.tokenizer.step import Trainer
+from ibq_jax.tokenizer.step import TokenizerTrainer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tokenizer.py"
 
@@ -33,9 +33,9 @@ def main() -> None:
     arguments = parser.parse_args()
     fields = [f"--config.data.dir={arguments.data_dir}", "--config.data.validation_split=train"]
     config = load_config(f"{CONFIG}:openmoji64", fields)
-    trainer = Trainer(config, make_mesh({"data": -1}), steps_per_epoch=1)
+    trainer = TokenizerTrainer(config, make_mesh({"data": -1}), steps_per_epoch=1)
     params = create_sharded(trainer.create_state, trainer.mesh, 0).params
-    judges = find_judges([kind for kind in arguments.judges.split(",") if kind], {})
+    judges = find_feature_nets([kind for kind in arguments.judges.split(",") if kind], {})
     evaluator = validation_evaluator(trainer, arguments.examples, PROTOCOLS["clean"], judges)
 
     dict(evaluator(params))  # compiles

@@ -22,7 +22,7 @@ import torch
 from torch_generator import torch_generator
 
 from ibq_jax.api import Generator
-from ibq_jax.autoregressive.step import Trainer, jit_train_step
+from ibq_jax.autoregressive.step import GeneratorTrainer, jit_train_step
 from ibq_jax.base.config import load_config
 from ibq_jax.base.sharding import create_sharded, global_batch, make_mesh
 
@@ -33,7 +33,7 @@ STEP, GRADIENT, OPTIMIZER = "step", "forward and backward", "clipping and AdamW"
 class Ours:
     """The step and its halves, on one state that each of them moves on."""
 
-    def __init__(self, trainer: Trainer, state, codes: np.ndarray, labels: np.ndarray):
+    def __init__(self, trainer: GeneratorTrainer, state, codes: np.ndarray, labels: np.ndarray):
         batch = global_batch({"codes": codes, "labels": labels}, trainer.mesh)
         self.arguments = batch["codes"], batch["labels"]
         self.state, self.key, self.gradient = state, jax.random.key(0), None
@@ -106,16 +106,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--set", nargs="*", default=[], help="more overrides, such as model.layers=4")
+    parser.add_argument("--set", nargs="*", default=[], help="more overrides, such as model.num_layers=4")
     parser.add_argument("--ours-only", action="store_true")
     arguments = parser.parse_args()
     overrides = ["dtype=float32", f"data.batch_size={arguments.batch_size}", *arguments.set]
     config = load_config(f"{CONFIG}:imagenet256_B", [f"--config.{override}" for override in overrides])
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
-    trainer = Trainer(config, mesh, steps_per_epoch=1000)
+    trainer = GeneratorTrainer(config, mesh, steps_per_epoch=1000)
     state = create_sharded(trainer.create_state, mesh, config.seed)
     rng, model = np.random.default_rng(0), config.model
-    codes = rng.integers(0, model.vocabulary, (arguments.batch_size, *model.grid), np.int32)
+    codes = rng.integers(0, model.vocab_size, (arguments.batch_size, *model.grid), np.int32)
     labels = rng.integers(0, model.num_classes, arguments.batch_size, np.int32)
     functions = {}
     if not arguments.ours_only:

@@ -31,10 +31,10 @@ from ibq_jax.base.sharding import make_mesh
 from ibq_jax.data.beam_dataset import _ShardWriter, write_dataset_with_beam
 from ibq_jax.data.beam_map import find_beam
 from ibq_jax.data.preprocess import decode, resize_shorter_side, views
-from ibq_jax.data.sources import Collection
+from ibq_jax.data.sources import ImageCollection
 from ibq_jax.data.store import load, write_dataset
 from ibq_jax.data.tar_shards import _labels, tar_shards
-from ibq_jax.tokenizer.step import Trainer
+from ibq_jax.tokenizer.step import TokenizerTrainer
 
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png")
 SIZES = {"256 x 256": (256, 256, 95), "375 x 500": (375, 500, 98)}  # height, width, JPEG quality
@@ -113,7 +113,7 @@ def measure(folder: Path, images: int) -> None:
         print(f"  {cores}, prepare --beam: {rate:,.0f} images/s after a start of {whole - images / rate:.1f} s")
 
 
-def second_pass(collection: Collection, folder: Path) -> None:
+def second_pass(collection: ImageCollection, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as out:
         writer = _ShardWriter(collection, Path(out))
         for number, part in enumerate(collection.parts):
@@ -148,7 +148,7 @@ def best(work: Callable[[], object], clock: Callable[[], float]) -> float:
 def count_encoder() -> None:
     for preset in ("imagenet256_16384", "imagenet256_262144"):
         config = load_config(f"{CONFIG}:{preset}", ["--config.mesh.codebook=1"])
-        trainer = Trainer(config, make_mesh({"data": 1}, jax.devices()[:1]), steps_per_epoch=1)
+        trainer = TokenizerTrainer(config, make_mesh({"data": 1}, jax.devices()[:1]), steps_per_epoch=1)
         params = jax.eval_shape(trainer.create_state, 0).params
         image = jax.ShapeDtypeStruct((1, 256, 256, 3), np.float32)
         latent = jax.jit(

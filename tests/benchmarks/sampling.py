@@ -35,10 +35,17 @@ from ibq_jax.base.sharding import make_mesh
 from ibq_jax.interop.generator_names import abstract_params
 
 SIZE_B = GeneratorModel(
-    vocabulary=16_384, grid=(16, 16), num_classes=1000, layers=16, heads=16, kv_heads=16, width=1024, gamma_init=1e-3
+    vocab_size=16_384,
+    grid=(16, 16),
+    num_classes=1000,
+    num_layers=16,
+    num_heads=16,
+    num_kv_heads=16,
+    embed_dim=1024,
+    gamma_init=1e-3,
 )
 TINY = GeneratorModel(
-    vocabulary=64, grid=(4, 4), num_classes=5, layers=3, heads=4, kv_heads=2, width=64, gamma_init=1.0
+    vocab_size=64, grid=(4, 4), num_classes=5, num_layers=3, num_heads=4, num_kv_heads=2, embed_dim=64, gamma_init=1.0
 )
 GUIDANCE, TEMPERATURE = 2.25, 1.1
 PART_STEPS = 16  # steps of a timed part
@@ -91,8 +98,8 @@ def products(weights: decode.StepWeights, x: jax.Array) -> jax.Array:
 
 def attention(model: GeneratorModel, qkv: jax.Array) -> jax.Array:
     """The program's attention of all layers, over the picture's last positions; qkv [(H + 2 G) D, R]."""
-    shape = qkv.shape[1], model.kv_heads, model.positions, model.head_channels
-    caches = tuple((jnp.zeros(shape), jnp.zeros(shape)) for _ in range(model.layers))
+    shape = qkv.shape[1], model.num_kv_heads, model.positions, model.head_channels
+    caches = tuple((jnp.zeros(shape), jnp.zeros(shape)) for _ in range(model.num_layers))
     cos, sin = rotary_angles(model.grid, model.head_channels)
 
     def step(carry, position):
@@ -127,10 +134,12 @@ def seconds_in_turns(functions: dict[str, Callable], repeats: int) -> dict[str, 
 def measure(params: dict, module: torch.nn.Module, images: int, scale: float, codes: int, repeats: int, pick: Callable):
     """One row of the table."""
     model, labels = SIZE_B, np.arange(images)
-    sampler = Sampler(model, params, make_mesh({"data": 1}, jax.devices()[:1]), lane=images)
+    sampler = Sampler(model, params, make_mesh({"data": 1}, jax.devices()[:1]), per_device_batch=images)
 
     def ours():
-        return sampler(labels, guidance=Guidance(scale), keep=decode.Filter(), temperature=TEMPERATURE, seed=0)
+        return sampler(
+            labels, guidance=Guidance(scale), logit_filter=decode.LogitFilter(), temperature=TEMPERATURE, seed=0
+        )
 
     def theirs():
         return module.sample(torch.from_numpy(labels), scale, TEMPERATURE, length=codes)
@@ -147,11 +156,11 @@ def measure(params: dict, module: torch.nn.Module, images: int, scale: float, co
     ours_step, theirs_step = pick(seconds["ours"]) / model.positions, pick(seconds["torch"]) / codes
     rows = images * (1 + (scale != 1))
     weights = jax.jit(decode.step_weights, static_argnums=0)(model, params)
-    qkv = jnp.ones(((model.heads + 2 * model.kv_heads) * model.head_channels, rows))
+    qkv = jnp.ones(((model.num_heads + 2 * model.num_kv_heads) * model.head_channels, rows))
     run_products, run_read = jax.jit(products), jax.jit(read)
     run_attention = jax.jit(functools.partial(attention, model))
     parts = {
-        "products": lambda: run_products(weights, jnp.ones((model.width, rows))),
+        "products": lambda: run_products(weights, jnp.ones((model.embed_dim, rows))),
         "attention": lambda: run_attention(qkv),
         "floor": lambda: run_read(jax.tree.leaves(weights)),
     }

@@ -23,14 +23,14 @@ import optax
 
 from ibq_jax.base.checkpoint import Checkpoints
 from ibq_jax.base.config import load_config
-from ibq_jax.base.loop import Loop, Pace
+from ibq_jax.base.loop import Intervals, Loop
 from ibq_jax.base.sharding import create_sharded, global_batch, make_mesh
 from ibq_jax.base.state import moving_average
 from ibq_jax.base.telemetry import Telemetry
 from ibq_jax.data.pipeline import open_split, training_batches
 from ibq_jax.tokenizer import losses
 from ibq_jax.tokenizer.restore import TokenizerStage
-from ibq_jax.tokenizer.step import Trainer, to_float
+from ibq_jax.tokenizer.step import TokenizerTrainer, to_float
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WARM_STEPS = 5
@@ -43,13 +43,13 @@ def timed(batches: Iterator[dict[str, np.ndarray]], times: list[float]) -> Itera
         yield next(batches)
 
 
-def parts(trainer: Trainer, state, images: jax.Array) -> dict[str, Callable]:
+def parts(trainer: TokenizerTrainer, state, images: jax.Array) -> dict[str, Callable]:
     """What a step consists of, each compiled by itself; the discriminator's passes as the released code makes them."""
     model, discriminator, weights = trainer.model, trainer.discriminator, trainer.config.loss
     images = to_float(images)
 
     def discriminate(params, x):
-        variables = {"params": params, "batch_stats": state.adversary.batch_stats}
+        variables = {"params": params, "batch_stats": state.discriminator.batch_stats}
         return discriminator.apply(variables, x, mutable=["batch_stats"])[0]
 
     def generator_loss(params):
@@ -61,7 +61,7 @@ def parts(trainer: Trainer, state, images: jax.Array) -> dict[str, Callable]:
         return losses.hinge(discriminate(params, images), discriminate(params, -images))
 
     def adversarial_loss(reconstructions):
-        return losses.non_saturating(discriminate(state.adversary.params, reconstructions))
+        return losses.non_saturating(discriminate(state.discriminator.params, reconstructions))
 
     def update(params, gradient, optimizer):
         updates, optimizer = trainer.optimizer.update(gradient, optimizer, params)
@@ -69,13 +69,13 @@ def parts(trainer: Trainer, state, images: jax.Array) -> dict[str, Callable]:
 
     generate, judge, oppose = (jax.jit(jax.grad(f)) for f in (generator_loss, discriminator_loss, adversarial_loss))
     update, average = jax.jit(update), jax.jit(moving_average, static_argnums=2)
-    decay, adversary = trainer.config.optimizer.ema_decay, state.adversary
+    decay, discriminator = trainer.config.optimizer.ema_decay, state.discriminator
     return {
         "generator, forward and backward": lambda: generate(state.params),
-        "discriminator, forward and backward on both": lambda: judge(adversary.params),
+        "discriminator, forward and backward on both": lambda: judge(discriminator.params),
         "discriminator, backward to the pictures": lambda: oppose(images),
         "generator's Adam": lambda: update(state.params, state.params, state.optimizer),
-        "discriminator's Adam": lambda: update(adversary.params, adversary.params, adversary.optimizer),
+        "discriminator's Adam": lambda: update(discriminator.params, discriminator.params, discriminator.optimizer),
         "EMA": lambda: average(state.ema, state.params, decay),
     }
 
@@ -92,9 +92,9 @@ def medians(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def loop_seconds(trainer: Trainer, state, batches: Iterator, steps: int) -> float:
+def loop_seconds(trainer: TokenizerTrainer, state, batches: Iterator, steps: int) -> float:
     """Mean wall time of a step in the real loop, the first few left out; donates `state`."""
-    pace = Pace(steps, trainer.config.log.every, steps + 1, steps + 1, steps + 1)
+    pace = Intervals(steps, trainer.config.log.every, steps + 1, steps + 1, steps + 1)
     stage = TokenizerStage(trainer, None, lambda params: {}, lambda params: np.zeros((1, 1, 3), np.uint8))
     times = []
     with tempfile.TemporaryDirectory() as folder:
@@ -129,13 +129,13 @@ def main() -> None:
     config = load_config(f"{CONFIGS}/tokenizer.py:{arguments.preset}", [f"--config.data.dir={arguments.data_dir}"])
     data, mesh = config.data, make_mesh(config.mesh)
     source = open_split(data.name, data.dir, data.train_split)
-    trainer = Trainer(config, mesh, len(source) // data.batch_size)
+    trainer = TokenizerTrainer(config, mesh, len(source) // data.batch_size)
     state = create_sharded(trainer.create_state, mesh, config.seed)
 
     def make_batches():
         return training_batches(
             source, image_size=data.image_size, resize=data.resize, batch_size=data.batch_size, seed=config.seed,
-            workers=data.workers, threads=data.threads,
+            workers=data.num_workers, threads=data.num_threads,
         )  # fmt: skip
 
     batch = next(make_batches())["image"]

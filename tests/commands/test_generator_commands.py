@@ -100,7 +100,7 @@ def test_an_imported_generator_is_evaluated_and_trained_on(run, codes, tmp_path,
     assert main(["convert", f"--in={run}", f"--out={tmp_path / 'told.safetensors'}"]) == 0
     file, imported = tmp_path / "weights.safetensors", tmp_path / "imported"
     write_tensors(file, read_tensors(tmp_path / "told.safetensors"), {})
-    untold = ["--config.model.heads=2", "--config.model.grid=(8, 8)"]
+    untold = ["--config.model.num_heads=2", "--config.model.grid=(8, 8)"]
     assert main(["convert", f"--in={file}", f"--out={imported}", *untold]) == 0
     assert "give --codes=FOLDER" in refused(["evaluate", f"--run={imported}"], capsys)
     losses = []
@@ -109,7 +109,7 @@ def test_an_imported_generator_is_evaluated_and_trained_on(run, codes, tmp_path,
         assert main(["evaluate", f"--run={folder}", f"--codes={codes}", f"--json={numbers}"]) == 0
         losses.append(json.loads(numbers.read_text())["metrics"]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)  # bfloat16 there, float32 here
-    assert main(generator_arguments(imported, codes, "train.steps=3", "model.kv_heads=2")) == 0
+    assert main(generator_arguments(imported, codes, "train.steps=3", "model.num_kv_heads=2")) == 0
     assert "continuing from the weights of step 0" in capsys.readouterr().out
     trained = [row["loss/total"] for row in logged(imported) if "loss/total" in row]
     assert len(trained) == 3 and abs(trained[0] - losses[0]) < 0.5
@@ -136,7 +136,7 @@ def test_drawn_pictures_are_judged_against_the_originals_and_kept(run, tmp_path,
 def test_codes_of_another_kind_are_refused_in_evaluation(run, data_dir, tmp_path, capsys):
     other = tokenized(save_run(tmp_path / "tok", data_dir, "codebook.size=128"), tmp_path / "codes")
     said = refused(["evaluate", f"--run={run}", f"--codes={other}"], capsys)
-    assert "model.vocabulary=64, the codes have 128" in said
+    assert "model.vocab_size=64, the codes have 128" in said
 
 
 def test_a_complete_run_goes_on_when_it_is_made_longer(run, codes, tmp_path):
@@ -311,20 +311,20 @@ def test_guidance_needs_a_model_that_knows_no_class(codes, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("codes=",), "config.codes is empty"),
+        (("codes=",), "config.token_cache is empty"),
         (("codes=none",), "there is no token cache in"),
-        (("model.vocabulary=128",), "model.vocabulary=128, the codes have 64"),
+        (("model.vocab_size=128",), "model.vocab_size=128, the codes have 64"),
         (("model.grid=(4, 16)",), "model.grid=(4, 16), the codes have (8, 8)"),
         (("model.grid=(8, 0)",), "model.grid=(8, 0) is not rows and columns"),
         (("model.num_classes=10",), "model.num_classes=10, the codes have 9"),
-        (("model.heads=3",), "model.width=32 does not divide into model.heads=3"),
-        (("model.kv_heads=3",), "model.heads=2 is not a multiple of model.kv_heads=3"),
+        (("model.num_heads=3",), "model.embed_dim=32 does not divide into model.num_heads=3"),
+        (("model.num_kv_heads=3",), "model.num_heads=2 is not a multiple of model.num_kv_heads=3"),
         (("model.dropout=1.0",), "model.dropout=1.0 is not a share"),
         (("data.batch_size=12",), "data.batch_size=12 does not divide over 8 devices; use a multiple of 8"),
         (("evaluate.batch_size=12",), "evaluate.batch_size=12 does not divide over 8 devices"),
-        (("model.vocabulary=60", "mesh.codebook=8"), "model.vocabulary=60 does not divide over mesh.codebook=8"),
+        (("model.vocab_size=60", "mesh.codebook=8"), "model.vocab_size=60 does not divide over mesh.codebook=8"),
         (("optimizer.beta1=1.5",), "optimizer.beta1=1.5 is not a share"),
-        (("optimizer.final_rate=-2.0",), "optimizer.final_rate=-2.0 is negative"),
+        (("optimizer.end_lr_factor=-2.0",), "optimizer.end_lr_factor=-2.0 is negative"),
         (("model.attention=cudnn",), "is a kernel of NVIDIA GPUs"),
         (("sample.top_p=2.0",), "top_p=2.0 is not in (0, 1]"),
         (("tokenizer=none",), "config.json does not exist"),

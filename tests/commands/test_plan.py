@@ -22,7 +22,7 @@ from ibq_jax.commands import plan as plan_command
 from ibq_jax.plan.chips import CHIPS, topology_devices
 from ibq_jax.plan.compiled import DoesNotFit, compile_plan
 from ibq_jax.plan.hlo import Module
-from ibq_jax.tokenizer.step import Trainer, abstract_arguments, jit_train_step
+from ibq_jax.tokenizer.step import TokenizerTrainer, abstract_arguments, jit_train_step
 
 CONFIG = f"{Path(__file__).parents[2]}/configs/tokenizer.py:openmoji32"
 SMALL = [
@@ -35,7 +35,7 @@ SMALL = [
         "codebook.size=64",
         "codebook.dim=8",
         "discriminator.channels=8",
-        "discriminator.layers=1",
+        "discriminator.num_layers=1",
         "discriminator.norm_group=0",
         "loss.perceptual_weight=0.0",
         "quantizer.entropy_group_tokens=0",
@@ -76,7 +76,7 @@ def test_the_whole_step_holds_no_array_of_all_codes_on_one_device():
     config = load_config(CONFIG, SMALL + sizes)
 
     def largest(mesh):
-        trainer = Trainer(config, mesh, steps_per_epoch=1)
+        trainer = TokenizerTrainer(config, mesh, steps_per_epoch=1)
         program = jit_train_step(trainer).lower(*abstract_arguments(trainer)).compile().as_text()
         arrays = [array for _, i, _ in Module(program).executed() for array in i.arrays]
         return max(math.prod(array.shape) for array in arrays)
@@ -97,7 +97,10 @@ def test_a_plan_on_simulated_devices(capsys):
 
 def test_a_plan_of_a_generator(capsys):
     config = CONFIG.replace("tokenizer.py", "autoregressive.py")
-    small = [f"--config.model.{field}" for field in ("layers=2", "width=32", "heads=2", "kv_heads=2", "grid=(4, 4)")]
+    small = [
+        f"--config.model.{field}"
+        for field in ("num_layers=2", "embed_dim=32", "num_heads=2", "num_kv_heads=2", "grid=(4, 4)")
+    ]
     mesh = "--mesh=data:2,fsdp:2,codebook:2"
     assert main(["plan", f"--config={config}", "--cpu-devices=8", mesh, "--json", *small]) == 0
     report = json.loads(capsys.readouterr().out)

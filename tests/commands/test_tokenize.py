@@ -26,7 +26,7 @@ from ibq_jax.commands import tokenize
 from ibq_jax.data import store
 from ibq_jax.data.pipeline import open_split
 from ibq_jax.data.preprocess import decode, resize_shorter_side, views
-from ibq_jax.data.sources import Collection, Example
+from ibq_jax.data.sources import Example, ImageCollection
 from ibq_jax.data.token_cache import open_codes
 from ibq_jax.tokenizer import tokenize as extract
 from ibq_jax.tokenizer.tokenize import Job, fingerprint
@@ -81,13 +81,13 @@ def test_a_cache_holds_the_codes_that_the_tokenizer_gives(run, data_dir, tmp_pat
     assert said[0] == f"{out}/ holds the codes of openmoji by {run}, step 7, ema weights"
     assert said[1].startswith("  train: 100 images (centre, flip), 12,800 codes; ") and " of 64 used, " in said[1]
     assert said[2].startswith("  validation: 20 images (centre), 1,280 codes; ") and said[2].endswith(" nats")
-    fields = "--config.model.vocabulary=64 --config.model.grid=8,8 --config.model.num_classes=9"
-    train = f"train --config=configs/autoregressive.py:openmoji32 --config.codes={out} {fields} --workdir=runs/ar"
+    fields = "--config.model.vocab_size=64 --config.model.grid=8,8 --config.model.num_classes=9"
+    train = f"train --config=configs/autoregressive.py:openmoji32 --config.token_cache={out} {fields} --workdir=runs/ar"
     assert said[3:] == [f"next: python -m ibq_jax {train}"]
 
     for split, names, size in (("train", ("centre", "flip"), 100), ("validation", ("centre",), 20)):
         source, cached = open_split("openmoji", data_dir, f"{split}[:{size}]"), open_codes(out, split)
-        assert (len(cached), cached.num_codes, cached.grid, cached.views) == (size, 64, (8, 8), names)
+        assert (len(cached), cached.codebook_size, cached.grid, cached.views) == (size, 64, (8, 8), names)
         assert cached.class_names == source.class_names
         assert [image["label"] for image in cached] == [record["label"] for record in source]
         assert [image["index"] for image in cached] == list(range(size))
@@ -230,7 +230,7 @@ def test_a_cache_of_another_tokenizer_needs_a_decision(whole, run, data_dir, tmp
     assert "data.splits.train.views: the cache has ('centre', 'flip'), this command asks for ('centre',)" in error
     assert files(out) == before
     assert main(command(other, out, "--views=centre", SPLITS, "--overwrite")) == 0
-    assert open_codes(out, "train").num_codes == 512
+    assert open_codes(out, "train").codebook_size == 512
     assert stored_codes(out, "train").shape == (100, 1, 8, 8)
     assert main(command(run, out, SPLITS, "--overwrite")) == 0
     assert files(out) == before
@@ -330,14 +330,14 @@ def test_a_run_of_another_stage_is_refused(run, tmp_path, capsys):
     assert not (tmp_path / "codes").exists()
 
 
-def noisy(name: str, classes: tuple[str, ...], broken: int | None) -> Collection:
+def noisy(name: str, classes: tuple[str, ...], broken: int | None) -> ImageCollection:
     def examples():
         for i in range(40):
             content = b"junk" if i == broken else noise_file(i)
             split = "train" if i < 30 else "validation"
             yield Example(split, f"{i}.png", lambda content=content: content, 0 if classes else None)
 
-    return Collection(name, "noise", examples, class_names=classes)
+    return ImageCollection(name, "noise", examples, class_names=classes)
 
 
 def test_a_record_that_is_no_image_is_named_and_what_is_whole_is_kept(run, tmp_path, monkeypatch, capsys):

@@ -124,7 +124,7 @@ def _all_codes(folder: Path) -> None:
     for split in ("train", "validation"):
         source = open_codes(folder, split)
         for index in range(len(source)):
-            assert source[index]["codes"].max() < source.num_codes
+            assert source[index]["codes"].max() < source.codebook_size
 
 
 def _picture(path: Path) -> np.ndarray:

@@ -11,7 +11,7 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.data import store
 from ibq_jax.data.pipeline import evaluation_batches, open_split, training_batches
 from ibq_jax.data.preprocess import centre_crop, decode, resize_shorter_side
-from ibq_jax.data.sources import Collection, Example
+from ibq_jax.data.sources import Example, ImageCollection
 
 COUNT = 23
 SIZES = dict(image_size=8, resize=12)
@@ -21,12 +21,12 @@ def png(index: int) -> bytes:
     return noise_file(index, 14 + index % 3)
 
 
-def collection(name: str, count: int = COUNT, classes: int = 5, read=png) -> Collection:
+def collection(name: str, count: int = COUNT, classes: int = 5, read=png) -> ImageCollection:
     def examples():
         for i in range(count):
             yield Example("train", f"{i}.png", lambda i=i: read(i), i % classes if classes else None)
 
-    return Collection(name, "noise", examples, class_names=tuple("abcde"[:classes]))
+    return ImageCollection(name, "noise", examples, class_names=tuple("abcde"[:classes]))
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,13 @@ from ibq_jax.data.folders import image_folder
 from ibq_jax.data.imagenet import TRAIN_TAR, VALIDATION_TAR, imagenet2012
 from ibq_jax.data.openmoji import openmoji
 from ibq_jax.data.preprocess import UnreadableImage, decode
-from ibq_jax.data.sources import Collection, held_out, is_held_out, printable
+from ibq_jax.data.sources import ImageCollection, held_out, is_held_out, printable
 from ibq_jax.data.tar_shards import tar_shards as shards_of
 
 PNG, JPEG, WEBP = (noise_file(0, 4, 4, form) for form in ("PNG", "JPEG", "WEBP"))
 
 
-def labels(collection: Collection) -> dict[str, tuple[str, int | None]]:
+def labels(collection: ImageCollection) -> dict[str, tuple[str, int | None]]:
     """name -> (split, label) of each readable example."""
     found = {}
     for example in collection.examples():

@@ -13,7 +13,7 @@ from support.image_files import noise
 from support.token_caches import CODES, COUNT, GRID, VIEWS, codes_of, settings, write_cache, write_shards
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.files import whole_or_absent
+from ibq_jax.base.files import atomic_file
 from ibq_jax.data import token_cache_writer as code_writer
 from ibq_jax.data.preprocess import centre_crop, views
 from ibq_jax.data.token_cache import (
@@ -23,7 +23,7 @@ from ibq_jax.data.token_cache import (
     read_manifest,
     training_code_batches,
 )
-from ibq_jax.data.token_cache_writer import claimed, finish, list_shards
+from ibq_jax.data.token_cache_writer import finish, list_shards, locked_cache
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def files(folder) -> dict:
 
 def test_what_is_written_comes_back(source):
     assert len(source) == COUNT and len(list(source)) == COUNT
-    assert (source.num_codes, source.grid, source.views) == (CODES, GRID, ("a", "b", "c"))
+    assert (source.codebook_size, source.grid, source.views) == (CODES, GRID, ("a", "b", "c"))
     assert source.class_names == tuple("abcde") and source.num_classes == 5
     for index, image in enumerate(source):
         assert (image["label"], image["index"], image["codes"].dtype) == (index % 5, index, np.uint16)
@@ -238,7 +238,7 @@ def test_no_cache_and_no_split_are_told_what_to_do(cache, tmp_path):
 
 
 def test_an_unfinished_cache_is_not_read_and_goes_on_to_the_same_files(cache, tmp_path):
-    with claimed(tmp_path, settings(), overwrite=False):
+    with locked_cache(tmp_path, settings(), overwrite=False):
         write_shards(tmp_path, settings(), numbers=(1, 3))
         assert finish(tmp_path, settings()) is None
     with pytest.raises(UsageError, match="is unfinished: rerun the same tokenize command, it continues"):
@@ -250,7 +250,7 @@ def test_an_unfinished_cache_is_not_read_and_goes_on_to_the_same_files(cache, tm
 
 def test_processes_that_share_the_shards_write_what_one_does(cache, tmp_path):
     for numbers in (range(0, 8, 2), range(1, 8, 2)):
-        with claimed(tmp_path, settings(), overwrite=False):
+        with locked_cache(tmp_path, settings(), overwrite=False):
             write_shards(tmp_path, settings(), numbers)
             finish(tmp_path, settings())
     assert files(tmp_path) == files(cache)
@@ -258,10 +258,10 @@ def test_processes_that_share_the_shards_write_what_one_does(cache, tmp_path):
 
 def test_a_shard_that_another_process_writes_is_left_to_it(tmp_path):
     path = tmp_path / "shard"
-    with whole_or_absent(path) as first, whole_or_absent(path) as second:
+    with atomic_file(path) as first, atomic_file(path) as second:
         assert first is not None and second is None
         first.write_text("whole")
-    with whole_or_absent(path) as third:
+    with atomic_file(path) as third:
         assert third is None
     assert [path.name for path in tmp_path.iterdir()] == ["shard"] and path.read_text() == "whole"
 
@@ -275,7 +275,7 @@ def test_a_shard_that_another_process_writes_is_left_to_it(tmp_path):
 )
 def test_a_full_disk_is_said_so_and_keeps_what_is_whole(tmp_path, monkeypatch, error):
     of = settings()
-    with claimed(tmp_path, of, overwrite=False):
+    with locked_cache(tmp_path, of, overwrite=False):
         write_shards(tmp_path, of, numbers=(0,))
         with (
             monkeypatch.context() as patch,
@@ -309,18 +309,18 @@ def test_other_settings_need_a_decision(cache, tmp_path):
         write_cache(tmp_path, other)
     assert files(tmp_path) == before
     moved = settings(tokenizer={"fingerprint": "f", "path": "/elsewhere", "step": 3})
-    with claimed(tmp_path, moved, overwrite=False):
+    with locked_cache(tmp_path, moved, overwrite=False):
         assert finish(tmp_path, moved)["tokenizer"]["path"] == "/runs/tok"
-    with claimed(tmp_path, other, overwrite=True):
+    with locked_cache(tmp_path, other, overwrite=True):
         write_shards(tmp_path, other)
         finish(tmp_path, other)
-    assert open_codes(tmp_path, "train").num_codes == 256
+    assert open_codes(tmp_path, "train").codebook_size == 256
 
 
 def test_none_overwrites_what_another_process_writes(tmp_path):
-    with claimed(tmp_path, settings(), overwrite=False):
+    with locked_cache(tmp_path, settings(), overwrite=False):
         with pytest.raises(UsageError, match="is being written by another process"):
-            with claimed(tmp_path, settings(), overwrite=True):
+            with locked_cache(tmp_path, settings(), overwrite=True):
                 pass
     lock = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nothing holds it any more
@@ -337,7 +337,7 @@ def test_an_overwrite_that_was_killed_leaves_an_unfinished_cache(cache, tmp_path
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(type(tmp_path), "unlink", killed)
-        with claimed(tmp_path, settings(codes=256), overwrite=True):
+        with locked_cache(tmp_path, settings(codes=256), overwrite=True):
             pass
     with pytest.raises(UsageError, match="is unfinished"):
         open_codes(tmp_path, "train")
@@ -350,11 +350,11 @@ def test_a_folder_of_something_else_is_left_alone(name, tmp_path):
     (tmp_path / name).write_text("precious")
     for overwrite in (False, True):
         with pytest.raises(UsageError, match=f"{tmp_path} is no token cache, it holds {name}: name a new folder"):
-            with claimed(tmp_path, settings(), overwrite):
+            with locked_cache(tmp_path, settings(), overwrite):
                 pass
     assert files(tmp_path) == {name: b"precious"}
     with pytest.raises(UsageError, match="is a file: the token cache needs a folder"):
-        with claimed(tmp_path / name, settings(), overwrite=True):
+        with locked_cache(tmp_path / name, settings(), overwrite=True):
             pass
 
 
@@ -408,7 +408,7 @@ def test_a_damaged_record_is_named_while_training(tmp_path):
 def test_a_shard_of_another_place_or_cache_does_not_complete_a_cache(codes, words, tmp_path):
     of, other = settings(), settings(codes=codes)
     write_cache(tmp_path / "other", other)
-    with claimed(tmp_path / "codes", of, overwrite=False):
+    with locked_cache(tmp_path / "codes", of, overwrite=False):
         write_shards(tmp_path / "codes", of)
         foreign = tmp_path / "other" / "train" / "00001-of-00008.array_record"
         (tmp_path / "codes" / "train" / "00002-of-00008.array_record").write_bytes(foreign.read_bytes())

@@ -8,7 +8,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import make_mesh
-from ibq_jax.evaluate.feature_nets import FD, find_judges
+from ibq_jax.evaluate.feature_nets import FD, find_feature_nets
 from ibq_jax.evaluate.protocols import PROTOCOLS
 from ibq_jax.evaluate.reconstruction import ReconstructionEvaluator, to_uint8
 
@@ -82,7 +82,7 @@ def test_distances_are_the_same_on_one_device_and_on_eight():
     found = []
     for size, devices in ((8, 8), (4, 1)):
         mesh = make_mesh({"data": -1}, jax.devices()[:devices])
-        judged = {"protocol": PROTOCOLS["seed_voken"], "judges": find_judges(["efficientnet"], {})}
+        judged = {"protocol": PROTOCOLS["seed_voken"], "judges": find_feature_nets(["efficientnet"], {})}
         found.append(dict(ReconstructionEvaluator(darker, 256, mesh, batches_of(size), **judged)(PARAMS)))
     assert found[0][FD] > 0 and found[0][FD] == pytest.approx(found[1][FD], rel=1e-6)
 

@@ -14,9 +14,9 @@ from support import released
 from ibq_jax.__main__ import main
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import make_mesh
-from ibq_jax.evaluate.feature_nets import FD, FID, LOGITS, SFID, find_judges
+from ibq_jax.evaluate.feature_nets import FD, FID, LOGITS, SFID, find_feature_nets
 from ibq_jax.evaluate.protocols import PROTOCOLS
-from ibq_jax.evaluate.sample_statistics import PictureJudge, PictureSet, compare, read_moments
+from ibq_jax.evaluate.sample_statistics import FeatureExtractor, ImageSet, compare, read_moments
 from ibq_jax.evaluate.statistics import FeatureStatistics
 from ibq_jax.pretrained.weight_files import WEIGHT_FILES
 
@@ -40,12 +40,12 @@ def inception_file(tmp_path_factory):
 
 def judged(pictures, path, devices=1, batch=8, kinds=("efficientnet",), files=None, protocol="adm"):
     mesh = make_mesh({"data": -1}, jax.devices()[:devices])
-    judge = PictureJudge(find_judges(kinds, files or {}), PROTOCOLS[protocol], mesh)
-    return judge(PictureSet(saved(path, pictures)).batches(batch))
+    judge = FeatureExtractor(find_feature_nets(kinds, files or {}), PROTOCOLS[protocol], mesh)
+    return judge(ImageSet(saved(path, pictures)).batches(batch))
 
 
 def test_a_set_is_read_batch_by_batch_with_its_last_one_filled_up(tmp_path):
-    pictures = PictureSet(saved(tmp_path / "set.npz", NOISE[:13]))
+    pictures = ImageSet(saved(tmp_path / "set.npz", NOISE[:13]))
     batches = list(pictures.batches(8))
     assert len(pictures) == 13 and [batch["mask"].sum() for batch in batches] == [8, 5]
     images = np.concatenate([batch["image"] for batch in batches])
@@ -55,7 +55,7 @@ def test_a_set_is_read_batch_by_batch_with_its_last_one_filled_up(tmp_path):
 
 def test_a_compressed_set_is_read_too(tmp_path):
     np.savez_compressed(tmp_path / "set.npz", arr_0=NOISE[:3])
-    np.testing.assert_array_equal(next(PictureSet(tmp_path / "set.npz").batches(3))["image"], NOISE[:3])
+    np.testing.assert_array_equal(next(ImageSet(tmp_path / "set.npz").batches(3))["image"], NOISE[:3])
 
 
 def test_equal_sets_are_at_no_distance_and_all_points_are_recalled(tmp_path):
@@ -164,7 +164,7 @@ def test_a_set_cut_short_inside_says_so(tmp_path):
     content[5000:5100] = bytes(100)  # the checksum of arr_0 is wrong now
     path.write_bytes(content)
     with pytest.raises(UsageError, match="cut short"):
-        list(PictureSet(path).batches(24))
+        list(ImageSet(path).batches(24))
 
 
 def test_fewer_pictures_than_features_are_marked(tmp_path, capsys):

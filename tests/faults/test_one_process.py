@@ -115,7 +115,7 @@ def stalled(run, tmp_path):
     stopped = []
 
     def stalled(*overrides: str):
-        job = run("data.workers=1", "watch.slow_factor=5.0", "watch.slow_seconds=2.0", *overrides)
+        job = run("data.num_workers=1", "watchdog.slow_factor=5.0", "watchdog.slow_seconds=2.0", *overrides)
         wait_for_step(job, tmp_path / "run", 5)
         [worker] = [child for child in children(job[0].pid) if b"spawn_main" in command_line(child)]
         stopped.append(worker)
@@ -154,7 +154,7 @@ def test_a_stalled_input_worker(stalled, undisturbed, trials, tmp_path):
 
 @not_few
 def test_an_input_worker_that_stays_stalled(stalled, run, undisturbed, trials, tmp_path):
-    job, _ = stalled("watch.hang_seconds=8.0")
+    job, _ = stalled("watchdog.hang_seconds=8.0")
     [(code, out)] = ended(job)
     said = next(line for line in out.splitlines() if "ended, the same command continues" in line)
     assert code == 1 and said.startswith("watchdog: ") and "Traceback" not in out, out
@@ -165,7 +165,7 @@ def test_an_input_worker_that_stays_stalled(stalled, run, undisturbed, trials, t
 
 
 def test_a_killed_run_leaves_no_input_worker_behind(run, tmp_path):
-    job = run("data.workers=1")
+    job = run("data.num_workers=1")
     wait_for_step(job, tmp_path / "run", 1)
     workers = [child for child in children(job[0].pid) if b"spawn_main" in command_line(child)]
     job[0].kill()

@@ -56,7 +56,7 @@ def test_an_imported_generator_computes_what_the_released_one_did(generator_run)
     golden = released.load("ar")
     generator = Generator.load(generator_run)
     released.assert_close(generator.logits(golden["tokens"], golden["labels"][:, 0]), golden["logits"], 1e-4)
-    assert generator.model.heads == 2
+    assert generator.model.num_heads == 2
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

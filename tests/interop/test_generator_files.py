@@ -14,7 +14,7 @@ from support import released
 
 from ibq_jax import Generator
 from ibq_jax.autoregressive.model import GeneratorModel
-from ibq_jax.autoregressive.step import Trainer
+from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.base.config import load_config
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import AXES, make_mesh
@@ -25,13 +25,13 @@ PUBLISHED = json.loads((released.GOLDEN / "published_generators.json").read_text
 SMALL = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32, "class_num": 10}
 QUICK = {"xla_backend_optimization_level": 0}  # compiles twice as fast
 OVERRIDES = (
-    "model.vocabulary=64",
+    "model.vocab_size=64",
     "model.grid=(4, 4)",
     "model.num_classes=10",
-    "model.layers=2",
-    "model.heads=2",
-    "model.kv_heads=2",
-    "model.width=32",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.num_kv_heads=2",
+    "model.embed_dim=32",
     "model.dropout=0.0",
 )
 
@@ -92,7 +92,7 @@ def test_loss_and_every_gradient_are_the_released_ones(golden, generator):
 def test_the_trainers_loss_and_gradients_are_the_released_ones(golden, generator, sizes, implementation):
     overrides = [f"--config.{field}" for field in (*OVERRIDES, f"loss.implementation={implementation}")]
     mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)])
-    trainer = Trainer(load_config(f"{CONFIG}:openmoji32", overrides), mesh, steps_per_epoch=1)
+    trainer = GeneratorTrainer(load_config(f"{CONFIG}:openmoji32", overrides), mesh, steps_per_epoch=1)
     codes, labels = jnp.asarray(golden["tokens"]).reshape(-1, 4, 4), jnp.asarray(golden["labels"][:, 0])
 
     losses = jax.jit(trainer.code_losses, compiler_options=QUICK)(generator.params, codes, labels)
@@ -189,7 +189,10 @@ def test_everything_that_does_not_fit_is_named_at_once(state_dict, published):
         ({"shared_aln": True}, "shared_aln is True, only False exists"),
         ({"cls_token_num": 2}, "cls_token_num is 2, only 1 exists"),
         ({"rope_base": 500}, "rope_base is 500, only 10000 exists"),
-        ({"n_embd": 36, "cond_dim": 36}, r"model.width=36 does not divide into model.heads=2 of a multiple of 4"),
+        (
+            {"n_embd": 36, "cond_dim": 36},
+            r"model.embed_dim=36 does not divide into model.num_heads=2 of a multiple of 4",
+        ),
     ],
 )
 def test_configurations_of_other_models_are_refused(state_dict, published, change, words):
@@ -236,7 +239,7 @@ def test_names_with_the_tokenizers_codebook_go_there_and_back():
 def test_every_published_generator_has_these_names_shapes_and_this_many_parameters(name):
     entry = PUBLISHED[name]
     model = GeneratorModel(**generator_names.model_fields(entry["config"]))
-    assert (model.grid, model.num_classes, model.kv_heads) == ((16, 16), 1000, model.heads)
+    assert (model.grid, model.num_classes, model.num_kv_heads) == ((16, 16), 1000, model.num_heads)
     assert model.gamma_init == entry["config"]["alng"]
     params = flatten_dict(generator_names.abstract_params(model))
     assert sum(leaf.size for leaf in params.values()) == entry["parameters"]

@@ -14,7 +14,7 @@ from support.published_files import save_as_released, state_dict_of
 from ibq_jax import Tokenizer
 from ibq_jax.__main__ import main
 from ibq_jax.base.errors import UsageError
-from ibq_jax.interop.hub import PUBLISHED, local
+from ibq_jax.interop.hub import PUBLISHED, download_if_hub
 
 pytest.importorskip("huggingface_hub")
 REPOSITORY = "TencentARC/IBQ-Tokenizer-16384"
@@ -86,8 +86,8 @@ def test_a_named_file_and_our_own_layout(hub):
     for name in ("other.safetensors", "model.safetensors"):
         (hub.folder / "me" / "mine").mkdir(parents=True, exist_ok=True)
         (hub.folder / "me" / "mine" / name).write_bytes(name.encode())
-    assert local("hf://me/mine/other.safetensors").read_text() == "other.safetensors"
-    assert local("hf://me/mine@main").read_text() == "model.safetensors"
+    assert download_if_hub("hf://me/mine/other.safetensors").read_text() == "other.safetensors"
+    assert download_if_hub("hf://me/mine@main").read_text() == "model.safetensors"
 
 
 def test_what_goes_wrong_is_one_line(hub, tmp_path, capsys):
@@ -96,7 +96,7 @@ def test_what_goes_wrong_is_one_line(hub, tmp_path, capsys):
         (f"hf://{REPOSITORY}", "not downloaded"),
     ):
         with pytest.raises(UsageError, match=complaint) as raised:
-            local(place)
+            download_if_hub(place)
         assert "\n" not in str(raised.value)
     assert main(["convert", f"--in=hf://{REPOSITORY}", f"--out={tmp_path / 'run'}"]) == 2
     assert not (tmp_path / "run").exists()
@@ -106,10 +106,11 @@ def test_a_download_that_breaks_off_leaves_nothing(hub, tmp_path):
     save_as_released(hub.folder / REPOSITORY / PUBLISHED[REPOSITORY], state_dict_of("tokenizer"))
     hub.cut = 1000
     with pytest.raises(UsageError, match="not downloaded"):
-        local(f"hf://{REPOSITORY}")
+        download_if_hub(f"hf://{REPOSITORY}")
     hub.cut = 0
     assert (
-        local(f"hf://{REPOSITORY}").stat().st_size == (hub.folder / REPOSITORY / PUBLISHED[REPOSITORY]).stat().st_size
+        download_if_hub(f"hf://{REPOSITORY}").stat().st_size
+        == (hub.folder / REPOSITORY / PUBLISHED[REPOSITORY]).stat().st_size
     )
 
 

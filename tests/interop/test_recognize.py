@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from support import released
 
-from ibq_jax.autoregressive.step import Trainer as GeneratorTrainer
+from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import abstract_state, make_mesh
 from ibq_jax.interop import generator_names, tokenizer_names
 from ibq_jax.interop.recognize import Contents, architecture, check, recognize, run_config, same_presets
-from ibq_jax.tokenizer.step import Trainer as TokenizerTrainer
+from ibq_jax.tokenizer.step import TokenizerTrainer
 
 TOKENIZERS = json.loads((released.GOLDEN / "published_tokenizers.json").read_text())
 GENERATORS = json.loads((released.GOLDEN / "published_generators.json").read_text())
@@ -77,8 +77,8 @@ def test_the_abstract_state_of_a_preset_has_exactly_the_published_names_shapes_a
     def export(state):
         if name in GENERATORS:
             return generator_names.published_tensors(state.params)
-        discriminator = {"params": state.adversary.params, "batch_stats": state.adversary.batch_stats}
-        settings = {"model_ema.decay": state.adversary.lecam.real, "model_ema.num_updates": state.step}
+        discriminator = {"params": state.discriminator.params, "batch_stats": state.discriminator.batch_stats}
+        settings = {"model_ema.decay": state.discriminator.lecam.real, "model_ema.num_updates": state.step}
         return settings | tokenizer_names.published_tensors(state.params, state.ema, discriminator)
 
     exported = jax.eval_shape(export, state)  # nothing is allocated
@@ -113,7 +113,7 @@ def test_what_a_file_says_of_itself_comes_first():
 def test_a_preset_that_is_named_gives_the_other_fields():
     contents = recognize(published_shapes("IBQ-AR-B"), {}, "a file")
     config, words = run_config(contents, "x", "configs/autoregressive.py:openmoji32", ["--config.data.batch_size=3"])
-    assert (config.model.layers, config.optimizer.learning_rate, config.data.batch_size) == (16, 2e-3, 3)
+    assert (config.model.num_layers, config.optimizer.learning_rate, config.data.batch_size) == (16, 2e-3, 3)
     assert "other fields as in" in words
     with pytest.raises(UsageError, match="is of stage 'tokenizer', the file holds a generator"):
         run_config(contents, "x", "configs/tokenizer.py:openmoji32")

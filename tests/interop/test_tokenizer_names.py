@@ -180,11 +180,11 @@ def test_fields_of_a_published_configuration():
         "attention_resolutions": (16,),
         "z_channels": 256,
         "resolution": 256,
-        "num_codes": 8192,
+        "codebook_size": 8192,
         "code_dim": 256,
     }
-    assert discriminator_fields(PUBLISHED["config"]) == {"channels": 64, "layers": 3}
-    assert discriminator_fields({"loss": {"disc_ndf": 8, "disc_num_layers": 2}}) == {"channels": 8, "layers": 2}
+    assert discriminator_fields(PUBLISHED["config"]) == {"channels": 64, "num_layers": 3}
+    assert discriminator_fields({"loss": {"disc_ndf": 8, "disc_num_layers": 2}}) == {"channels": 8, "num_layers": 2}
 
 
 def test_configurations_of_other_architectures_are_refused(small):

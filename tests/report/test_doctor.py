@@ -36,8 +36,8 @@ WELL = {
     "codebook/perplexity": 700 * FLAT,
     "codebook/max_probability": 0.3 * FLAT,
     "validation/psnr": 23 - 5 * np.exp(-np.arange(100) / 10),
-    "adversary/hinge": 0.6 * NOISE,
-    "gradient_norm": 2 * NOISE,
+    "discriminator/hinge": 0.6 * NOISE,
+    "optimizer/gradient_norm": 2 * NOISE,
 }
 WELL_DRAWN = {
     "validation/loss": 2 + np.exp(-np.arange(100) / 10),
@@ -87,9 +87,9 @@ def test_the_advice_is_for_the_run_s_quantizer(name, advice):
             "reconstructions have become worse",
             "look",
         ),
-        ({"adversary/hinge": 0.01 * FLAT}, "the discriminator wins", "act"),
-        ({"adversary/hinge": FLAT}, "the discriminator tells nothing apart", "look"),
-        ({"gradient_norm": np.where(np.arange(100) == 90, 40, 2 * FLAT)}, "gradients spike", "look"),
+        ({"discriminator/hinge": 0.01 * FLAT}, "the discriminator wins", "act"),
+        ({"discriminator/hinge": FLAT}, "the discriminator tells nothing apart", "look"),
+        ({"optimizer/gradient_norm": np.where(np.arange(100) == 90, 40, 2 * FLAT)}, "gradients spike", "look"),
         (
             {"validation/psnr": 23 - np.abs(np.linspace(-1, 2, 100)), "loss/l1": np.linspace(0.5, 0.1, 100)},
             "overfitting",
@@ -147,7 +147,7 @@ def test_a_value_that_is_not_finite_is_told_even_if_later_ones_are(tokenizer, tm
 def test_a_discriminator_is_not_judged_before_it_starts(tokenizer):
     config = tokenizer.copy_and_resolve_references().unlock()
     config.discriminator.start_step = 1000
-    assert found(WELL | {"adversary/hinge": FLAT}, config) == {}
+    assert found(WELL | {"discriminator/hinge": FLAT}, config) == {}
 
 
 def test_a_healthy_generator_has_nothing_to_be_looked_at(generator):

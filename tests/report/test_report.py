@@ -23,7 +23,11 @@ def runs(tmp_path_factory, data_dir) -> dict[str, Path]:
     """A tokenizer's run and one of another learning rate, a few steps long, and a generator's."""
     folder = tmp_path_factory.mktemp("runs")
     fields = ("train.steps=6", "evaluate.every=3", "log.images_every=6", "checkpoint.every=3", "checkpoint.keep_last=1")
-    judged = ("evaluate.judges=efficientnet", f"checkpoint.best_metric=-validation/{FD}", "checkpoint.keep_best=1")
+    judged = (
+        "evaluate.feature_nets=efficientnet",
+        f"checkpoint.best_metric=-validation/{FD}",
+        "checkpoint.keep_best=1",
+    )
     assert main(arguments(folder / "tok", data_dir, *fields, *judged, "optimizer.warmup_steps=3")) == 0
     assert main(["evaluate", f"--run={folder / 'tok'}", "--examples=20"]) == 0
     shutil.copytree(folder / "tok", folder / "faster")

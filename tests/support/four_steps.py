@@ -21,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
-from support import released
 
 from ibq_jax.base.config import load_config
 from ibq_jax.base.sharding import create_sharded, make_mesh
 from ibq_jax.interop import tokenizer_names
 from ibq_jax.pretrained.lpips import load_weights
-from ibq_jax.tokenizer.step import Trainer
+from ibq_jax.tokenizer.step import TokenizerTrainer
+from support import released
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -48,7 +48,7 @@ def config_of(published: dict, recorded: dict[str, np.ndarray]):
         "data.batch_size": recorded["images"].shape[1],
         "quantizer.entropy_group_tokens": 0,
         "discriminator.channels": published["loss"]["disc_ndf"],
-        "discriminator.layers": published["loss"]["disc_num_layers"],
+        "discriminator.num_layers": published["loss"]["disc_num_layers"],
         "discriminator.norm_group": 0,
         "optimizer.learning_rate": float(recorded["learning_rate"]),
         "optimizer.drop_epochs": (),
@@ -71,13 +71,15 @@ def take(steps: int = 4) -> tuple[list[dict], dict[str, np.ndarray], dict[str, n
     tensors, published, _ = released.tokenizer()
     recorded = released.load("train_steps")
     config = config_of(published, recorded)
-    trainer = Trainer(config, make_mesh({}, jax.devices()[:1]), steps_per_epoch=1)
+    trainer = TokenizerTrainer(config, make_mesh({}, jax.devices()[:1]), steps_per_epoch=1)
     state = create_sharded(trainer.create_state, trainer.mesh, 0)
-    adversary = tokenizer_names.discriminator_from_torch(tensors, published)
+    discriminator = tokenizer_names.discriminator_from_torch(tensors, published)
     state = state.replace(
         params=tokenizer_names.tokenizer_from_torch(tensors, published, use_ema=False),
         ema=tokenizer_names.tokenizer_from_torch(tensors, published, use_ema=True),
-        adversary=state.adversary.replace(params=adversary["params"], batch_stats=adversary["batch_stats"]),
+        discriminator=state.discriminator.replace(
+            params=discriminator["params"], batch_stats=discriminator["batch_stats"]
+        ),
     )
     floats = (np.float32, np.float64)
     state = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) if x.dtype in floats else x, state)
@@ -88,7 +90,7 @@ def take(steps: int = 4) -> tuple[list[dict], dict[str, np.ndarray], dict[str, n
         if gradients is None:  # Adam's first moment after one step is (1 - beta1) times the gradient
             first_moments = jax.tree.map(lambda moment: moment / (1 - config.optimizer.beta1), state.optimizer[0].mu)
             gradients = tokenizer_names.tokenizer_to_torch(first_moments)
-    end = state.adversary
+    end = state.discriminator
     final = tokenizer_names.tokenizer_to_torch(state.params) | tokenizer_names.ema_to_torch(state.ema)
     final |= tokenizer_names.discriminator_to_torch({"params": end.params, "batch_stats": end.batch_stats})
     return logs, gradients, final | {"lecam_real": np.asarray(end.lecam.real), "lecam_fake": np.asarray(end.lecam.fake)}

@@ -16,12 +16,12 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{PORT}", int(COUNT), int(INDEX))
 
 from ibq_jax.base.sharding import make_mesh  # noqa: E402
-from ibq_jax.evaluate.feature_nets import FD, find_judges  # noqa: E402
+from ibq_jax.evaluate.feature_nets import FD, find_feature_nets  # noqa: E402
 from ibq_jax.evaluate.protocols import PROTOCOLS  # noqa: E402
-from ibq_jax.evaluate.sample_statistics import PictureJudge, PictureSet, compare  # noqa: E402
+from ibq_jax.evaluate.sample_statistics import FeatureExtractor, ImageSet, compare  # noqa: E402
 
-judge = PictureJudge(find_judges(["efficientnet"], {}), PROTOCOLS["adm"], make_mesh({"data": -1}))
-generated, reference = (judge(PictureSet(Path(path)).batches(8)) for path in (SET, REFERENCE))
+judge = FeatureExtractor(find_feature_nets(["efficientnet"], {}), PROTOCOLS["adm"], make_mesh({"data": -1}))
+generated, reference = (judge(ImageSet(Path(path)).batches(8)) for path in (SET, REFERENCE))
 counted = generated.statistics[FD].count
 found = dict(compare(generated, reference, PROTOCOLS["adm"]))
 print("found", counted, repr(found[FD]), repr(found["precision (EfficientNetLite0)"]))

@@ -8,7 +8,7 @@ import numpy as np
 from ibq_jax.base.checkpoint import Checkpoints
 from ibq_jax.base.config import load_config, save_config
 from ibq_jax.base.sharding import abstract_state, create_sharded, make_mesh
-from ibq_jax.tokenizer.step import Trainer
+from ibq_jax.tokenizer.step import TokenizerTrainer
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -22,7 +22,7 @@ SMALL = (
     "codebook.dim=8",
     "quantizer.entropy_group_tokens=128",
     "discriminator.channels=8",
-    "discriminator.layers=1",
+    "discriminator.num_layers=1",
     "discriminator.norm_group=2",
     f"train.steps={STEPS}",
     "log.every=1",
@@ -45,7 +45,7 @@ def save_run(workdir: Path, data_dir: Path, *overrides: str) -> Path:
     """What training a tokenizer leaves, without the training: random weights of the shapes that they would have."""
     _, spec, _, *fields = arguments(workdir, data_dir, *overrides)
     config = load_config(spec.partition("=")[2], fields)
-    trainer = Trainer(config, make_mesh({"data": -1}), steps_per_epoch=1)
+    trainer = TokenizerTrainer(config, make_mesh({"data": -1}), steps_per_epoch=1)
     shapes, shardings = abstract_state(trainer.create_state, trainer.mesh, config.seed)
     rng = np.random.default_rng(config.seed)
     arrays = jax.tree.map(lambda leaf: (rng.standard_normal(leaf.shape) / 5).astype(leaf.dtype), shapes)
@@ -55,7 +55,7 @@ def save_run(workdir: Path, data_dir: Path, *overrides: str) -> Path:
 def save_untrained_run(workdir: Path, preset: str, *overrides: str) -> Path:
     """A tokenizer's run as it is before its first step."""
     config = load_config(f"{ROOT}/configs/tokenizer.py:{preset}", [f"--config.{field}" for field in overrides])
-    trainer = Trainer(config, make_mesh({"data": -1}), steps_per_epoch=1)
+    trainer = TokenizerTrainer(config, make_mesh({"data": -1}), steps_per_epoch=1)
     return _save(workdir, config, create_sharded(trainer.create_state, trainer.mesh, config.seed))
 
 
@@ -70,17 +70,17 @@ def _save(workdir: Path, config, state) -> Path:
 
 SMALL_GENERATOR = (
     "data.batch_size=16",
-    "model.vocabulary=64",
+    "model.vocab_size=64",
     "model.grid=(8, 8)",
-    "model.layers=2",
-    "model.heads=2",
-    "model.kv_heads=2",
-    "model.width=32",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.num_kv_heads=2",
+    "model.embed_dim=32",
     "model.codebook_dim=8",
     f"train.steps={STEPS}",
     "log.every=1",
     "log.images_every=6",
-    "log.images=2",
+    "log.num_images=2",
     "evaluate.every=6",
     "evaluate.batch_size=16",
     "checkpoint.every=4",
@@ -90,5 +90,5 @@ SMALL_GENERATOR = (
 
 def generator_arguments(workdir: Path, codes: Path, *overrides: str, preset: str = "openmoji32") -> list[str]:
     """Of the command that trains a generator on the cache `codes`, which a tokenizer of SMALL made."""
-    fields = [f"--config.{field}" for field in (*SMALL_GENERATOR, f"codes={codes}", *overrides)]
+    fields = [f"--config.{field}" for field in (*SMALL_GENERATOR, f"token_cache={codes}", *overrides)]
     return ["train", f"--config={ROOT}/configs/autoregressive.py:{preset}", f"--workdir={workdir}", *fields]

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from ibq_jax.base.files import whole_or_absent
+from ibq_jax.base.files import atomic_file
 from ibq_jax.data.token_cache import record_type
-from ibq_jax.data.token_cache_writer import claimed, finish, list_shards, shard_count, write_records
+from ibq_jax.data.token_cache_writer import finish, list_shards, locked_cache, shard_count, write_records
 
 COUNT, VIEWS, GRID, CODES = 23, 3, (2, 3), 300
 
@@ -34,7 +34,7 @@ def write_shards(folder, of: dict, numbers=range(100)) -> None:
     for shard in list_shards(folder, of):
         if shard.number in numbers:
             shard.path.parent.mkdir(exist_ok=True)
-            with whole_or_absent(shard.path) as partial:
+            with atomic_file(shard.path) as partial:
                 if partial is not None:
                     records = np.zeros(len(shard.images), record_type(shard.split, of))
                     for record, index in zip(records, shard.images, strict=True):
@@ -44,6 +44,6 @@ def write_shards(folder, of: dict, numbers=range(100)) -> None:
 
 
 def write_cache(folder, of: dict) -> dict:
-    with claimed(folder, of, overwrite=False):
+    with locked_cache(folder, of, overwrite=False):
         write_shards(folder, of)
         return finish(folder, of)

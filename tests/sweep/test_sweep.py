@@ -273,8 +273,14 @@ def test_the_spread_is_of_the_seeds_that_came_to_an_end(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_sweep_is_stopped_goes_on_and_tells_what_its_runs_logged(tmp_path, data_dir, start):
     workdir = tmp_path / "sweep"
-    fields = [f"{PREFIX}{field}" for field in (*SMALL, "watch.warmup_steps=0", f"data.dir={data_dir}")]
-    arguments = ["sweep", f"--config={SPEC}", "--over=watch.usage_floor=0.0,1.0", f"--workdir={workdir}", *fields]
+    fields = [f"{PREFIX}{field}" for field in (*SMALL, "codebook_monitor.grace_steps=0", f"data.dir={data_dir}")]
+    arguments = [
+        "sweep",
+        f"--config={SPEC}",
+        "--over=codebook_monitor.usage_floor=0.0,1.0",
+        f"--workdir={workdir}",
+        *fields,
+    ]
     whole, collapsed = (workdir / f"usage_floor={floor}_seed=0" for floor in (0.0, 1.0))
     (process,) = start(arguments, devices=1)
     wait_for_step([process], whole, 2)

@@ -23,7 +23,7 @@ from ibq_jax.commands import prepare
 from ibq_jax.data import beam_dataset, store
 from ibq_jax.data.beam_map import beam_map, find_beam
 from ibq_jax.data.pipeline import open_split, training_batches
-from ibq_jax.data.sources import Collection, Example
+from ibq_jax.data.sources import Example, ImageCollection
 
 HAS_BEAM = importlib.util.find_spec("apache_beam") is not None
 needs_beam = pytest.mark.skipif(not HAS_BEAM, reason="apache-beam is not installed")
@@ -206,7 +206,7 @@ def _divide(number: int) -> float:
 
 @needs_beam
 def test_a_worker_that_does_not_see_the_input_says_so(tmp_path):
-    writer = beam_dataset._ShardWriter(Collection("x", "", tuple), tmp_path)
+    writer = beam_dataset._ShardWriter(ImageCollection("x", "", tuple), tmp_path)
     with pytest.raises(UsageError, match=r"^the worker \S+ does not see /nowhere/a.tar: it needs it under this path$"):
         writer((0, Path("/nowhere/a.tar")))
 
@@ -264,7 +264,7 @@ def test_without_apache_beam_one_line_says_how_to_get_it(tmp_path, capsys):
 
 def test_parts_are_shared_out_evenly_and_in_order(monkeypatch):
     monkeypatch.setattr(beam_dataset, "MOST_ITEMS", 4)
-    items = beam_dataset._items(Collection("x", "", tuple, parts=tuple("abcdefghij")))
+    items = beam_dataset._items(ImageCollection("x", "", tuple, parts=tuple("abcdefghij")))
     assert [number for number, *_ in items] == [0, 1, 2, 3]
     assert [part for _, *parts in items for part in parts] == list("abcdefghij")
     assert {len(item) - 1 for item in items} == {2, 3}
@@ -283,7 +283,7 @@ def test_a_split_of_many_shards_is_read_where_few_files_are_allowed(tmp_path, mo
     monkeypatch.setattr(store, "EXAMPLES_PER_SHARD", 1)
     image = noise_file(0)
     examples = [Example("train", f"{i}", lambda: image) for i in range(300)]
-    store.write_dataset(Collection("many", "", lambda: examples), tmp_path, {})
+    store.write_dataset(ImageCollection("many", "", lambda: examples), tmp_path, {})
     source = open_split("many", tmp_path, "train")
     assert sum(record["image"] == image for record in source) == 300
     monkeypatch.setattr(resource, "getrlimit", lambda _: (200, 400))

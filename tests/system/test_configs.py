@@ -7,11 +7,11 @@ import jax
 import pytest
 
 from ibq_jax.autoregressive.check import check_config as check_generator_config
-from ibq_jax.autoregressive.step import Trainer as GeneratorTrainer
+from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.base.config import load_config
 from ibq_jax.base.sharding import abstract_state, make_mesh
 from ibq_jax.tokenizer.check import check_config
-from ibq_jax.tokenizer.step import Trainer
+from ibq_jax.tokenizer.step import TokenizerTrainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TOKENIZER_PARAMETERS = {
@@ -35,7 +35,7 @@ def test_preset_builds_its_state(preset):
     config = load_config(f"{CONFIGS}/tokenizer.py:{preset}")
     mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
     check_config(config, mesh)
-    state, shardings = abstract_state(Trainer(config, mesh, steps_per_epoch=5004).create_state, mesh, 0)
+    state, shardings = abstract_state(TokenizerTrainer(config, mesh, steps_per_epoch=5004).create_state, mesh, 0)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert count == TOKENIZER_PARAMETERS.get(preset, count)
     assert state.params["quantize"]["codebook"].shape == (config.codebook.size, config.codebook.dim)
@@ -55,13 +55,13 @@ def test_the_larger_presets_differ_from_the_base_by_the_codebook_alone():
 def test_every_parameter_lies_where_the_golden_file_says_and_its_moments_beside_it():
     config = load_config(f"{CONFIGS}/tokenizer.py:imagenet256_16384")
     mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
-    _, shardings = abstract_state(Trainer(config, mesh, steps_per_epoch=5004).create_state, mesh, 0)
-    leaves, _ = jax.tree_util.tree_flatten_with_path((shardings.params, shardings.adversary.params))
+    _, shardings = abstract_state(TokenizerTrainer(config, mesh, steps_per_epoch=5004).create_state, mesh, 0)
+    leaves, _ = jax.tree_util.tree_flatten_with_path((shardings.params, shardings.discriminator.params))
     specs = {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.spec) for path, leaf in leaves}
     assert specs == json.loads((Path(__file__).parents[1] / "golden" / "partition_specs.json").read_text())
     for moments in (shardings.ema, shardings.optimizer[0].mu, shardings.optimizer[0].nu):
         assert moments == shardings.params
-    assert shardings.adversary.optimizer[0].nu == shardings.adversary.params
+    assert shardings.discriminator.optimizer[0].nu == shardings.discriminator.params
 
 
 @pytest.mark.parametrize("preset", ["openmoji32", "openmoji64", *GENERATOR_PARAMETERS])
@@ -72,7 +72,7 @@ def test_generator_preset_builds_its_state(preset):
     state, shardings = abstract_state(GeneratorTrainer(config, mesh, steps_per_epoch=1668).create_state, mesh, 0)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert count == GENERATOR_PARAMETERS.get(preset, count)
-    assert state.params["head"].shape == (config.model.vocabulary, config.model.width)
+    assert state.params["head"].shape == (config.model.vocab_size, config.model.embed_dim)
     assert shardings.params["head"].spec[0] == shardings.params["tok_emb"]["embedding"].spec[0] == "codebook"
     assert (state.ema is None) == (config.optimizer.ema_decay == 0)
 
@@ -82,4 +82,4 @@ def test_the_table_of_generators_is_that_of_its_presets():
     for preset, count in GENERATOR_PARAMETERS.items():
         model = load_config(f"{CONFIGS}/autoregressive.py:{preset}").model
         row = next(line for line in module_text.splitlines() if line.startswith(f"| {preset} "))
-        assert f"| {model.layers}, {model.heads}, {model.width} | {count:,} |" in row
+        assert f"| {model.num_layers}, {model.num_heads}, {model.embed_dim} | {count:,} |" in row

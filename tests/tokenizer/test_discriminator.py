@@ -17,7 +17,7 @@ from ibq_jax.tokenizer.discriminator import PatchDiscriminator
 @pytest.fixture(scope="module")
 def variables() -> dict:
     """Two layers of 8 channels. Norms are away from their initial scale and shift, so that both matter."""
-    model = PatchDiscriminator(channels=8, layers=2, norm_group=0)
+    model = PatchDiscriminator(channels=8, num_layers=2, norm_group=0)
     shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
     random = np.random.default_rng(0)
     return {
@@ -55,7 +55,7 @@ def plain_discriminator(params: dict, x: np.ndarray) -> tuple[np.ndarray, list[t
 
 @pytest.mark.parametrize("norm_group", [0, 2, 3, 6])
 def test_logits_and_running_statistics_of_each_group(variables, images, norm_group):
-    model = PatchDiscriminator(channels=8, layers=2, norm_group=norm_group)
+    model = PatchDiscriminator(channels=8, num_layers=2, norm_group=norm_group)
     logits, moved = model.apply(variables, images, mutable=["batch_stats"])
     groups = np.split(images, len(images) // (norm_group or len(images)))
     expected = [plain_discriminator(variables["params"], group) for group in groups]
@@ -70,7 +70,7 @@ def test_logits_and_running_statistics_of_each_group(variables, images, norm_gro
 
 
 def test_running_statistics_neither_enter_the_output_nor_move_unasked(variables, images):
-    model = PatchDiscriminator(channels=8, layers=2, norm_group=0)
+    model = PatchDiscriminator(channels=8, num_layers=2, norm_group=0)
     elsewhere = variables | {"batch_stats": jax.tree.map(lambda leaf: leaf + 5, variables["batch_stats"])}
     np.testing.assert_array_equal(model.apply(variables, images), model.apply(elsewhere, images))
 
@@ -85,14 +85,14 @@ def test_mean_logits_of_the_released_codes_first_step():
 
 
 def test_channels_double_up_to_eightfold():
-    model = PatchDiscriminator(channels=4, layers=5, norm_group=0)
+    model = PatchDiscriminator(channels=4, num_layers=5, norm_group=0)
     variables = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 128, 128, 3))))
     channels = [variables["params"][f"conv_{i}"]["kernel"].shape[-1] for i in range(7)]
     assert channels == [4, 8, 16, 32, 32, 32, 1]
 
 
 def test_initial_weights_have_the_released_codes_distribution():
-    model = PatchDiscriminator(channels=64, layers=2, norm_group=0)
+    model = PatchDiscriminator(channels=64, num_layers=2, norm_group=0)
     params = nn.meta.unbox(model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))["params"]
     assert float(params["conv_2"]["kernel"].std()) == pytest.approx(0.02, rel=0.02)
     assert float(params["norm_2"]["scale"].mean()) == pytest.approx(1.0, abs=0.005)
@@ -102,20 +102,20 @@ def test_initial_weights_have_the_released_codes_distribution():
 
 
 def test_bfloat16_stays_close_to_float32(variables, images):
-    exact = PatchDiscriminator(channels=8, layers=2, norm_group=0).apply(variables, images)
-    rounded = PatchDiscriminator(channels=8, layers=2, norm_group=0, dtype=jnp.bfloat16).apply(variables, images)
+    exact = PatchDiscriminator(channels=8, num_layers=2, norm_group=0).apply(variables, images)
+    rounded = PatchDiscriminator(channels=8, num_layers=2, norm_group=0, dtype=jnp.bfloat16).apply(variables, images)
     assert rounded.dtype == jnp.float32
     assert 0 < jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact) < 0.03
 
 
 def test_a_batch_that_does_not_divide_into_groups_is_refused(variables, images):
     with pytest.raises(UsageError, match=r"6 images.*groups of 4"):
-        PatchDiscriminator(channels=8, layers=2, norm_group=4).apply(variables, images)
+        PatchDiscriminator(channels=8, num_layers=2, norm_group=4).apply(variables, images)
 
 
 def test_images_too_small_for_the_layers_are_refused():
-    model = PatchDiscriminator(channels=4, layers=3, norm_group=0)
+    model = PatchDiscriminator(channels=4, num_layers=3, norm_group=0)
     logits = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((1, 24, 24, 3)))[0]
     assert logits.shape == (1, 1, 1, 1)
-    with pytest.raises(UsageError, match=r"layers=3.*23x24.*at least 24"):
+    with pytest.raises(UsageError, match=r"num_layers=3.*23x24.*at least 24"):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 23, 24, 3)))

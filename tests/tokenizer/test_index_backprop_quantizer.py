@@ -13,9 +13,9 @@ from ibq_jax.tokenizer.quantizer import IndexBackpropQuantizer
 
 
 def quantizer(arrays: dict, **fields) -> IndexBackpropQuantizer:
-    num_codes, dim = arrays["codebook"].shape
+    codebook_size, dim = arrays["codebook"].shape
     settings = {"beta": float(arrays["beta"]), "entropy_temperature": float(arrays["entropy_temperature"])}
-    return IndexBackpropQuantizer(num_codes, dim, **settings | fields)
+    return IndexBackpropQuantizer(codebook_size, dim, **settings | fields)
 
 
 def objective(module: IndexBackpropQuantizer, arrays: dict, codebook, z):

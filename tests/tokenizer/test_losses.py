@@ -50,10 +50,10 @@ def test_hinge_is_patch_by_patch(logits):
 
 def test_lecam_averages_start_at_zero_and_move_without_gradient(logits):
     real, fake = logits
-    moved = losses.LecamAverages.zeros().moved(real.mean(), fake.mean(), 0.9).moved(1.0, -1.0, 0.9)
+    moved = losses.LecamAverages.zeros().update(real.mean(), fake.mean(), 0.9).update(1.0, -1.0, 0.9)
     assert float(moved.real) == pytest.approx(0.09 * real.mean() + 0.1)
     assert float(moved.fake) == pytest.approx(0.09 * fake.mean() - 0.1)
-    gradient = jax.grad(lambda mean: losses.LecamAverages.zeros().moved(mean, mean, 0.9).real)(1.0)
+    gradient = jax.grad(lambda mean: losses.LecamAverages.zeros().update(mean, mean, 0.9).real)(1.0)
     assert gradient == 0
 
 
@@ -90,7 +90,7 @@ def test_losses_of_the_released_codes_first_step(tmp_path):
     nll, parts = losses.reconstruction_nll(
         images, reconstructions, jax.jit(lpips)(weights, images, reconstructions), 1.0
     )
-    averages = losses.LecamAverages.zeros().moved(real.mean(), fake.mean(), 0.999)
+    averages = losses.LecamAverages.zeros().update(real.mean(), fake.mean(), 0.999)
     total, scalars = losses.discriminator_loss(real, fake, averages, 0.05)
     found = {
         "nll_loss": nll,

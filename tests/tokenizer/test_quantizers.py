@@ -281,7 +281,7 @@ def test_ibq_with_a_single_loss_has_vq_s():
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_what_a_latent_becomes_is_looked_up_by_its_code(name):
-    module = build_quantizer(name, {}, num_codes=64, dim=8)
+    module = build_quantizer(name, {}, codebook_size=64, dim=8)
     z = jnp.asarray(normal(0, *SHAPE, module.latent_dim))
     bound = module.bind(meta.unbox(module.init(jax.random.key(0), z)))
     codes, out = bound.nearest(z), bound(z)
@@ -305,10 +305,10 @@ def _inverse(name: str, rows: jax.Array) -> jax.Array:
 def test_codes_split_over_devices_give_the_same_losses_and_gradients(name):
     z, mesh = normal(0, 16, 4, 4, 8 if name in ("vq", "simvq") else 6), make_mesh({"data": 2, "codebook": 4})
     settings = {"levels": (2,) * 6, "entropy_group_tokens": 64, "entropy_temperature": 0.5}
-    params = meta.unbox(build_quantizer(name, settings, num_codes=64, dim=8).init(jax.random.key(0), z))
+    params = meta.unbox(build_quantizer(name, settings, codebook_size=64, dim=8).init(jax.random.key(0), z))
 
     def gradients(mesh, params, z):
-        module = build_quantizer(name, settings, num_codes=64, dim=8, mesh=mesh)
+        module = build_quantizer(name, settings, codebook_size=64, dim=8, mesh=mesh)
 
         def loss(params, z):
             out = module.apply(params, z)
@@ -331,7 +331,7 @@ def test_codes_split_over_devices_give_the_same_losses_and_gradients(name):
 @pytest.mark.parametrize("name", ["vq", "simvq"])
 def test_no_array_of_tokens_by_codes(name):
     tokens, width, codes = 256, 16, 8192
-    module = build_quantizer(name, {"block_size": 256}, num_codes=codes, dim=width)
+    module = build_quantizer(name, {"block_size": 256}, codebook_size=codes, dim=width)
     z = jax.ShapeDtypeStruct((1, 16, 16, width), jnp.float32)
     params = meta.unbox(jax.eval_shape(module.init, jax.random.key(0), z))
 
@@ -407,7 +407,7 @@ def test_a_run_trains_goes_on_and_logs_what_there_is(trained):
     assert [row["step"] for row in logged] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if "validation/psnr" in row] == [2, 4]  # the end of either run
     assert "codebook/max_probability" not in logged[0] and "codebook/max_logit" not in logged[0]
-    assert ("codebook/average_entropy" in logged[0]) == (name == "lfq")
+    assert ("codebook/batch_entropy" in logged[0]) == (name == "lfq")
     assert ("codebook/max_norm" in logged[0]) == (name == "vq")
     assert all(math.isfinite(value) for row in logged for value in row.values() if isinstance(value, float))
     trainer, restored = restore_run(workdir)
@@ -424,7 +424,7 @@ def test_its_codes_are_cached(trained, tmp_path):
     splits = "--splits=train[:16],validation[:8]"
     assert main(["tokenize", f"--tokenizer={workdir}", f"--out={tmp_path / 'codes'}", splits]) == 0
     tokenizer, codes = Tokenizer.load(workdir), open_codes(tmp_path / "codes", "train")
-    assert codes.num_codes == tokenizer.num_codes == 64
+    assert codes.codebook_size == tokenizer.codebook_size == 64
     every = np.arange(64).reshape(1, 8, 8)
     assert np.asarray(tokenizer.decode(every)).shape == (1, 8, 8, 3)
     assert len({fingerprint(tokenizer.model.clone(quantizer=name), tokenizer.params) for name in QUANTIZERS}) == 5

@@ -13,7 +13,7 @@ from support import four_steps, released
 
 from ibq_jax.base.config import load_config
 from ibq_jax.base.sharding import abstract_state, batch_sharding, create_sharded, make_mesh, replicated
-from ibq_jax.tokenizer.step import Trainer
+from ibq_jax.tokenizer.step import TokenizerTrainer
 
 LOGGED = {
     "train/total_loss": "loss/total",
@@ -24,15 +24,15 @@ LOGGED = {
     "train/codebook_quant_loss": "loss/quantizer",
     "train/codebook_entropy_loss": "loss/entropy",
     "train/codebook_sample_entropy_loss": "codebook/sample_entropy",
-    "train/codebook_avg_entropy_loss": "codebook/average_entropy",
+    "train/codebook_avg_entropy_loss": "codebook/batch_entropy",
     "train/unsacled_g_loss": "loss/adversarial",
-    "train/disc_loss": "adversary/discriminator",
-    "train/lecam_loss": "adversary/lecam",
-    "train/logits_real": "adversary/logits_real",
-    "train/logits_fake": "adversary/logits_fake",
+    "train/disc_loss": "discriminator/loss",
+    "train/lecam_loss": "discriminator/lecam",
+    "train/logits_real": "discriminator/logits_real",
+    "train/logits_fake": "discriminator/logits_fake",
 }
 
-LOSSES = ("loss/", "adversary/")
+LOSSES = ("loss/", "discriminator/")
 
 CPU = Path("/proc/cpuinfo")
 # Measured on an AMD EPYC with AVX2: gradients 1.2e-4 off; the entropy loss 3e-5 off on eight devices, 5e-5 in
@@ -102,7 +102,7 @@ def small_config(*overrides: str):
         "codebook.dim": 8,
         "quantizer.entropy_group_tokens": 256,
         "discriminator.channels": 8,
-        "discriminator.layers": 1,
+        "discriminator.num_layers": 1,
         "discriminator.norm_group": 4,
     }
     arguments = [f"--config.{name}={value}" for name, value in fields.items()]
@@ -117,7 +117,7 @@ def images(steps: int, batch_size: int = 16, size: int = 16) -> np.ndarray:
 
 def run_steps(axes: dict[str, int], devices: int, *overrides: str, steps: int = 3):
     """(state, metrics of every step) from the same seed and images."""
-    trainer = Trainer(small_config(*overrides), make_mesh(axes, jax.devices()[:devices]), steps_per_epoch=1)
+    trainer = TokenizerTrainer(small_config(*overrides), make_mesh(axes, jax.devices()[:devices]), steps_per_epoch=1)
     mesh = trainer.mesh
     state = create_sharded(trainer.create_state, mesh, 0)
     _, shardings = abstract_state(trainer.create_state, mesh, 0)
@@ -170,7 +170,7 @@ def test_eight_devices_log_what_one_logs_of_other_quantizers(name, fields, compa
 @rounds_worse_without_avx512
 def test_micro_batches_log_what_the_whole_batch_logs(on_one_device):
     # Groups of batch norm (4 images) and entropy (256 tokens, 4 images) lie inside a micro-batch of 8 images.
-    _, logs = run_steps({"data": 1}, 1, "--config.train.accumulate=2")
+    _, logs = run_steps({"data": 1}, 1, "--config.train.grad_accum_steps=2")
     assert_same(logs, on_one_device[1], LOSSES)
 
 
@@ -183,18 +183,18 @@ def test_bfloat16_keeps_parameters_and_losses_in_float32(on_one_device):
 def test_before_its_start_the_adversary_changes_nothing():
     state, logs = run_steps({"data": 1}, 1, "--config.discriminator.start_step=2", "--config.train.steps=9")
     before = create_sharded(
-        Trainer(small_config(), make_mesh({"data": 1}, jax.devices()[:1]), steps_per_epoch=1).create_state,
+        TokenizerTrainer(small_config(), make_mesh({"data": 1}, jax.devices()[:1]), steps_per_epoch=1).create_state,
         make_mesh({"data": 1}, jax.devices()[:1]),
         0,
     )
-    assert logs[1]["adversary/gradient_norm"] == 0.0 < logs[2]["adversary/gradient_norm"]
+    assert logs[1]["discriminator/gradient_norm"] == 0.0 < logs[2]["discriminator/gradient_norm"]
     assert logs[1]["loss/total"] == pytest.approx(logs[1]["loss/nll"] + logs[1]["loss/codebook"], rel=1e-6)
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), state.params, before.params)
     assert min(jax.tree.leaves(moved)) > 0.0
 
 
 def test_the_average_follows_the_weights_and_every_code_moves():
-    trainer = Trainer(small_config(), make_mesh({"data": 1}, jax.devices()[:1]), steps_per_epoch=1)
+    trainer = TokenizerTrainer(small_config(), make_mesh({"data": 1}, jax.devices()[:1]), steps_per_epoch=1)
     start = create_sharded(trainer.create_state, trainer.mesh, 0)
     state, _ = run_steps({"data": 1}, 1, steps=1)
     before, after = (np.asarray(s.params["quantize"]["codebook"]) for s in (start, state))

@@ -4,7 +4,7 @@ On a mesh, tokens lie on all axes and the matrix's rows ("codes") on axis `codeb
 its neighbours along `codebook`, walks over its own rows, and combines what it found along that axis. Without a mesh
 these axes are the empty tuple, over which every collective is the identity, so that one program serves both.
 
-These functions run inside `Stream.on_devices`: the matrix that they take is what one device holds of it.
+These functions run inside `BlockScan.on_devices`: the matrix that they take is what one device holds of it.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ EQUAL = P()
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream:
+class BlockScan:
     """How a matrix is walked over: rows of a block, and the mesh they are split over (None: one device)."""
 
     block_size: int
@@ -92,11 +92,11 @@ def per_token(tokens: jax.Array, value: float) -> jax.Array:
     return jnp.full_like(tokens[:, 0], value, jnp.float32)
 
 
-def first_code(matrix: jax.Array, stream: Stream) -> jax.Array:
+def first_code(matrix: jax.Array, stream: BlockScan) -> jax.Array:
     return lax.axis_index(stream.code_axes) * matrix.shape[0]
 
 
-def own_rows(matrix: jax.Array, indices: jax.Array, stream: Stream) -> tuple[jax.Array, jax.Array]:
+def own_rows(matrix: jax.Array, indices: jax.Array, stream: BlockScan) -> tuple[jax.Array, jax.Array]:
     """The rows [...] of this device's matrix that `indices` name, out of range for other devices' codes, and their
     values [..., D], zero for other devices' codes."""
     own = indices - first_code(matrix, stream)

@@ -1,0 +1,57 @@
+"""Config fields of earlier versions: what they are called now, and what was done before a field existed.
+
+`ibq_jax.base.config` applies these tables to saved configs, to overrides on the command line, to config files and to
+checkpoints, so that old runs and old commands keep working. Nothing is ever removed from them.
+"""
+
+# stage -> {old name: new name}
+RENAMED = {
+    "tokenizer": {
+        "data.workers": "data.num_workers",
+        "data.threads": "data.num_threads",
+        "discriminator.layers": "discriminator.num_layers",
+        "evaluate.judges": "evaluate.feature_nets",
+        "log.images": "log.num_images",
+        "train.accumulate": "train.grad_accum_steps",
+        "watch.window_tokens": "codebook_monitor.window_tokens",
+        "watch.usage_floor": "codebook_monitor.usage_floor",
+        "watch.warmup_steps": "codebook_monitor.grace_steps",
+        "watch.slow_factor": "watchdog.slow_factor",
+        "watch.slow_seconds": "watchdog.slow_seconds",
+        "watch.hang_seconds": "watchdog.hang_seconds",
+    },
+    "autoregressive": {
+        "codes": "token_cache",
+        "data.workers": "data.num_workers",
+        "data.threads": "data.num_threads",
+        "log.images": "log.num_images",
+        "model.vocabulary": "model.vocab_size",
+        "model.layers": "model.num_layers",
+        "model.heads": "model.num_heads",
+        "model.kv_heads": "model.num_kv_heads",
+        "model.width": "model.embed_dim",
+        "optimizer.warmup": "optimizer.warmup_fraction",
+        "optimizer.warmup_start": "optimizer.init_lr_factor",
+        "optimizer.flat": "optimizer.hold_fraction",
+        "optimizer.final_rate": "optimizer.end_lr_factor",
+        "train.accumulate": "train.grad_accum_steps",
+        "watch.slow_factor": "watchdog.slow_factor",
+        "watch.slow_seconds": "watchdog.slow_seconds",
+        "watch.hang_seconds": "watchdog.hang_seconds",
+    },
+}
+
+# stage -> {beginning of a leaf's name in a training state: the beginning in checkpoints of earlier versions}
+RENAMED_LEAVES = {"tokenizer": {"discriminator/": "adversary/"}, "autoregressive": {}}
+
+# stage -> {a field that configs saved by earlier versions lack: what was done then}
+ADDED = {
+    "tokenizer": {
+        "quantizer.name": "ibq",
+        "quantizer.double_loss": True,
+        "quantizer.l2_normalize": False,
+        "quantizer.levels": (),
+        "codebook.init_scale": 1.0,
+    },
+    "autoregressive": {},
+}
