@@ -55,10 +55,10 @@ class GeneratorTrainer:
         return warm_flat_linear_schedule(
             config.learning_rate,
             steps,
-            warmup=config.warmup,
-            start=config.warmup_start,
-            flat=config.flat,
-            final=config.final_rate,
+            warmup_fraction=config.warmup_fraction,
+            init_lr_factor=config.init_lr_factor,
+            hold_fraction=config.hold_fraction,
+            end_lr_factor=config.end_lr_factor,
         )
 
     @cached_property

@@ -27,18 +27,24 @@ def adam(schedule: optax.Schedule, beta1: float, beta2: float, gradient_clip: fl
 
 
 def warm_flat_linear_schedule(
-    peak: float, total_steps: int, *, warmup: float, start: float, flat: float, final: float
+    peak: float,
+    total_steps: int,
+    *,
+    warmup_fraction: float,
+    init_lr_factor: float,
+    hold_fraction: float,
+    end_lr_factor: float,
 ) -> optax.Schedule:
-    """The generator's rate, as released: linear from `start` times the peak over the share `warmup` of all steps, flat
-    for the share `flat` of the others, then falling linearly; `final` + (1 - final) * rest / (1 - flat) of the peak,
+    """The generator's rate, as released: linear from `init_lr_factor` times the peak over the share `warmup_fraction` of all steps, flat
+    for the share `hold_fraction` of the others, then falling linearly; end + (1 - end) * rest / (1 - hold) of the peak,
     with `rest` the share of steps after the warm-up that are still to come."""
-    warmup_steps = round(warmup * total_steps)
+    warmup_steps = round(warmup_fraction * total_steps)
 
     def rate(step):
-        rising = start + (1 - start) * step / max(1, warmup_steps)
+        rising = init_lr_factor + (1 - init_lr_factor) * step / max(1, warmup_steps)
         passed = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-        falling = final + (1 - final) * (1 - passed) / (1 - flat)
-        return peak * jnp.where(step < warmup_steps, rising, jnp.where(passed < flat, 1.0, falling))
+        falling = end_lr_factor + (1 - end_lr_factor) * (1 - passed) / (1 - hold_fraction)
+        return peak * jnp.where(step < warmup_steps, rising, jnp.where(passed < hold_fraction, 1.0, falling))
 
     return rate
 
