@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+__version__ = "0.2.0"
 _HOMES = {
     "Generator": "ibq_jax.api",
     "Tokenizer": "ibq_jax.api",

@@ -34,7 +34,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command that `argv` names and returns its exit code; the script `ibq-jax` calls this without arguments."""
+    argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print("usage: python -m ibq_jax COMMAND ...  (COMMAND --help tells its flags)\n")
         print("\n".join(f"  {name:10} {words}" for name, words in COMMANDS.items()))
@@ -103,4 +105,4 @@ def _explained(error: BaseException) -> tuple[str | None, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -35,9 +35,13 @@ def warm_flat_linear_schedule(
     hold_fraction: float,
     end_lr_factor: float,
 ) -> optax.Schedule:
-    """The generator's rate, as released: linear from `init_lr_factor` times the peak over the share `warmup_fraction` of all steps, flat
-    for the share `hold_fraction` of the others, then falling linearly; end + (1 - end) * rest / (1 - hold) of the peak,
-    with `rest` the share of steps after the warm-up that are still to come."""
+    """Returns the generator's learning-rate schedule, as released: a linear warm-up, then flat, then a linear fall.
+
+    The warm-up takes the share `warmup_fraction` of all steps and starts at `init_lr_factor` times the peak. The flat
+    part takes the share `hold_fraction` of the other steps. From there the rate is
+    end_lr_factor + (1 - end_lr_factor) * rest / (1 - hold_fraction) times the peak, where `rest` is the share of the
+    steps after the warm-up that are still to come.
+    """
     warmup_steps = round(warmup_fraction * total_steps)
 
     def rate(step):

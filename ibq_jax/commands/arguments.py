@@ -1,32 +1,57 @@
 """What the commands' argument parsers share."""
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ibq_jax.base.config import PREFIX
 from ibq_jax.base.errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UsageError, in one line, where argparse would print its usage and exit."""
+    """An ArgumentParser for one command, whose help ends with examples and whose errors are UsageErrors of one line.
 
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
+    Flags are declared and shown with dashes; "_" for "-" is understood too (--data_dir). Overrides of config fields,
+    such as --config.data.image_size=64, pass unchanged.
+    """
+
+    def __init__(
+        self,
+        command: str = "",
+        description: str = "",
+        examples: Sequence[str] = (),
+        notes: str = "",
+        *,
+        prog: str = "",  # of a command's part, as argparse's subparsers give it
+        **options,
+    ):
+        lines = [f"  python -m ibq_jax {command} {example}".replace("\n", " \\\n      ") for example in examples]
+        super().__init__(
+            prog=prog or f"python -m ibq_jax {command}",
+            description=description,
+            epilog="\n".join([*([notes, ""] if notes else []), *(["examples:", *lines] if lines else [])]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parses `args`, with "_" in the names of flags read as "-"."""
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_dashed(argument) for argument in args], namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raises UsageError with argparse's message."""
         raise UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
 
 
-def underscored(argv: list[str]) -> list[str]:
-    """Flags with "_" for every "-", so that --data-dir and --data_dir are the same flag; values stay as they are."""
-    return [_underscored(argument) if argument.startswith("--") else argument for argument in argv]
-
-
-def _underscored(flag: str) -> str:
-    name, equals, value = flag.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
+def _dashed(argument: str) -> str:
+    if not argument.startswith("--") or argument.startswith(PREFIX):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def count(text: str) -> int:

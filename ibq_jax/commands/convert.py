@@ -10,7 +10,7 @@ from ibq_jax.base.checkpoint import Checkpoints
 from ibq_jax.base.config import PREFIX, save_config
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import atomic_folder
-from ibq_jax.commands.arguments import Parser, positive, share, underscored
+from ibq_jax.commands.arguments import Parser, positive, share
 from ibq_jax.commands.verification import print_verification
 from ibq_jax.evaluate.validation import validation_evaluator
 from ibq_jax.interop.from_file import import_file
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         Failed: with --verify, PyTorch computes something else.
     """
     parser = _parser()
-    flags, rest = parser.parse_known_args(underscored(argv))
+    flags, rest = parser.parse_known_args(argv)
     overrides = [argument for argument in rest if argument.startswith(PREFIX)]
     for argument in rest:
         if argument not in overrides:
@@ -106,9 +106,9 @@ def _resize(flags: Namespace, source: Path) -> None:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="python -m ibq_jax convert",
-        description="Weights from PyTorch and to PyTorch, and runs of another codebook size.",
-        epilog=f"A file becomes a run, a run a file. Fields of a new run are overridden with {PREFIX}NAME=VALUE.",
+        "convert",
+        "Weights from PyTorch and to PyTorch, and runs of another codebook size.",
+        notes=f"A file becomes a run, a run a file. Fields of a new run are overridden with {PREFIX}NAME=VALUE.",
     )
     parser.add_argument(
         "--in",
@@ -129,10 +129,10 @@ def _parser() -> Parser:
         "--tokenizer", type=Path, metavar="RUN", help="of a new generator's run, what decodes its codes"
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--codebook_size", type=positive, metavar="N", help="split codes, until there are N")
+    size.add_argument("--codebook-size", type=positive, metavar="N", help="split codes, until there are N")
     size.add_argument("--prune", action="store_true", help="drop the codes that the validation split does not use")
     parser.add_argument(
-        "--multiple_of", type=positive, default=64, metavar="N", help="of which --prune keeps the size (default: 64)"
+        "--multiple-of", type=positive, default=64, metavar="N", help="of which --prune keeps the size (default: 64)"
     )
     parser.add_argument(
         "--spread",

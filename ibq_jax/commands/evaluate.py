@@ -16,7 +16,7 @@ from ibq_jax.autoregressive.restore import restore_run as restore_generator
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import as_path
 from ibq_jax.base.saved_run import SavedRun
-from ibq_jax.commands.arguments import Parser, count, output_file, positive, underscored
+from ibq_jax.commands.arguments import Parser, count, output_file, positive
 from ibq_jax.commands.generation import evaluate_drawn, evaluate_set
 from ibq_jax.data.pipeline import open_split
 from ibq_jax.data.token_cache import open_codes
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         UsageError: wrong flags, no run or nothing saved in it, its data, codes or pictures are not on this machine, or
             a file of weights or of references is not what it should be.
     """
-    flags = _parser().parse_args(underscored(argv))
+    flags = _parser().parse_args(argv)
     if (flags.run is None) == (flags.samples is None):
         raise UsageError("give either --run=RUN or --samples=FILE.npz with --reference=FILE.npz")
     if flags.samples is not None:
@@ -144,14 +144,14 @@ def _write_picture(picture: np.ndarray, image_size: int, path: Path) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m ibq_jax evaluate", description=__doc__.partition(": ")[2])
+    parser = Parser("evaluate", __doc__.partition(": ")[2])
     parser.add_argument("--run", type=as_path, help="folder of a run, or one of its checkpoints")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last ones")
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), help="how (default: clean; of an .npz: adm)")
     parser.add_argument("--examples", type=count, default=0, help="images of the split (default: 0, all)")
     parser.add_argument("--split", metavar="NAME", help="of the data (default: the config's to validate on)")
     parser.add_argument("--data", metavar="NAME", help="of a tokenizer: the data set (default: the config's)")
-    parser.add_argument("--data_dir", metavar="DIR", help="where the data sets are (default: the config's)")
+    parser.add_argument("--data-dir", metavar="DIR", help="where the data sets are (default: the config's)")
     parser.add_argument("--codes", metavar="DIR", help="of a generator: the token cache (default: the config's)")
     parser.add_argument("--num", type=positive, metavar="N", help="of a generator: draw N pictures, and judge those")
     parser.add_argument("--samples", type=Path, metavar="NPZ", help="pictures to judge, as sample --num writes them")
@@ -161,7 +161,7 @@ def _parser() -> Parser:
         metavar="NPZ",
         help="pictures or statistics (default: a run's own originals)",
     )
-    parser.add_argument("--batch_size", type=positive, default=32, help="pictures of --samples at once (default: 32)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="pictures of --samples at once (default: 32)")
     for kind, what in (
         ("inception", "pytorch-fid's Inception-v3"),
         ("vgg16", "torchvision's VGG16"),

@@ -48,7 +48,7 @@ def evaluate_set(flags: Namespace) -> None:
 def _evaluate(flags: Namespace, saved: SavedRun | None, step: int | None) -> None:
     protocol = PROTOCOLS[flags.protocol or "adm"]
     mesh = make_mesh({"data": -1})
-    check_batch(flags.batch_size, mesh, 1, "--batch_size")
+    check_batch(flags.batch_size, mesh, 1, "--batch-size")
     pictures = ImageSet(flags.samples)
     extractor = FeatureExtractor(find_feature_nets(NETS, vars(flags)), protocol, mesh)
     where, reference = _reference(flags, saved, extractor, mesh)

@@ -12,7 +12,7 @@ from ibq_jax.autoregressive import step as autoregressive
 from ibq_jax.base.config import PREFIX, load_config
 from ibq_jax.base.errors import Failed, UsageError
 from ibq_jax.base.sharding import make_mesh
-from ibq_jax.commands.arguments import Parser, positive, underscored
+from ibq_jax.commands.arguments import Parser, positive
 from ibq_jax.plan.chips import topology_devices
 from ibq_jax.plan.compiled import DoesNotFit, Plan, compile_plan
 from ibq_jax.tokenizer import check as tokenizer_check
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         Failed: the step does not fit into the chips' memory.
     """
     parser = _parser()
-    flags, rest = parser.parse_known_args(underscored(argv))
+    flags, rest = parser.parse_known_args(argv)
     for argument in rest:
         if not argument.startswith(PREFIX):
             parser.error(f"unknown argument {argument}; fields of the config are overridden with {PREFIX}NAME=VALUE")
@@ -84,16 +84,16 @@ def main(argv: list[str]) -> None:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="python -m ibq_jax plan",
-        description=__doc__.partition(": ")[2],
-        epilog=f"Fields of the config are overridden with {PREFIX}NAME=VALUE. Exit code 1 when the step does not fit.",
+        "plan",
+        __doc__.partition(": ")[2],
+        notes=f"Fields of the config are overridden with {PREFIX}NAME=VALUE. Exit code 1 when the step does not fit.",
     )
     parser.add_argument(
         "--config", required=True, help="FILE.py:PRESET, such as configs/tokenizer.py:imagenet256_262144"
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--topology", help="TPU chips, such as v5e:16x16 (needs libtpu, see requirements-tpu.txt)")
-    where.add_argument("--cpu_devices", type=positive, metavar="N", help="simulated devices instead")
+    where.add_argument("--cpu-devices", type=positive, metavar="N", help="simulated devices instead")
     parser.add_argument("--slices", type=positive, default=1, help="so many of that topology; the axis data joins them")
     parser.add_argument("--mesh", help="such as data:16,codebook:16 (default: the config's)")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE, or instead of the table")

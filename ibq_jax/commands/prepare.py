@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.commands.arguments import Parser, share, underscored
+from ibq_jax.commands.arguments import Parser, share
 from ibq_jax.data.beam_dataset import write_dataset_with_beam
 from ibq_jax.data.beam_map import LOCAL_RUNNER, find_beam
 from ibq_jax.data.folders import image_folder
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
         UsageError: wrong flags, a source that is missing or holds nothing readable, or a data set of the same name that
             was made with other settings.
     """
-    args = _parser().parse_args(underscored(argv))
+    args = _parser().parse_args(argv)
     if args.name is None:
         args.name = _name_from_folder(args.input)
     settings = {key: value for key, value in vars(args).items() if key not in HOW}
@@ -60,7 +60,7 @@ def _write(args: Namespace, settings: dict) -> tuple[ImageCollection, WriteSumma
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m ibq_jax prepare", description=__doc__.partition(": ")[2])
+    parser = Parser("prepare", __doc__.partition(": ")[2])
     sources = parser.add_subparsers(title="sources", dest="source", metavar="SOURCE", required=True)
 
     emoji = sources.add_parser("openmoji", help="the embedded data set: 1,898 colour pictures in 9 categories")
@@ -96,9 +96,9 @@ def _parser() -> Parser:
             metavar="RUNNER",
             help="work on an Apache Beam runner; restartable (default: every core of this machine)",
         )
-        source.add_argument("--beam_options", default="", metavar="'--OPTION=VALUE ...'", help="of the runner")
+        source.add_argument("--beam-options", default="", metavar="'--OPTION=VALUE ...'", help="of the runner")
     for source in (emoji, folder, tar, imagenet):
-        source.add_argument("--data_dir", default="data", help="where the data sets are (default: data)")
+        source.add_argument("--data-dir", default="data", help="where the data sets are (default: data)")
         source.add_argument("--overwrite", action="store_true", help="build it anew if it is there")
     return parser
 

@@ -15,7 +15,7 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import PARTIAL
 from ibq_jax.base.saved_run import SavedRun, total_steps
 from ibq_jax.base.state import drop_schedule
-from ibq_jax.commands.arguments import Parser, output_file, underscored
+from ibq_jax.commands.arguments import Parser, output_file
 from ibq_jax.data.token_cache import read_fields
 from ibq_jax.evaluate.records import FOLDER, words_of
 from ibq_jax.report.curves import PANELS, plot, plot_grid
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UsageError: wrong flags, a folder that is no run, runs of both stages, or a page that is there already.
     """
-    flags = _parser().parse_args(underscored(argv))
+    flags = _parser().parse_args(argv)
     folders = [Path(folder) for folder in flags.workdir.split(",") if folder]
     if not folders:
         raise UsageError("--workdir names no run")
@@ -263,7 +263,7 @@ def _side_by_side(runs: Sequence[Run]) -> Iterator[dict]:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m ibq_jax report", description=__doc__.partition(": ")[2])
+    parser = Parser("report", __doc__.partition(": ")[2])
     parser.add_argument("--workdir", required=True, metavar="RUN[,RUN...]", help="a run, or several to compare")
     parser.add_argument("--out", type=output_file, metavar="HTML", help="default: report.html in the (first) run")
     parser.add_argument("--overwrite", action="store_true", help="replace a page that is there")

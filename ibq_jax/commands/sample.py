@@ -17,7 +17,7 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import as_path, resolve
 from ibq_jax.base.processes import barrier, joined
 from ibq_jax.base.sharding import make_mesh
-from ibq_jax.commands.arguments import Parser, count, numbers, output_file, positive, underscored
+from ibq_jax.commands.arguments import Parser, count, numbers, output_file, positive
 from ibq_jax.data.preprocess import UnreadableImage, centre_crop, decode, resize_shorter_side
 from ibq_jax.evaluate.contact_sheet import contact_sheet
 from ibq_jax.evaluate.sample_set import write_sample_set
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
         UsageError: wrong flags, no generator's run or nothing saved in it, its tokenizer is not where it was or is
             another, or labels, settings or an image out of range.
     """
-    flags = _parser().parse_args(underscored(argv))
+    flags = _parser().parse_args(argv)
     if (flags.num is not None) != (flags.out.suffix == ".npz"):
         raise UsageError(f"--out={flags.out}: a set of --num=N pictures is an .npz file, a sheet to look at a .png")
     trainer, restored, manifest = restore_run(flags.run)
@@ -131,23 +131,23 @@ def _write_sheet(draw, labels: np.ndarray, classes: Sequence[str], flags: Namesp
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m ibq_jax sample", description=__doc__.partition(": ")[2])
+    parser = Parser("sample", __doc__.partition(": ")[2])
     parser.add_argument("--run", required=True, type=as_path, help="folder of a generator's run, or a checkpoint")
     parser.add_argument("--out", required=True, type=output_file, metavar="FILE", help="a .png, or with --num an .npz")
     parser.add_argument("--labels", type=numbers(int), default=(), help="classes, such as 0,1,2 (default: all)")
-    parser.add_argument("--per_class", type=positive, default=8, help="pictures of a class in the sheet (default: 8)")
+    parser.add_argument("--per-class", type=positive, default=8, help="pictures of a class in the sheet (default: 8)")
     parser.add_argument("--num", type=positive, help="size of the set, every class as often as any other")
     parser.add_argument("--seed", type=count, default=0, help="pictures 0, 1, ... of a seed are always the same")
     own = "(default: the run's config)"
-    parser.add_argument("--cfg_scale", type=float, help=f"classifier-free guidance; 1 is none {own}")
-    parser.add_argument("--cfg_schedule", choices=SCHEDULES, default="constant", help="over a picture's codes")
-    parser.add_argument("--cfg_power", type=float, default=1.0, help="of the cosine schedule")
-    parser.add_argument("--cfg_interval", type=numbers(float), default=(0.0, 1.0), help="where it is on: 0.2,0.8")
+    parser.add_argument("--cfg-scale", type=float, help=f"classifier-free guidance; 1 is none {own}")
+    parser.add_argument("--cfg-schedule", choices=SCHEDULES, default="constant", help="over a picture's codes")
+    parser.add_argument("--cfg-power", type=float, default=1.0, help="of the cosine schedule")
+    parser.add_argument("--cfg-interval", type=numbers(float), default=(0.0, 1.0), help="where it is on: 0.2,0.8")
     parser.add_argument("--temperature", type=float, help=f"0 takes the likeliest code {own}")
-    parser.add_argument("--top_k", type=count, help=f"draw from the likeliest codes only; 0: all {own}")
-    parser.add_argument("--top_p", type=float, help=f"draw from those that reach this probability {own}")
+    parser.add_argument("--top-k", type=count, help=f"draw from the likeliest codes only; 0: all {own}")
+    parser.add_argument("--top-p", type=float, help=f"draw from those that reach this probability {own}")
     parser.add_argument("--image", type=Path, help="begin every picture as this one, and draw the rest")
-    parser.add_argument("--keep_rows", type=count, help="rows of codes kept of --image (default: the upper half)")
+    parser.add_argument("--keep-rows", type=count, help="rows of codes kept of --image (default: the upper half)")
     parser.add_argument("--lane", type=count, default=0, help="pictures a device draws at once (CPUs: 4, others: 64)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last")
     parser.add_argument("--tokenizer", default="", help="the codes' tokenizer, if it is not where it was")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from ibq_jax.base.config import PREFIX
 from ibq_jax.base.errors import Failed, UsageError
 from ibq_jax.base.files import as_path
-from ibq_jax.commands.arguments import Parser, count, positive, underscored
+from ibq_jax.commands.arguments import Parser, count, positive
 from ibq_jax.sweep.grid import Grid, parse_over, read_study
 from ibq_jax.sweep.plots import draw
 from ibq_jax.sweep.points import PointTrainer
@@ -88,10 +88,9 @@ def _grid(flags: Namespace, overrides: Sequence[str]) -> Grid:
 def _flags(argv: list[str]) -> tuple[Namespace, list[str]]:
     """(the flags, the overrides among them)."""
     parser = Parser(
-        prog="python -m ibq_jax sweep",
-        description=__doc__.partition(": ")[2],
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "sweep",
+        __doc__.partition(": ")[2],
+        notes=EPILOG,
     )
     parser.add_argument("--config", help="FILE.py:PRESET, such as configs/tokenizer.py:openmoji32")
     parser.add_argument(
@@ -120,7 +119,7 @@ def _flags(argv: list[str]) -> tuple[Namespace, list[str]]:
     only.add_argument("--list", action="store_true", help="print each point's index, name and status, and end")
     only.add_argument("--point", type=count, metavar="INDEX", help="train that point alone, and write no table")
     only.add_argument("--table", action="store_true", help="train nothing: the table and plots of what is there")
-    flags, rest = parser.parse_known_args(underscored(argv))
+    flags, rest = parser.parse_known_args(argv)
     for argument in rest:
         if not argument.startswith(PREFIX):
             parser.error(f"unknown argument {argument}; fields of the config are overridden with {PREFIX}NAME=VALUE")

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from ibq_jax.base.files import as_path, resolve
 from ibq_jax.base.processes import barrier, joined
-from ibq_jax.commands.arguments import Parser, positive, underscored
+from ibq_jax.commands.arguments import Parser, positive
 from ibq_jax.data.pipeline import open_split
 from ibq_jax.data.preprocess import VIEWS
 from ibq_jax.data.token_cache import read_manifest
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
         UsageError: wrong flags, no run or nothing saved in it, no such data set or split, an --out that is something
             else or a cache of other settings, or an image that cannot be decoded.
     """
-    flags = _parser().parse_args(underscored(argv))
+    flags = _parser().parse_args(argv)
     trainer, restored = restore_run(flags.tokenizer)
     params = restored.state.ema if flags.weights == "ema" else restored.state.params
     origin = {
@@ -112,7 +112,7 @@ def _two_splits(text: str) -> tuple[str, ...]:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m ibq_jax tokenize", description=__doc__.partition(": ")[2])
+    parser = Parser("tokenize", __doc__.partition(": ")[2])
     parser.add_argument(
         "--tokenizer", required=True, type=as_path, metavar="RUN", help="folder of a tokenizer's run, or a checkpoint"
     )
@@ -126,10 +126,10 @@ def _parser() -> Parser:
     )
     parser.add_argument("--resize", type=positive, metavar="N", help="pixels of the shorter side before cropping")
     parser.add_argument("--data", metavar="NAME", help="the data set")
-    parser.add_argument("--data_dir", metavar="DIR", help="where the data sets are")
+    parser.add_argument("--data-dir", metavar="DIR", help="where the data sets are")
     parser.add_argument("--splits", type=_two_splits, metavar="A,B", help="to train on, to validate on")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last ones")
-    parser.add_argument("--batch_size", type=positive, metavar="N", help="crops at once on all devices of a process")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="crops at once on all devices of a process")
     parser.add_argument("--threads", type=positive, metavar="N", help="that decode images")
     parser.add_argument("--overwrite", action="store_true", help="remove the cache that is there, and make it anew")
     parser.epilog = "What is not given is as in the tokenizer's config; the batch size, as its evaluate.batch_size."

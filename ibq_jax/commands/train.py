@@ -4,7 +4,7 @@ from argparse import ArgumentTypeError
 
 from ibq_jax.base.config import PREFIX, load_config
 from ibq_jax.base.files import as_path
-from ibq_jax.commands.arguments import Parser, underscored
+from ibq_jax.commands.arguments import Parser
 from ibq_jax.training.train import train
 
 NEXT = {  # what to run after a stage
@@ -15,9 +15,9 @@ NEXT = {  # what to run after a stage
 
 def main(argv: list[str]) -> None:
     parser = Parser(
-        prog="python -m ibq_jax train",
-        description="Trains a config, or continues the run that the work folder holds.",
-        epilog=f"Fields of the config are overridden with {PREFIX}NAME=VALUE, such as {PREFIX}codebook.size=8192.",
+        "train",
+        "Trains a config, or continues the run that the work folder holds.",
+        notes=f"Fields of the config are overridden with {PREFIX}NAME=VALUE, such as {PREFIX}codebook.size=8192.",
     )
     parser.add_argument("--config", required=True, help="FILE.py:PRESET, such as configs/tokenizer.py:openmoji64")
     parser.add_argument(
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
         metavar="STEP:COUNT",
         help="write a trace of COUNT steps from STEP on",
     )
-    flags, rest = parser.parse_known_args(underscored(argv))
+    flags, rest = parser.parse_known_args(argv)
     overrides = [argument for argument in rest if argument.startswith(PREFIX)]
     for argument in rest:
         if argument not in overrides:
