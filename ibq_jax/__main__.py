@@ -35,7 +35,7 @@ NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISD
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command that `argv` names and returns its exit code; the script `ibq-jax` calls this without arguments."""
+    """Runs the command that `argv` (default: the command line's words) names, and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print("usage: python -m ibq_jax COMMAND ...  (COMMAND --help tells its flags)\n")
