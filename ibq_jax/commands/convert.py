@@ -36,14 +36,14 @@ def main(argv: list[str]) -> None:
             tokenizer or a generator has; an --out that exists; a size that the codebook cannot get.
         Failed: with --verify, PyTorch computes something else.
     """
-    parser = _parser()
-    flags, rest = parser.parse_known_args(argv)
+    command_line = parser()
+    flags, rest = command_line.parse_known_args(argv)
     overrides = [argument for argument in rest if argument.startswith(PREFIX)]
     for argument in rest:
         if argument not in overrides:
-            parser.error(f"unknown argument {argument}")
+            command_line.error(f"unknown argument {argument}")
     if flags.out is None and not flags.verify:
-        parser.error("give --out=FILE or FOLDER, or --verify")
+        command_line.error("give --out=FILE or FOLDER, or --verify")
     if flags.out is not None and flags.out.exists():
         raise UsageError(f"--out={flags.out} exists already; name one that does not")
     source = download_if_hub(flags.input)
@@ -104,7 +104,7 @@ def _resize(flags: Namespace, source: Path) -> None:
     )
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
     parser = Parser(
         "convert",
         "Weights from PyTorch and to PyTorch, and runs of another codebook size.",

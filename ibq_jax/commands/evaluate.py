@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         UsageError: wrong flags, no run or nothing saved in it, its data, codes or pictures are not on this machine, or
             a file of weights or of references is not what it should be.
     """
-    flags = _parser().parse_args(argv)
+    flags = parser().parse_args(argv)
     if (flags.run is None) == (flags.samples is None):
         raise UsageError("give either --run=RUN or --samples=FILE.npz with --reference=FILE.npz")
     if flags.samples is not None:
@@ -143,7 +143,7 @@ def _write_picture(picture: np.ndarray, image_size: int, path: Path) -> None:
     image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST).save(path, "PNG")
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
     parser = Parser("evaluate", __doc__.partition(": ")[2])
     parser.add_argument("--run", type=as_path, help="folder of a run, or one of its checkpoints")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last ones")

@@ -44,11 +44,13 @@ def main(argv: list[str]) -> None:
         UsageError: wrong flags, an unknown topology, sizes that do not divide, or libtpu is not installed.
         Failed: the step does not fit into the chips' memory.
     """
-    parser = _parser()
-    flags, rest = parser.parse_known_args(argv)
+    command_line = parser()
+    flags, rest = command_line.parse_known_args(argv)
     for argument in rest:
         if not argument.startswith(PREFIX):
-            parser.error(f"unknown argument {argument}; fields of the config are overridden with {PREFIX}NAME=VALUE")
+            command_line.error(
+                f"unknown argument {argument}; fields of the config are overridden with {PREFIX}NAME=VALUE"
+            )
     config = load_config(flags.config, rest)
     if config.stage not in STAGES:
         raise UsageError(f"{flags.config} is of stage {config.stage!r}; plan knows {', '.join(STAGES)}")
@@ -82,7 +84,7 @@ def main(argv: list[str]) -> None:
         raise Failed(f"{flags.config} does not fit: {over:.2f} GB over on every chip; {TO_TRY}")
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
     parser = Parser(
         "plan",
         __doc__.partition(": ")[2],

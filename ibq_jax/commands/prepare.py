@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
         UsageError: wrong flags, a source that is missing or holds nothing readable, or a data set of the same name that
             was made with other settings.
     """
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     if args.name is None:
         args.name = _name_from_folder(args.input)
     settings = {key: value for key, value in vars(args).items() if key not in HOW}
@@ -59,7 +59,7 @@ def _write(args: Namespace, settings: dict) -> tuple[ImageCollection, WriteSumma
     return write_dataset_with_beam(collect, args.name, args.data_dir, settings, runner, args.overwrite)
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
     parser = Parser("prepare", __doc__.partition(": ")[2])
     sources = parser.add_subparsers(title="sources", dest="source", metavar="SOURCE", required=True)
 

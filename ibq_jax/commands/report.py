@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UsageError: wrong flags, a folder that is no run, runs of both stages, or a page that is there already.
     """
-    flags = _parser().parse_args(argv)
+    flags = parser().parse_args(argv)
     folders = [Path(folder) for folder in flags.workdir.split(",") if folder]
     if not folders:
         raise UsageError("--workdir names no run")
@@ -262,7 +262,7 @@ def _side_by_side(runs: Sequence[Run]) -> Iterator[dict]:
         }
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
     parser = Parser("report", __doc__.partition(": ")[2])
     parser.add_argument("--workdir", required=True, metavar="RUN[,RUN...]", help="a run, or several to compare")
     parser.add_argument("--out", type=output_file, metavar="HTML", help="default: report.html in the (first) run")

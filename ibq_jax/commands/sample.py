@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
         UsageError: wrong flags, no generator's run or nothing saved in it, its tokenizer is not where it was or is
             another, or labels, settings or an image out of range.
     """
-    flags = _parser().parse_args(argv)
+    flags = parser().parse_args(argv)
     if (flags.num is not None) != (flags.out.suffix == ".npz"):
         raise UsageError(f"--out={flags.out}: a set of --num=N pictures is an .npz file, a sheet to look at a .png")
     trainer, restored, manifest = restore_run(flags.run)
@@ -130,7 +130,7 @@ def _write_sheet(draw, labels: np.ndarray, classes: Sequence[str], flags: Namesp
     print(f"wrote {flags.out}: {flags.per_class} pictures of each of {len(labels)} classes")
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
     parser = Parser("sample", __doc__.partition(": ")[2])
     parser.add_argument("--run", required=True, type=as_path, help="folder of a generator's run, or a checkpoint")
     parser.add_argument("--out", required=True, type=output_file, metavar="FILE", help="a .png, or with --num an .npz")

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
         UsageError: wrong flags, no run or nothing saved in it, no such data set or split, an --out that is something
             else or a cache of other settings, or an image that cannot be decoded.
     """
-    flags = _parser().parse_args(argv)
+    flags = parser().parse_args(argv)
     trainer, restored = restore_run(flags.tokenizer)
     params = restored.state.ema if flags.weights == "ema" else restored.state.params
     origin = {
@@ -111,7 +111,7 @@ def _two_splits(text: str) -> tuple[str, ...]:
     return names
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
     parser = Parser("tokenize", __doc__.partition(": ")[2])
     parser.add_argument(
         "--tokenizer", required=True, type=as_path, metavar="RUN", help="folder of a tokenizer's run, or a checkpoint"

@@ -14,6 +14,29 @@ NEXT = {  # what to run after a stage
 
 
 def main(argv: list[str]) -> None:
+    """Runs the command; `argv` is what follows the word "train".
+
+    Raises:
+        UsageError: wrong flags, or a config that cannot be trained.
+    """
+    command_line = parser()
+    flags, rest = command_line.parse_known_args(argv)
+    overrides = [argument for argument in rest if argument.startswith(PREFIX)]
+    for argument in rest:
+        if argument not in overrides:
+            command_line.error(
+                f"unknown argument {argument}; fields of the config are overridden with {PREFIX}NAME=VALUE"
+            )
+    config = load_config(flags.config, overrides)
+    train(config, flags.workdir, flags.profile)
+    print(f"wrote {flags.workdir}/ (checkpoints, metrics.jsonl, events for TensorBoard)")
+    print(f"next: python -m ibq_jax {NEXT[config.stage].format(flags.workdir)}")
+    if flags.profile:
+        print(f"the trace: tensorboard --logdir={flags.workdir}/profile (pip install tensorboard xprof)")
+
+
+def parser() -> Parser:
+    """Returns the command's argument parser."""
     parser = Parser(
         "train",
         "Trains a config, or continues the run that the work folder holds.",
@@ -30,17 +53,7 @@ def main(argv: list[str]) -> None:
         metavar="STEP:COUNT",
         help="write a trace of COUNT steps from STEP on",
     )
-    flags, rest = parser.parse_known_args(argv)
-    overrides = [argument for argument in rest if argument.startswith(PREFIX)]
-    for argument in rest:
-        if argument not in overrides:
-            parser.error(f"unknown argument {argument}; fields of the config are overridden with {PREFIX}NAME=VALUE")
-    config = load_config(flags.config, overrides)
-    train(config, flags.workdir, flags.profile)
-    print(f"wrote {flags.workdir}/ (checkpoints, metrics.jsonl, events for TensorBoard)")
-    print(f"next: python -m ibq_jax {NEXT[config.stage].format(flags.workdir)}")
-    if flags.profile:
-        print(f"the trace: tensorboard --logdir={flags.workdir}/profile (pip install tensorboard xprof)")
+    return parser
 
 
 def _steps(text: str) -> range:
