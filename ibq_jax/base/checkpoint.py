@@ -14,7 +14,6 @@ from types import MappingProxyType
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from flax.traverse_util import unflatten_dict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from ibq_jax.base.errors import UsageError
@@ -168,14 +167,10 @@ class Checkpoints:
         part = bool(metadata.get(WEIGHTS_ONLY))
         saved = self._check_shapes(step, abstract_state, part)
         names = {name: self._saved_name(name, saved) for name in _leaves(abstract_state)}
-        asked = abstract_state
-        if part or any(name != old for name, old in names.items()):
-            asked = unflatten_dict(
-                {names[name]: leaf for name, leaf in _leaves(abstract_state).items() if names[name] in saved}, sep="/"
-            )
-        todays = {old: name for name, old in names.items()}
+        todays, leaves = {old: name for name, old in names.items()}, _leaves(abstract_state)
         asked = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf if wanted(todays[_name(path)]) else ocp.PLACEHOLDER, asked
+            lambda path, _: leaves[todays[_name(path)]] if wanted(todays[_name(path)]) else ocp.PLACEHOLDER,
+            self._saved_tree(step),  # Orbax asks for the structure on disk, whose names may be an earlier version's
         )
         how = ocp.checkpoint_utils.construct_restore_args(asked)
         state = ocp.PyTreeCheckpointHandler().restore(
@@ -187,7 +182,7 @@ class Checkpoints:
 
     def _check_shapes(self, step: int, abstract_state, part: bool) -> dict[str, tuple[int, ...]]:
         """The shapes that were saved; where they are a `part` of the state, what else is asked may be absent."""
-        saved = _shapes(ocp.PyTreeCheckpointHandler().metadata(self.directory / str(step) / "state").tree)
+        saved = _shapes(self._saved_tree(step))
         asked = {self._saved_name(name, saved): shape for name, shape in _shapes(abstract_state).items()}
         for name in sorted(saved.keys() if part else saved.keys() | asked.keys()):
             if saved.get(name) != asked.get(name):
@@ -196,6 +191,10 @@ class Checkpoints:
                     f"{saved.get(name, 'absent')} there and {asked.get(name, 'absent')} here"
                 )
         return saved
+
+    def _saved_tree(self, step: int):
+        """Returns the structure and the shapes of a step's state as it lies on disk."""
+        return ocp.PyTreeCheckpointHandler().metadata(self.directory / str(step) / "state").tree
 
     def _saved_name(self, name: str, saved: Collection[str]) -> str:
         """The name under which a leaf was saved: today's, or an earlier version's."""
