@@ -21,10 +21,10 @@ from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.autoregressive.sample import Guidance, Sampler, check_codes
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import make_mesh
+from ibq_jax.data.preprocess import to_float
 from ibq_jax.interop import generator_names, tokenizer_names
 from ibq_jax.interop.load import load_generator, load_tokenizer
 from ibq_jax.tokenizer.model import TokenizerModel
-from ibq_jax.tokenizer.step import to_float
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Generator:
             logit_filter=LogitFilter(top_k or 0, top_p),
             temperature=temperature,
             seed=seed,
-            numbers=first + np.arange(np.size(labels)),
+            sample_ids=first + np.arange(np.size(labels)),
             prefix=prefix,
         )
         return jnp.asarray(codes)

@@ -13,7 +13,7 @@ from ibq_jax.base.checkpoint import Restored
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.saved_run import SavedRun
 from ibq_jax.base.sharding import make_mesh
-from ibq_jax.data.token_cache import CodeSource, check_manifest, read_fields
+from ibq_jax.data.token_cache import TokenCacheSplit, check_manifest, read_fields
 from ibq_jax.tokenizer.model import TokenizerModel
 from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
 from ibq_jax.tokenizer.tokenize import fingerprint
@@ -50,7 +50,7 @@ def find_tokenizer(path: str, manifest: Mapping, needed: bool) -> TokenizerWeigh
         step = where / "checkpoints" / str(made["step"])
         where = step if step.is_dir() else where
     trainer, restored = restore_tokenizer(where)
-    params = restored.state.ema if made["weights"] == "ema" else restored.state.params
+    params = restored.state.weights(made["weights"])
     if made["fingerprint"]:
         check_manifest(
             {"tokenizer": {"fingerprint": made["fingerprint"]}},
@@ -65,7 +65,7 @@ def find_tokenizer(path: str, manifest: Mapping, needed: bool) -> TokenizerWeigh
     return trainer.model, params
 
 
-def check_fit(config: ConfigDict, source: CodeSource) -> None:
+def check_fit(config: ConfigDict, source: TokenCacheSplit) -> None:
     """Raises UsageError unless these are codes of the kind that the config's model draws."""
     model, classes = config.model, len(source.manifest["data"]["class_names"])
     asked = {

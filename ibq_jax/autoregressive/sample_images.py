@@ -13,7 +13,7 @@ from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.autoregressive.restore import TokenizerWeights
 from ibq_jax.autoregressive.sample import Sampler, pad_batch
 from ibq_jax.base.sharding import batch_sharding, replicated, to_host
-from ibq_jax.tokenizer.step import to_float, to_uint8
+from ibq_jax.data.preprocess import to_float, to_uint8
 
 
 class ImageSampler:

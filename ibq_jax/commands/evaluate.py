@@ -19,7 +19,7 @@ from ibq_jax.base.saved_run import SavedRun
 from ibq_jax.commands.arguments import Parser, count, output_file, positive
 from ibq_jax.commands.generation import evaluate_drawn, evaluate_set
 from ibq_jax.data.pipeline import open_split
-from ibq_jax.data.token_cache import open_codes
+from ibq_jax.data.token_cache import open_token_cache
 from ibq_jax.evaluate import likelihood
 from ibq_jax.evaluate.feature_nets import KINDS, few_images, find_feature_nets
 from ibq_jax.evaluate.protocols import PROTOCOLS
@@ -73,7 +73,7 @@ def _evaluate_tokenizer(flags: Namespace, workdir: Path) -> None:
     trainer = replace(trainer, config=_with_data(trainer.config, flags))
     data, protocol = trainer.config.data, PROTOCOLS[flags.protocol or "clean"]
     evaluator = validation_evaluator(trainer, flags.examples, protocol, find_feature_nets(KINDS, vars(flags)))
-    params = restored.state.ema if flags.weights == "ema" else restored.state.params
+    params = restored.state.weights(flags.weights)
     metrics = dict(evaluator(params))
     images = int(metrics["images"])
     available = len(open_split(data.name, data.dir, data.validation_split))
@@ -106,11 +106,11 @@ def _with_data(config: ConfigDict, flags: Namespace) -> ConfigDict:
 
 def _evaluate_generator(flags: Namespace, workdir: Path) -> None:
     trainer, restored, _ = restore_generator(flags.run)
-    params = restored.state.averaged if flags.weights == "ema" else restored.state.params
+    params = restored.state.weights(flags.weights)
     codes, split = flags.codes or trainer.config.token_cache, flags.split or "validation"
     if not codes:
         raise UsageError(f"{flags.run} was imported, without codes: give --codes=FOLDER, which tokenize wrote")
-    source = open_codes(codes, split)
+    source = open_token_cache(codes, split)
     check_fit(trainer.config, source)
     measured = likelihood_evaluator(trainer, source, flags.examples)(params)
     available = len(source)

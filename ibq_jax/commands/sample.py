@@ -18,7 +18,7 @@ from ibq_jax.base.files import as_path, resolve
 from ibq_jax.base.processes import barrier, joined
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.commands.arguments import Parser, count, numbers, output_file, positive
-from ibq_jax.data.preprocess import UnreadableImage, centre_crop, decode, resize_shorter_side
+from ibq_jax.data.preprocess import UnreadableImage, centre_crop, decode_image, resize_shorter_side
 from ibq_jax.evaluate.contact_sheet import contact_sheet
 from ibq_jax.evaluate.sample_set import write_sample_set
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     tokenizer = find_tokenizer(flags.tokenizer, manifest, needed=True)
     classes = tuple(manifest["data"]["class_names"])
     labels = check_labels(trainer.model, np.asarray(flags.labels or range(max(len(classes), 1))))
-    params = jax.device_get(restored.state.averaged if flags.weights == "ema" else restored.state.params)
+    params = jax.device_get(restored.state.weights(flags.weights))
     mesh = make_mesh({"data": -1}, jax.local_devices())
     sampler = ImageSampler(trainer.model, params, tokenizer, mesh, settings, flags.lane)
     prefix = _prefix(sampler, flags, manifest["preprocessing"])
@@ -110,7 +110,7 @@ def _prefix(sampler: ImageSampler, flags: Namespace, preprocessing: dict) -> np.
     if flags.image is None:
         return np.zeros((1, 0), np.int32)
     try:
-        image = decode(flags.image.read_bytes())
+        image = decode_image(flags.image.read_bytes())
     except FileNotFoundError:
         raise UsageError(f"--image={flags.image} does not exist") from None
     except UnreadableImage as error:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ibq_jax.base.errors import Failed, UsageError
 from ibq_jax.data.openmoji import openmoji
-from ibq_jax.data.preprocess import centre_crop, decode, resize_shorter_side
+from ibq_jax.data.preprocess import centre_crop, decode_image, resize_shorter_side
 from ibq_jax.data.sources import IMAGE_SUFFIXES
 from ibq_jax.interop import generator_names
 from ibq_jax.interop.load import is_weights_file, load_generator, load_tokenizer, stage_of
@@ -79,7 +79,7 @@ def _images(folder: Path | None, side: int) -> np.ndarray:
         if not files:
             raise UsageError(f"--images={folder}: no images there")
         encoded = (path.read_bytes() for path in files)
-    images = [centre_crop(resize_shorter_side(decode(image), side), side) for image in islice(encoded, PICTURES)]
+    images = [centre_crop(resize_shorter_side(decode_image(image), side), side) for image in islice(encoded, PICTURES)]
     return (np.stack(images).astype(np.float32) / 127.5 - 1.0).astype(np.float32)
 
 

@@ -20,7 +20,7 @@ from absl import flags
 
 from ibq_jax.base.errors import UsageError, one_line
 from ibq_jax.base.supervise import end_after
-from ibq_jax.data.preprocess import UnreadableImage, centre_crop, decode, random_crop, resize_shorter_side
+from ibq_jax.data.preprocess import UnreadableImage, centre_crop, decode_image, random_crop, resize_shorter_side
 from ibq_jax.data.store import find_dataset, open_builder
 
 NO_LABEL = -1
@@ -131,8 +131,8 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
     rows: Sequence[int] | None = None,
-    workers: int = 0,
-    threads: int = 2,
+    num_workers: int = 0,
+    num_threads: int = 2,
 ) -> Generator[dict[str, np.ndarray]]:
     """Endless batches of random crops, reshuffled every epoch; every record comes exactly once an epoch.
 
@@ -146,9 +146,9 @@ def training_batches(
         process_index: this process's place among process_count.
         process_count: processes that share every batch.
         rows: of every batch to read, in place of the part that the two before say.
-        workers: reader processes, which need a script that guards its entry point with `if __name__ == "__main__"`; 0
+        num_workers: reader processes, which need a script that guards its entry point with `if __name__ == "__main__"`; 0
             reads in threads of this process.
-        threads: reader threads in each process; each holds one batch.
+        num_threads: reader threads in each process; each holds one batch.
 
     Yields:
         {"image": uint8 [b, S, S, 3], "label": int32 [b], "index": int64 [b], the record's index in the split}. The
@@ -159,12 +159,12 @@ def training_batches(
     """
     rows = rows_of_process(batch_size, process_index, process_count) if rows is None else rows
     check_sizes(image_size, resize)
-    check_readers(threads, workers)
+    check_readers(num_threads, num_workers)
     check_seed(seed)
     crop = functools.partial(_training_example, image_size=image_size, resize=resize, origin=str(source))
     examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(crop)
     batches = batches_of_rows(examples, batch_size, rows)[start_step:]
-    return iterate(batches, workers, threads)
+    return iterate(batches, num_workers, num_threads)
 
 
 def _training_example(
@@ -189,7 +189,7 @@ def evaluation_batches(
     process_count: int = 1,
     rows: Sequence[int] | None = None,
     antialias: bool = True,
-    threads: int = 2,
+    num_threads: int = 2,
 ) -> Generator[dict[str, np.ndarray]]:
     """One pass over centre crops, as many batches for every process.
 
@@ -203,7 +203,7 @@ def evaluation_batches(
         process_count: processes that share every batch.
         rows: of every batch to read, in place of the part that the two before say.
         antialias: False resizes as the published numbers' evaluation did (`preprocess.resize_shorter_side`).
-        threads: reader threads.
+        num_threads: reader threads.
 
     Yields:
         what `training_batches` yields, and "mask": bool [b]. The last batch is filled up with black images, label and
@@ -214,14 +214,14 @@ def evaluation_batches(
     """
     rows = rows_of_process(batch_size, process_index, process_count) if rows is None else rows
     check_sizes(image_size, resize)
-    check_readers(threads)
+    check_readers(num_threads)
     count = min(examples, len(source)) if examples else len(source)
     padded = -(-count // batch_size) * batch_size
     load = functools.partial(
         _evaluation_example, source=source, count=count, image_size=image_size, resize=resize, antialias=antialias
     )
     batches = batches_of_rows(grain.MapDataset.range(padded).map(load), batch_size, rows)
-    return iterate(batches, 0, threads)
+    return iterate(batches, 0, num_threads)
 
 
 def _evaluation_example(
@@ -238,7 +238,7 @@ def _evaluation_example(
 def decode_record(record: Record, origin: str) -> np.ndarray:
     """The record's image, uint8 [H, W, 3]. Raises UsageError naming the record of `origin` when it is none."""
     try:
-        return decode(record["image"])
+        return decode_image(record["image"])
     except UnreadableImage as error:
         raise UsageError(f"{origin}, record {record['index']} is no image ({error}): prepare it anew") from error
 

@@ -8,6 +8,8 @@ they are among the views (named crops) that its codes are stored of.
 import io
 from collections.abc import Callable, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
@@ -21,7 +23,7 @@ class UnreadableImage(ValueError):
     """Bytes that are no whole image of a known format, or one too large to decode safely; the message says why."""
 
 
-def decode(encoded: bytes) -> np.ndarray:
+def decode_image(encoded: bytes) -> np.ndarray:
     """Decodes a JPEG, PNG, WebP or BMP file completely -> uint8 RGB [H, W, 3].
 
     Transparent pixels show white, 16-bit grey is scaled to 8 bits, CMYK is converted, an animation gives its first
@@ -44,6 +46,16 @@ def decode(encoded: bytes) -> np.ndarray:
         raise UnreadableImage("no image of a known format") from error
     except Exception as error:  # from foreign bytes Pillow's parsers may raise anything
         raise UnreadableImage(one_line(error)) from error
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """Converts uint8 images in [0, 255] to float32 in [-1, 1]; floats are returned unchanged."""
+    return images.astype(jnp.float32) / 127.5 - 1.0 if images.dtype == jnp.uint8 else images
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """Converts float images in [-1, 1] to uint8 in [0, 255], rounded to nearest; values outside are clipped."""
+    return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

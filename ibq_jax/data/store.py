@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ibq_jax.base.errors import UsageError, one_line
 from ibq_jax.base.json_files import read_json
-from ibq_jax.data.preprocess import UnreadableImage, decode
+from ibq_jax.data.preprocess import UnreadableImage, decode_image
 from ibq_jax.data.sources import MAX_ENCODED_BYTES, Example, ImageCollection, printable
 
 EXAMPLES_PER_SHARD = 8192
@@ -207,7 +207,7 @@ def load(example: Example) -> bytes:
     encoded = example.read()
     if len(encoded) > MAX_ENCODED_BYTES:
         raise UnreadableImage(f"larger than {MAX_ENCODED_BYTES >> 20} MiB")
-    decode(encoded)
+    decode_image(encoded)
     return encoded
 
 

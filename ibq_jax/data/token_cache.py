@@ -42,7 +42,7 @@ class CodedImage(TypedDict):
     index: int  # in its split
 
 
-class CodeSource:
+class TokenCacheSplit:
     """A split of a token cache: `len(source)` images, `source[i]` -> CodedImage, read in any order and any process.
 
     class_names: of the labels, empty in a data set without classes. codebook_size: K. grid: (h, w).
@@ -81,10 +81,10 @@ class CodeSource:
         return f"token cache {self.path}, split {self.split!r}"
 
     def __reduce__(self):
-        return open_codes, (self.path, self.split)
+        return open_token_cache, (self.path, self.split)
 
 
-def open_codes(path: str | Path, split: str) -> CodeSource:
+def open_token_cache(path: str | Path, split: str) -> TokenCacheSplit:
     """Opens a split, "train" or "validation", of the complete cache in the folder `path`.
 
     Raises:
@@ -94,11 +94,11 @@ def open_codes(path: str | Path, split: str) -> CodeSource:
     manifest = read_manifest(path)
     if split not in manifest["splits"]:
         raise UsageError(f"token cache {path} has no split {split!r}; it has {', '.join(manifest['splits'])}")
-    return CodeSource(path, split, manifest)
+    return TokenCacheSplit(path, split, manifest)
 
 
 def read_manifest(folder: Path) -> dict:
-    """What the complete cache in `folder` says of itself. Raises UsageError as `open_codes` does."""
+    """What the complete cache in `folder` says of itself. Raises UsageError as `open_token_cache` does."""
     if not (folder / MANIFEST).is_file():
         if (folder / SETTINGS).is_file():
             raise UsageError(f"token cache {folder} is unfinished: rerun the same tokenize command, it continues")
@@ -231,7 +231,7 @@ def open_records(folder: Path, split: str, settings: Mapping) -> grain.sources.A
 
 
 def training_code_batches(
-    source: CodeSource,
+    source: TokenCacheSplit,
     *,
     batch_size: int,
     seed: int,
@@ -239,8 +239,8 @@ def training_code_batches(
     process_index: int = 0,
     process_count: int = 1,
     rows: Sequence[int] | None = None,
-    workers: int = 0,
-    threads: int = 2,
+    num_workers: int = 0,
+    num_threads: int = 2,
 ) -> Generator[dict[str, np.ndarray]]:
     """Endless batches, reshuffled every epoch, each image by one of its crops chosen at random, all equally likely.
 
@@ -254,8 +254,8 @@ def training_code_batches(
         process_index: this process's place among process_count.
         process_count: processes that share every batch.
         rows: of every batch to read, in place of the part that the two before say.
-        workers: reader processes, which need a guarded entry point; 0 reads in threads of this process.
-        threads: reader threads in each process; each holds one batch.
+        num_workers: reader processes, which need a guarded entry point; 0 reads in threads of this process.
+        num_threads: reader threads in each process; each holds one batch.
 
     Yields:
         {"codes": int32 [b, h, w], "label": int32 [b] (NO_LABEL without classes), "index": int64 [b]}. The iterator has
@@ -265,11 +265,11 @@ def training_code_batches(
         UsageError: options that do not fit each other; while iterating, a damaged record.
     """
     rows = rows_of_process(batch_size, process_index, process_count) if rows is None else rows
-    check_readers(threads, workers)
+    check_readers(num_threads, num_workers)
     check_seed(seed)
     examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(_training_example)
     batches = batches_of_rows(examples, batch_size, rows)[start_step:]
-    return iterate(batches, workers, threads)
+    return iterate(batches, num_workers, num_threads)
 
 
 def _training_example(image: CodedImage, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -282,14 +282,14 @@ def _example(image: CodedImage, crop: int) -> dict[str, np.ndarray]:
 
 
 def evaluation_code_batches(
-    source: CodeSource,
+    source: TokenCacheSplit,
     *,
     batch_size: int,
     examples: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     rows: Sequence[int] | None = None,
-    threads: int = 2,
+    num_threads: int = 2,
 ) -> Generator[dict[str, np.ndarray]]:
     """One pass over every image's first crop (the centre, but in a split tokenized otherwise).
 
@@ -300,7 +300,7 @@ def evaluation_code_batches(
         process_index: this process's place among process_count.
         process_count: processes that share every batch.
         rows: of every batch to read, in place of the part that the two before say.
-        threads: reader threads.
+        num_threads: reader threads.
 
     Yields:
         what `training_code_batches` yields, and "mask": bool [b]. The last batch is filled up with codes 0, label
@@ -310,15 +310,15 @@ def evaluation_code_batches(
         UsageError: as `training_code_batches`.
     """
     rows = rows_of_process(batch_size, process_index, process_count) if rows is None else rows
-    check_readers(threads)
+    check_readers(num_threads)
     count = min(examples, len(source)) if examples else len(source)
     padded = -(-count // batch_size) * batch_size
     load = functools.partial(_evaluation_example, source=source, count=count)
     batches = batches_of_rows(grain.MapDataset.range(padded).map(load), batch_size, rows)
-    return iterate(batches, 0, threads)
+    return iterate(batches, 0, num_threads)
 
 
-def _evaluation_example(position: int, *, source: CodeSource, count: int) -> dict[str, np.ndarray]:
+def _evaluation_example(position: int, *, source: TokenCacheSplit, count: int) -> dict[str, np.ndarray]:
     if position >= count:
         padding = CodedImage(codes=np.zeros((1, *source.grid)), label=PADDING_LABEL, index=-1)
         return {**_example(padding, 0), "mask": np.False_}

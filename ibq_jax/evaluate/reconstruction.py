@@ -15,7 +15,9 @@ import numpy as np
 
 from ibq_jax.base import processes
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.histogram import entropy, perplexity
 from ibq_jax.base.sharding import batch_sharding, global_batch, replicated, to_host
+from ibq_jax.data.preprocess import to_float, to_uint8
 from ibq_jax.evaluate.feature_nets import DIMS, FID, LPIPS_NETS, NO_FEATURE_NETS, SFID, FeatureNets, features_of
 from ibq_jax.evaluate.gather import merge_across_processes, own_rows, to_host_async
 from ibq_jax.evaluate.image_metrics import psnr, ssim
@@ -23,7 +25,6 @@ from ibq_jax.evaluate.protocols import PROTOCOLS, Protocol
 from ibq_jax.evaluate.statistics import FeatureStatistics
 from ibq_jax.pretrained.lpips import lpips
 from ibq_jax.tokenizer.codebook_monitor import count_codes
-from ibq_jax.tokenizer.step import to_float, to_uint8
 
 # (parameters, images uint8) -> (reconstructions float [-1, 1], codes): `Trainer.reconstruct`.
 Reconstruct = Callable[[dict, jax.Array], tuple[jax.Array, jax.Array]]
@@ -78,11 +79,9 @@ class ReconstructionEvaluator:
         for name, (originals, reconstructions) in tally.statistics.items():
             distance = merge_across_processes(originals).frechet(merge_across_processes(reconstructions))
             yield ("rFID" if name == FID else name), distance
-        share = tally.histogram[tally.histogram > 0] / tally.histogram.sum()
-        entropy = float(-np.sum(share * np.log(share)))
         yield "usage", float(np.mean(tally.histogram > 0))
-        yield "perplexity", float(np.exp(entropy))
-        yield "entropy", entropy
+        yield "perplexity", float(perplexity(tally.histogram))
+        yield "entropy", float(entropy(tally.histogram))
         yield "images", float(tally.images)
 
     def histogram(self, params: dict) -> np.ndarray:

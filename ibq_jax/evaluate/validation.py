@@ -11,7 +11,7 @@ from ibq_jax.autoregressive.sample_images import ImageSampler
 from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.base.sharding import check_batch, process_rows
 from ibq_jax.data.pipeline import evaluation_batches, open_split
-from ibq_jax.data.token_cache import CodeSource, evaluation_code_batches
+from ibq_jax.data.token_cache import TokenCacheSplit, evaluation_code_batches
 from ibq_jax.evaluate.contact_sheet import contact_sheet
 from ibq_jax.evaluate.feature_nets import NO_FEATURE_NETS, FeatureNets
 from ibq_jax.evaluate.likelihood import LikelihoodEvaluator
@@ -42,7 +42,7 @@ def validation_evaluator(
             examples=count,
             rows=process_rows(trainer.mesh, config.evaluate.batch_size),
             antialias=protocol.antialias,
-            threads=config.data.num_threads,
+            num_threads=config.data.num_threads,
         )
 
     return ReconstructionEvaluator(
@@ -50,7 +50,7 @@ def validation_evaluator(
     )
 
 
-def likelihood_evaluator(trainer: GeneratorTrainer, source: CodeSource, examples: int) -> LikelihoodEvaluator:
+def likelihood_evaluator(trainer: GeneratorTrainer, source: TokenCacheSplit, examples: int) -> LikelihoodEvaluator:
     """On the codes of `source`; `examples` pictures of them, 0 for all."""
     config = trainer.config
     check_batch(config.evaluate.batch_size, trainer.mesh, 1, "evaluate.batch_size")
@@ -61,7 +61,7 @@ def likelihood_evaluator(trainer: GeneratorTrainer, source: CodeSource, examples
             batch_size=config.evaluate.batch_size,
             examples=examples,
             rows=process_rows(trainer.mesh, config.evaluate.batch_size),
-            threads=config.data.num_threads,
+            num_threads=config.data.num_threads,
         )
 
     return LikelihoodEvaluator(trainer.code_losses, source.grid, trainer.mesh, batches)

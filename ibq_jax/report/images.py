@@ -14,11 +14,12 @@ from ibq_jax.autoregressive.restore import find_tokenizer
 from ibq_jax.autoregressive.restore import restore_run as restore_generator
 from ibq_jax.base.checkpoint import Restored
 from ibq_jax.base.errors import UsageError
+from ibq_jax.data.preprocess import to_uint8
 from ibq_jax.evaluate.validation import class_samples, validation_evaluator
 from ibq_jax.report.curves import colour_errors, plot_ranks
 from ibq_jax.report.page import png_uri, shown
 from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
-from ibq_jax.tokenizer.step import TokenizerTrainer, to_uint8
+from ibq_jax.tokenizer.step import TokenizerTrainer
 
 PICTURES = 8  # originals with their reconstructions
 CODES_SHOWN = 16  # of the most used, and of the least
@@ -106,7 +107,7 @@ def _of_generator(run: Path) -> tuple[Restored, dict, list[str]]:
         tokenizer = find_tokenizer(trainer.config.tokenizer, manifest, needed=True)
     except UsageError as error:
         return restored, {}, [f"no samples: {error}"]
-    sheet = class_samples(trainer, restored.state.averaged, manifest, tokenizer)
+    sheet = class_samples(trainer, restored.state.weights("ema"), manifest, tokenizer)
     sample = trainer.config.sample
     caption = (
         f"Guidance {sample.cfg_scale:g}, temperature {sample.temperature:g}, seed {trainer.config.seed}, not chosen."

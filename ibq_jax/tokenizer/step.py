@@ -19,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from ibq_jax.base.sharding import AXES, abstract_state, batch_sharding, jit_step, replicated
-from ibq_jax.base.state import adam, drop_schedule, moving_average
+from ibq_jax.base.state import AveragedWeights, adam, drop_schedule, moving_average
+from ibq_jax.data.preprocess import to_float
 from ibq_jax.pretrained.lpips import lpips, weight_shapes
 from ibq_jax.tokenizer import losses
 from ibq_jax.tokenizer.codebook_monitor import CodebookWindow
@@ -39,7 +40,7 @@ class DiscriminatorState:
 
 
 @flax.struct.dataclass
-class TokenizerState:
+class TokenizerState(AveragedWeights):
     """Everything a step changes. `discriminator` is None where loss.adversarial_weight is 0."""
 
     step: jax.Array
@@ -48,16 +49,6 @@ class TokenizerState:
     ema: dict
     discriminator: DiscriminatorState | None
     window: CodebookWindow
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """uint8 [0, 255] -> float32 [-1, 1]; floats pass as they are."""
-    return images.astype(jnp.float32) / 127.5 - 1.0 if images.dtype == jnp.uint8 else images
-
-
-def to_uint8(images: jax.Array) -> jax.Array:
-    """float [-1, 1] -> uint8 [0, 255], rounded to nearest."""
-    return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
 @dataclass(frozen=True)
@@ -93,7 +84,7 @@ class TokenizerTrainer:
     def optimizer(self) -> optax.GradientTransformation:
         """Adam, of the autoencoder and, with a state of its own, of the discriminator."""
         config = self.config.optimizer
-        return adam(self.learning_rate, config.beta1, config.beta2, config.gradient_clip)
+        return adam(self.learning_rate, beta1=config.beta1, beta2=config.beta2, gradient_clip=config.gradient_clip)
 
     @cached_property
     def window_steps(self) -> int:

@@ -27,12 +27,11 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import atomic_file
 from ibq_jax.base.sharding import batch_sharding, check_batch, global_batch, make_mesh, replicated
 from ibq_jax.data.pipeline import ImageSource, check_readers, check_sizes, decode_record, iterate
-from ibq_jax.data.preprocess import VIEWS, resize_shorter_side, views
+from ibq_jax.data.preprocess import VIEWS, resize_shorter_side, to_float, views
 from ibq_jax.data.token_cache import MANIFEST, VERSION, read_manifest, record_type
 from ibq_jax.data.token_cache_writer import Shard, finish, list_shards, locked_cache, shard_count, write_records
 from ibq_jax.tokenizer.model import TokenizerModel
 from ibq_jax.tokenizer.quantizers import fingerprint_fields
-from ibq_jax.tokenizer.step import to_float
 
 # Fields of the model that decide which codes an image gets; the others say where and how fast, or how it was trained.
 DECIDING_FIELDS = (

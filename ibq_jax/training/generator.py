@@ -16,7 +16,13 @@ from ibq_jax.autoregressive.step import GeneratorState, GeneratorTrainer, jit_tr
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import resolve
 from ibq_jax.base.sharding import make_mesh, process_rows
-from ibq_jax.data.token_cache import CodeSource, check_manifest, open_codes, read_fields, training_code_batches
+from ibq_jax.data.token_cache import (
+    TokenCacheSplit,
+    check_manifest,
+    open_token_cache,
+    read_fields,
+    training_code_batches,
+)
 from ibq_jax.evaluate.validation import class_samples, likelihood_evaluator
 from ibq_jax.training.fit import FieldRoles, check_same_run, fit
 
@@ -57,7 +63,7 @@ class GeneratorStage:
     def __init__(self, trainer: GeneratorTrainer, manifest: Mapping, tokenizer: TokenizerWeights | None):
         config = trainer.config
         self._trainer, self._manifest, self._tokenizer = trainer, manifest, tokenizer
-        validation = open_codes(config.token_cache, "validation")
+        validation = open_token_cache(config.token_cache, "validation")
         self._evaluator = likelihood_evaluator(trainer, validation, config.evaluate.examples)
 
     @cached_property
@@ -77,7 +83,7 @@ class GeneratorStage:
         )
 
     def evaluate(self, state: GeneratorState) -> dict[str, float | np.ndarray]:
-        measured = self._evaluator(state.averaged)
+        measured = self._evaluator(state.weights("ema"))
         return {
             "validation/loss": measured.loss,
             "validation/perplexity": measured.perplexity,
@@ -87,7 +93,7 @@ class GeneratorStage:
     def pictures(self, state: GeneratorState) -> dict[str, np.ndarray]:
         if self._tokenizer is None:
             return {}
-        return {"samples": class_samples(self._trainer, state.averaged, self._manifest, self._tokenizer)}
+        return {"samples": class_samples(self._trainer, state.weights("ema"), self._manifest, self._tokenizer)}
 
 
 def train_generator(config: ConfigDict, workdir: Path, profile: range = range(0)) -> GeneratorState:
@@ -119,8 +125,8 @@ def train_generator(config: ConfigDict, workdir: Path, profile: range = range(0)
             seed=config.seed,
             start_step=step,
             rows=process_rows(mesh, config.data.batch_size),
-            workers=config.data.num_workers,
-            threads=config.data.num_threads,
+            num_workers=config.data.num_workers,
+            num_threads=config.data.num_threads,
         )
 
     def complete(state: GeneratorState) -> GeneratorState:
@@ -139,11 +145,11 @@ def train_generator(config: ConfigDict, workdir: Path, profile: range = range(0)
     )
 
 
-def _open_codes(config: ConfigDict, workdir: Path) -> CodeSource:
+def _open_codes(config: ConfigDict, workdir: Path) -> TokenCacheSplit:
     """The training codes. Raises UsageError unless they are of the config's kind, and the run's if it has begun."""
     if not config.token_cache:
         raise UsageError("config.token_cache is empty: give --config.token_cache=FOLDER, which tokenize wrote")
-    source = open_codes(config.token_cache, "train")
+    source = open_token_cache(config.token_cache, "train")
     check_fit(config, source)
     before = read_fields(workdir / CODES) if (workdir / CODES).is_file() else {"imported": ""}
     if "imported" not in before:  # of an imported run's codes, only what the config says is known

@@ -127,8 +127,8 @@ def _batch_fields(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
         batch_size=data.batch_size,
         seed=config.seed,
         rows=process_rows(mesh, data.batch_size),
-        workers=data.num_workers,
-        threads=data.num_threads,
+        num_workers=data.num_workers,
+        num_threads=data.num_threads,
     )
 
 

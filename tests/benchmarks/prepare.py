@@ -30,7 +30,7 @@ from ibq_jax.base.config import load_config
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.data.beam_dataset import _ShardWriter, write_dataset_with_beam
 from ibq_jax.data.beam_map import find_beam
-from ibq_jax.data.preprocess import decode, resize_shorter_side, views
+from ibq_jax.data.preprocess import decode_image, resize_shorter_side, views
 from ibq_jax.data.sources import ImageCollection
 from ibq_jax.data.store import load, write_dataset
 from ibq_jax.data.tar_shards import _labels, tar_shards
@@ -122,7 +122,7 @@ def second_pass(collection: ImageCollection, folder: Path) -> None:
 
 def crops(encoded: list[bytes], resize: int, names: tuple[str, ...]) -> None:
     for content in encoded:
-        views(resize_shorter_side(decode(content), resize), names, 256)
+        views(resize_shorter_side(decode_image(content), resize), names, 256)
 
 
 def prepare(pattern: str, folder: Path) -> None:

@@ -28,9 +28,10 @@ from ibq_jax.base.sharding import create_sharded, global_batch, make_mesh
 from ibq_jax.base.state import moving_average
 from ibq_jax.base.telemetry import Telemetry
 from ibq_jax.data.pipeline import open_split, training_batches
+from ibq_jax.data.preprocess import to_float
 from ibq_jax.tokenizer import losses
 from ibq_jax.tokenizer.restore import TokenizerStage
-from ibq_jax.tokenizer.step import TokenizerTrainer, to_float
+from ibq_jax.tokenizer.step import TokenizerTrainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WARM_STEPS = 5
@@ -135,7 +136,7 @@ def main() -> None:
     def make_batches():
         return training_batches(
             source, image_size=data.image_size, resize=data.resize, batch_size=data.batch_size, seed=config.seed,
-            workers=data.num_workers, threads=data.num_threads,
+            num_workers=data.num_workers, num_threads=data.num_threads,
         )  # fmt: skip
 
     batch = next(make_batches())["image"]

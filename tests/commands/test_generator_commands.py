@@ -19,7 +19,7 @@ from support.small_runs import ROOT, STEPS, generator_arguments, save_run
 from ibq_jax import Generator, Tokenizer
 from ibq_jax.__main__ import main
 from ibq_jax.autoregressive.restore import restore_run
-from ibq_jax.data.token_cache import open_codes
+from ibq_jax.data.token_cache import open_token_cache
 from ibq_jax.evaluate import sample_set
 from ibq_jax.pretrained.tensor_files import read_tensors, write_tensors
 
@@ -84,7 +84,7 @@ def test_validation_loss_is_that_of_the_public_class(run, codes, tmp_path, capsy
     assert main(["evaluate", f"--run={run}", f"--json={numbers}"]) == 0
     out, measured = capsys.readouterr().out, json.loads(numbers.read_text())
     assert "order 0, the codes alone" in out and "uniform, log of the number of codes" in out
-    generator, source = Generator.load(run), list(open_codes(codes, "validation"))
+    generator, source = Generator.load(run), list(open_token_cache(codes, "validation"))
     pictures = np.stack([image["codes"][0] for image in source]).astype(np.int32)
     logits = generator.logits(pictures, np.array([image["label"] for image in source]))
     log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), pictures.reshape(len(pictures), -1, 1), 2)

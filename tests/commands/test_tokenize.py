@@ -25,9 +25,9 @@ from ibq_jax.base.sharding import make_mesh
 from ibq_jax.commands import tokenize
 from ibq_jax.data import store
 from ibq_jax.data.pipeline import open_split
-from ibq_jax.data.preprocess import decode, resize_shorter_side, views
+from ibq_jax.data.preprocess import decode_image, resize_shorter_side, views
 from ibq_jax.data.sources import Example, ImageCollection
-from ibq_jax.data.token_cache import open_codes
+from ibq_jax.data.token_cache import open_token_cache
 from ibq_jax.tokenizer import tokenize as extract
 from ibq_jax.tokenizer.tokenize import Job, fingerprint
 
@@ -65,13 +65,13 @@ def files(folder: Path) -> dict:
 
 def expected_codes(run: Path, source, names: tuple[str, ...], resize: int = SIDE, use_ema: bool = True) -> np.ndarray:
     """[N, V, h, w], as the public class encodes the crops."""
-    crops = [views(resize_shorter_side(decode(record["image"]), resize), names, SIDE) for record in source]
+    crops = [views(resize_shorter_side(decode_image(record["image"]), resize), names, SIDE) for record in source]
     codes = Tokenizer.load(run, use_ema).encode(np.concatenate(crops))
     return np.asarray(codes).reshape(len(crops), -1, *codes.shape[1:])
 
 
 def stored_codes(out: Path, split: str) -> np.ndarray:
-    return np.stack([image["codes"] for image in open_codes(out, split)])
+    return np.stack([image["codes"] for image in open_token_cache(out, split)])
 
 
 def test_a_cache_holds_the_codes_that_the_tokenizer_gives(run, data_dir, tmp_path, capsys):
@@ -86,7 +86,7 @@ def test_a_cache_holds_the_codes_that_the_tokenizer_gives(run, data_dir, tmp_pat
     assert said[3:] == [f"next: python -m ibq_jax {train}"]
 
     for split, names, size in (("train", ("centre", "flip"), 100), ("validation", ("centre",), 20)):
-        source, cached = open_split("openmoji", data_dir, f"{split}[:{size}]"), open_codes(out, split)
+        source, cached = open_split("openmoji", data_dir, f"{split}[:{size}]"), open_token_cache(out, split)
         assert (len(cached), cached.codebook_size, cached.grid, cached.views) == (size, 64, (8, 8), names)
         assert cached.class_names == source.class_names
         assert [image["label"] for image in cached] == [record["label"] for record in source]
@@ -97,7 +97,7 @@ def test_a_cache_holds_the_codes_that_the_tokenizer_gives(run, data_dir, tmp_pat
 
 
 def test_the_manifest_says_what_the_codes_are_of(whole, run, data_dir):
-    manifest = open_codes(whole, "train").manifest
+    manifest = open_token_cache(whole, "train").manifest
     tokenizer = Tokenizer.load(run)
     assert manifest["tokenizer"].pop("config")["codebook"]["size"] == 64
     assert manifest["tokenizer"] == {
@@ -128,7 +128,7 @@ def test_ten_crops_of_larger_pictures_and_other_weights(run, data_dir, tmp_path)
     source = open_split("openmoji", data_dir, "train[:9]")
     assert codes.shape == (9, 10, 8, 8)
     np.testing.assert_array_equal(codes, expected_codes(run, source, ("ten_crop",), resize=20, use_ema=False))
-    assert open_codes(tmp_path / "codes", "train").manifest["tokenizer"]["weights"] == "raw"
+    assert open_token_cache(tmp_path / "codes", "train").manifest["tokenizer"]["weights"] == "raw"
     assert stored_codes(tmp_path / "codes", "validation").shape == (3, 1, 8, 8)
 
 
@@ -230,7 +230,7 @@ def test_a_cache_of_another_tokenizer_needs_a_decision(whole, run, data_dir, tmp
     assert "data.splits.train.views: the cache has ('centre', 'flip'), this command asks for ('centre',)" in error
     assert files(out) == before
     assert main(command(other, out, "--views=centre", SPLITS, "--overwrite")) == 0
-    assert open_codes(out, "train").codebook_size == 512
+    assert open_token_cache(out, "train").codebook_size == 512
     assert stored_codes(out, "train").shape == (100, 1, 8, 8)
     assert main(command(run, out, SPLITS, "--overwrite")) == 0
     assert files(out) == before
@@ -278,7 +278,7 @@ def test_an_imported_tokenizer_is_extracted_with_too(data_dir, tmp_path):
     where = dict(overwrite=False, process_index=0, process_count=1)
     manifest = extract.extract(tokenizer.model, tokenizer.params, job, tmp_path / "codes", origin, **where)
     assert manifest["tokenizer"]["config"] == config
-    crops = [resize_shorter_side(decode(record["image"]), SIDE)[:, ::-1] for record in sources["train"]]
+    crops = [resize_shorter_side(decode_image(record["image"]), SIDE)[:, ::-1] for record in sources["train"]]
     np.testing.assert_array_equal(stored_codes(tmp_path / "codes", "train")[:, 0], tokenizer.encode(np.stack(crops)))
 
 
@@ -342,7 +342,7 @@ def noisy(name: str, classes: tuple[str, ...], broken: int | None) -> ImageColle
 
 def test_a_record_that_is_no_image_is_named_and_what_is_whole_is_kept(run, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(store, "decode", lambda encoded: None)
+        patch.setattr(store, "decode_image", lambda encoded: None)
         store.write_dataset(noisy("bad", ("a",), broken=17), tmp_path, {})
     capsys.readouterr()
     assert main(command(run, tmp_path / "codes", "--data=bad", f"--data-dir={tmp_path}")) == 2
@@ -355,7 +355,7 @@ def test_a_record_that_is_no_image_is_named_and_what_is_whole_is_kept(run, tmp_p
 def test_images_without_classes_are_labelled_minus_one(run, tmp_path):
     store.write_dataset(noisy("plain", (), broken=None), tmp_path, {})
     assert main(command(run, tmp_path / "codes", "--data=plain", f"--data-dir={tmp_path}", "--views=centre")) == 0
-    source = open_codes(tmp_path / "codes", "train")
+    source = open_token_cache(tmp_path / "codes", "train")
     assert source.num_classes == 0 and {image["label"] for image in source} == {-1}
 
 

@@ -26,10 +26,10 @@ from support.token_caches import write_cache
 from ibq_jax.base.config import read_config
 from ibq_jax.base.errors import UsageError
 from ibq_jax.data.pipeline import open_split
-from ibq_jax.data.preprocess import UnreadableImage, decode
+from ibq_jax.data.preprocess import UnreadableImage, decode_image
 from ibq_jax.data.store import write_dataset
 from ibq_jax.data.tar_shards import tar_shards
-from ibq_jax.data.token_cache import open_codes
+from ibq_jax.data.token_cache import open_token_cache
 from ibq_jax.evaluate.statistics import FeatureStatistics
 from ibq_jax.pretrained.tensor_files import open_tensors
 from ibq_jax.report.history import read_history
@@ -97,7 +97,7 @@ def _tar(path: Path) -> None:
 def _all_samples(folder: Path) -> None:
     for example in tar_shards(str(folder / "*.tar"), "web").examples():
         try:
-            decode(example.read())
+            decode_image(example.read())
         except UnreadableImage as error:
             _check_line(str(error))
 
@@ -115,21 +115,21 @@ def _all_records(folder: Path) -> None:
     for split in ("train", "validation"):
         for record in open_split("web", folder, split):
             try:
-                decode(record["image"])
+                decode_image(record["image"])
             except UnreadableImage as error:
                 _check_line(str(error))
 
 
 def _all_codes(folder: Path) -> None:
     for split in ("train", "validation"):
-        source = open_codes(folder, split)
+        source = open_token_cache(folder, split)
         for index in range(len(source)):
             assert source[index]["codes"].max() < source.codebook_size
 
 
 def _picture(path: Path) -> np.ndarray:
     try:
-        return decode(path.read_bytes())
+        return decode_image(path.read_bytes())
     except UnreadableImage as error:
         raise UsageError(str(error)) from error
 

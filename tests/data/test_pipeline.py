@@ -10,7 +10,7 @@ from support.image_files import noise_file
 from ibq_jax.base.errors import UsageError
 from ibq_jax.data import store
 from ibq_jax.data.pipeline import evaluation_batches, open_split, training_batches
-from ibq_jax.data.preprocess import centre_crop, decode, resize_shorter_side
+from ibq_jax.data.preprocess import centre_crop, decode_image, resize_shorter_side
 from ibq_jax.data.sources import Example, ImageCollection
 
 COUNT = 23
@@ -87,7 +87,7 @@ def test_every_epoch_has_every_record_once_in_another_order(source):
 def test_crops_are_windows_that_change_with_the_epoch(source):
     taken = take(source, COUNT)
     images = joined(taken, "image")[joined(taken, "index") == 4]
-    resized = resize_shorter_side(decode(png(4)), SIZES["resize"])
+    resized = resize_shorter_side(decode_image(png(4)), SIZES["resize"])
     windows = {
         resized[top : top + 8, left : left + 8].tobytes()
         for top in range(resized.shape[0] - 7)
@@ -116,7 +116,7 @@ def test_processes_hold_consecutive_rows_of_the_global_batch(source, process_cou
     assert_same(together, take(source, 5))
 
 
-@pytest.mark.parametrize("options", [{"threads": 1}, {"threads": 5}, {"workers": 2, "threads": 1}])
+@pytest.mark.parametrize("options", [{"num_threads": 1}, {"num_threads": 5}, {"num_workers": 2, "num_threads": 1}])
 def test_workers_and_threads_change_nothing(source, options):
     assert_same(take(source, 6, **options), take(source, 6))
 
@@ -130,7 +130,7 @@ def test_starting_far_out_replays_nothing(source, monkeypatch):
     read = []
     original = type(source).__getitem__
     monkeypatch.setattr(type(source), "__getitem__", lambda self, i: read.append(i) or original(self, i))
-    take(source, 1, start_step=10**9, threads=1)
+    take(source, 1, start_step=10**9, num_threads=1)
     assert len(read) <= 3 * 8
 
 
@@ -149,7 +149,7 @@ def test_evaluation_sees_every_record_once_and_masks_the_padding(source, process
     images = joined(batches, "image")
     assert not images[~mask].any()
     for i in range(COUNT):
-        np.testing.assert_array_equal(images[i], centre_crop(resize_shorter_side(decode(png(i)), 12), 8))
+        np.testing.assert_array_equal(images[i], centre_crop(resize_shorter_side(decode_image(png(i)), 12), 8))
 
 
 def test_evaluation_of_a_few_spreads_them_over_the_split(source):
@@ -161,7 +161,7 @@ def test_evaluation_of_a_few_spreads_them_over_the_split(source):
 
 def test_evaluation_can_resize_without_antialiasing(source):
     [batch] = evaluation_batches(source, batch_size=COUNT, antialias=False, **SIZES)
-    expected = centre_crop(resize_shorter_side(decode(png(6)), 12, antialias=False), 8)
+    expected = centre_crop(resize_shorter_side(decode_image(png(6)), 12, antialias=False), 8)
     np.testing.assert_array_equal(batch["image"][6], expected)
 
 
@@ -193,7 +193,7 @@ def test_a_missing_split_lists_the_others(data_dir):
         ({"batch_size": 0}, "0 images"),
         ({"image_size": 0}, "image_size=0"),
         ({"image_size": 13}, "resize=12 is smaller than image_size=13"),
-        ({"threads": -1}, "threads=-1, workers=0: neither"),
+        ({"num_threads": -1}, "threads=-1, workers=0: neither"),
     ],
 )
 def test_sizes_that_do_not_fit(source, options, message):
@@ -205,7 +205,7 @@ def test_sizes_that_do_not_fit(source, options, message):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"seed": -1}, "seed=-1: "), ({"workers": -2}, "workers=-2: neither")]
+    ("options", "message"), [({"seed": -1}, "seed=-1: "), ({"num_workers": -2}, "workers=-2: neither")]
 )
 def test_training_options_out_of_range(source, options, message):
     with pytest.raises(UsageError, match=message):
@@ -215,11 +215,11 @@ def test_training_options_out_of_range(source, options, message):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_record_that_is_no_image_is_named(tmp_path, monkeypatch, workers):
     with monkeypatch.context() as patch:
-        patch.setattr(store, "decode", lambda encoded: None)
+        patch.setattr(store, "decode_image", lambda encoded: None)
         store.write_dataset(collection("bad", read=lambda i: b"junk" if i == 17 else png(i)), tmp_path, {})
     source = open_split("bad", tmp_path, "train")
     with pytest.raises(UsageError, match=f"^data set bad in {tmp_path}, split 'train', record 17 is no image [^\n]*$"):
-        take(source, 3, workers=workers)
+        take(source, 3, num_workers=workers)
 
 
 def test_a_damaged_file_is_named(tmp_path):

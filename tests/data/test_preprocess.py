@@ -6,13 +6,13 @@ import pytest
 from PIL import Image
 from support.image_files import encode, noise
 
-from ibq_jax.data.preprocess import UnreadableImage, centre_crop, decode, random_crop, resize_shorter_side
+from ibq_jax.data.preprocess import UnreadableImage, centre_crop, decode_image, random_crop, resize_shorter_side
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "WEBP"])
 def test_lossless_files_come_back_exactly(form):
     image = noise(0, 5, 7)
-    np.testing.assert_array_equal(decode(encode(Image.fromarray(image), form, lossless=True)), image)
+    np.testing.assert_array_equal(decode_image(encode(Image.fromarray(image), form, lossless=True)), image)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_lossless_files_come_back_exactly(form):
     ],
 )
 def test_every_mode_becomes_rgb_on_white(mode, colour, expected):
-    image = decode(encode(Image.new(mode, (3, 2), colour)))
+    image = decode_image(encode(Image.new(mode, (3, 2), colour)))
     assert image.dtype == np.uint8
     np.testing.assert_array_equal(image, np.broadcast_to(np.uint8(expected), (2, 3, 3)))
 
@@ -37,39 +37,39 @@ def test_transparent_palette_entries_show_white():
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putdata([0, 1])
-    assert decode(encode(palette, transparency=0)).tolist() == [[[255, 255, 255], [40, 50, 60]]]
+    assert decode_image(encode(palette, transparency=0)).tolist() == [[[255, 255, 255], [40, 50, 60]]]
 
 
 def test_cmyk_jpeg_is_converted():
-    image = decode(encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100))
+    image = decode_image(encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100))
     np.testing.assert_allclose(image, np.broadcast_to(np.uint8([255, 0, 0]), (16, 16, 3)), atol=3)
 
 
 def test_exif_orientation_is_not_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees to show"
-    assert decode(encode(Image.fromarray(noise(0, 4, 9)), "JPEG", exif=exif)).shape == (4, 9, 3)
+    assert decode_image(encode(Image.fromarray(noise(0, 4, 9)), "JPEG", exif=exif)).shape == (4, 9, 3)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP"])
 def test_truncated_files_are_unreadable(form):
     whole = encode(Image.fromarray(noise(0, 64, 64)), form)
-    decode(whole)
+    decode_image(whole)
     with pytest.raises(UnreadableImage):
-        decode(whole[: len(whole) // 2])
+        decode_image(whole[: len(whole) // 2])
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\x89PNG\r\n\x1a\n", bytes(1000)])
 def test_other_bytes_are_unreadable(content):
     with pytest.raises(UnreadableImage):
-        decode(content)
+        decode_image(content)
 
 
 def test_a_decompression_bomb_is_unreadable(monkeypatch):
     bomb = encode(Image.new("RGB", (100, 100)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4_999)
     with pytest.raises(UnreadableImage, match="bomb"):
-        decode(bomb)
+        decode_image(bomb)
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(70, 93, 32), (70, 93, 69), (93, 70, 140), (40, 41, 7)])

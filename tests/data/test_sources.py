@@ -16,7 +16,7 @@ from ibq_jax.data import tar_shards
 from ibq_jax.data.folders import image_folder
 from ibq_jax.data.imagenet import TRAIN_TAR, VALIDATION_TAR, imagenet2012
 from ibq_jax.data.openmoji import openmoji
-from ibq_jax.data.preprocess import UnreadableImage, decode
+from ibq_jax.data.preprocess import UnreadableImage, decode_image
 from ibq_jax.data.sources import ImageCollection, held_out, is_held_out, printable
 from ibq_jax.data.tar_shards import tar_shards as shards_of
 
@@ -27,7 +27,7 @@ def labels(collection: ImageCollection) -> dict[str, tuple[str, int | None]]:
     """name -> (split, label) of each readable example."""
     found = {}
     for example in collection.examples():
-        decode(example.read())
+        decode_image(example.read())
         assert example.name not in found
         found[example.name] = (example.split, example.label)
     return found
@@ -101,7 +101,7 @@ def test_openmoji_holds_out_a_tenth_of_every_category_at_every_size(emoji):
 
 def test_openmoji_renders_colour_on_white(emoji):
     [heart] = [example for example in emoji.examples() if example.name == "2764.svg"]
-    image = decode(heart.read())
+    image = decode_image(heart.read())
     assert image.shape == (16, 16, 3)
     np.testing.assert_array_equal(image[[0, 0, -1, -1], [0, -1, 0, -1]], 255)
     red, green, blue = image[8, 8]

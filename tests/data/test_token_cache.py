@@ -19,7 +19,7 @@ from ibq_jax.data.preprocess import centre_crop, views
 from ibq_jax.data.token_cache import (
     check_manifest,
     evaluation_code_batches,
-    open_codes,
+    open_token_cache,
     read_manifest,
     training_code_batches,
 )
@@ -35,7 +35,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(cache):
-    return open_codes(cache, "train")
+    return open_token_cache(cache, "train")
 
 
 def take(source, count: int, **options) -> list[dict]:
@@ -100,7 +100,7 @@ def test_the_manifest_counts_what_is_there(cache):
 @pytest.mark.parametrize(("codes", "width"), [(256, 1), (257, 2), (65_536, 2), (65_537, 4)])
 def test_codes_are_as_narrow_as_their_number_allows(codes, width, tmp_path):
     write_cache(tmp_path, settings(codes=codes))
-    source = open_codes(tmp_path, "train")
+    source = open_token_cache(tmp_path, "train")
     assert source[0]["codes"].dtype.itemsize == width
     np.testing.assert_array_equal(source[5]["codes"], codes_of(5, codes))
 
@@ -159,7 +159,7 @@ def test_processes_hold_consecutive_rows_of_the_global_batch(source, process_cou
     assert_same(together, take(source, 5))
 
 
-@pytest.mark.parametrize("options", [{"threads": 1}, {"threads": 5}, {"workers": 2, "threads": 1}])
+@pytest.mark.parametrize("options", [{"num_threads": 1}, {"num_threads": 5}, {"num_workers": 2, "num_threads": 1}])
 def test_workers_and_threads_change_nothing(source, options):
     assert_same(take(source, 6, **options), take(source, 6))
 
@@ -173,7 +173,7 @@ def test_starting_far_out_replays_nothing(source, monkeypatch):
     read = []
     original = type(source).__getitem__
     monkeypatch.setattr(type(source), "__getitem__", lambda self, i: read.append(i) or original(self, i))
-    take(source, 1, start_step=10**9, threads=1)
+    take(source, 1, start_step=10**9, num_threads=1)
     assert len(read) <= 3 * 8
 
 
@@ -203,7 +203,7 @@ def test_evaluation_of_a_few_spreads_them_over_the_split(source):
 
 def test_images_without_classes_are_labelled_minus_one(tmp_path):
     assert write_cache(tmp_path, settings(classes=0))["splits"]["train"]["labels"] == []
-    source = open_codes(tmp_path, "train")
+    source = open_token_cache(tmp_path, "train")
     assert source.num_classes == 0
     assert take(source, 1)[0]["label"].tolist() == [-1] * 8
 
@@ -213,7 +213,7 @@ def test_images_without_classes_are_labelled_minus_one(tmp_path):
     [
         ({"batch_size": 9, "process_count": 2}, "9 images does not divide among 2 processes"),
         ({"batch_size": 0}, "0 images"),
-        ({"threads": -1}, "threads=-1, workers=0: neither"),
+        ({"num_threads": -1}, "threads=-1, workers=0: neither"),
     ],
 )
 def test_options_that_do_not_fit(source, options, message):
@@ -224,7 +224,7 @@ def test_options_that_do_not_fit(source, options, message):
         evaluation_code_batches(source, **options)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"seed": -1}, "seed=-1: "), ({"workers": -2}, "workers=-2: ")])
+@pytest.mark.parametrize(("options", "message"), [({"seed": -1}, "seed=-1: "), ({"num_workers": -2}, "workers=-2: ")])
 def test_training_options_out_of_range(source, options, message):
     with pytest.raises(UsageError, match=message):
         training_code_batches(source, **({"batch_size": 8, "seed": 0} | options))
@@ -232,9 +232,9 @@ def test_training_options_out_of_range(source, options, message):
 
 def test_no_cache_and_no_split_are_told_what_to_do(cache, tmp_path):
     with pytest.raises(UsageError, match=f"no token cache in {tmp_path}: make it with .*tokenize .*--out={tmp_path}$"):
-        open_codes(tmp_path, "train")
+        open_token_cache(tmp_path, "train")
     with pytest.raises(UsageError, match="has no split 'test'; it has train, validation"):
-        open_codes(cache, "test")
+        open_token_cache(cache, "test")
 
 
 def test_an_unfinished_cache_is_not_read_and_goes_on_to_the_same_files(cache, tmp_path):
@@ -242,7 +242,7 @@ def test_an_unfinished_cache_is_not_read_and_goes_on_to_the_same_files(cache, tm
         write_shards(tmp_path, settings(), numbers=(1, 3))
         assert finish(tmp_path, settings()) is None
     with pytest.raises(UsageError, match="is unfinished: rerun the same tokenize command, it continues"):
-        open_codes(tmp_path, "train")
+        open_token_cache(tmp_path, "train")
     (tmp_path / "train" / "00002-of-00008.array_record.partial").write_bytes(b"half")
     write_cache(tmp_path, settings())
     assert files(tmp_path) == files(cache)
@@ -314,7 +314,7 @@ def test_other_settings_need_a_decision(cache, tmp_path):
     with locked_cache(tmp_path, other, overwrite=True):
         write_shards(tmp_path, other)
         finish(tmp_path, other)
-    assert open_codes(tmp_path, "train").codebook_size == 256
+    assert open_token_cache(tmp_path, "train").codebook_size == 256
 
 
 def test_none_overwrites_what_another_process_writes(tmp_path):
@@ -340,7 +340,7 @@ def test_an_overwrite_that_was_killed_leaves_an_unfinished_cache(cache, tmp_path
         with locked_cache(tmp_path, settings(codes=256), overwrite=True):
             pass
     with pytest.raises(UsageError, match="is unfinished"):
-        open_codes(tmp_path, "train")
+        open_token_cache(tmp_path, "train")
     write_cache(tmp_path, settings())
     assert files(tmp_path) == files(cache)
 
@@ -387,7 +387,7 @@ def test_a_damaged_cache_is_said_so(damage, tmp_path):
     write_cache(tmp_path, settings())
     damage(tmp_path)
     with pytest.raises(UsageError, match=rf"^[^\n]*{tmp_path}[^\n]* is damaged \([^\n]*\): tokenize again[^\n]*$"):
-        list(open_codes(tmp_path, "train"))
+        list(open_token_cache(tmp_path, "train"))
 
 
 def test_a_damaged_record_is_named_while_training(tmp_path):
@@ -396,7 +396,7 @@ def test_a_damaged_record_is_named_while_training(tmp_path):
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 255
     shard.write_bytes(content)
-    batches = training_code_batches(open_codes(tmp_path, "train"), batch_size=1_000, seed=0)
+    batches = training_code_batches(open_token_cache(tmp_path, "train"), batch_size=1_000, seed=0)
     with pytest.raises(UsageError, match=r"^token cache [^\n]*, split 'train' is damaged \(record \d+: [^\n]*$"):
         list(itertools.islice(batches, 20))
 
@@ -422,7 +422,7 @@ def test_another_format_version_is_said_so(tmp_path):
     manifest = tmp_path / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 2}))
     with pytest.raises(UsageError, match=r"manifest.json is of format version 2, this reads 1: tokenize with"):
-        open_codes(tmp_path, "train")
+        open_token_cache(tmp_path, "train")
 
 
 def test_every_field_that_differs_is_named(cache):

@@ -8,9 +8,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import make_mesh
+from ibq_jax.data.preprocess import to_uint8
 from ibq_jax.evaluate.feature_nets import FD, find_feature_nets
 from ibq_jax.evaluate.protocols import PROTOCOLS
-from ibq_jax.evaluate.reconstruction import ReconstructionEvaluator, to_uint8
+from ibq_jax.evaluate.reconstruction import ReconstructionEvaluator
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (13, 16, 16, 3), np.uint8)
 

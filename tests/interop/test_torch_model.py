@@ -16,7 +16,7 @@ from support.small_runs import ROOT, save_run
 from ibq_jax import Tokenizer
 from ibq_jax.__main__ import main
 from ibq_jax.data.openmoji import openmoji
-from ibq_jax.data.preprocess import decode
+from ibq_jax.data.preprocess import decode_image
 from ibq_jax.interop import torch_model
 
 pytest.importorskip("torch")
@@ -57,8 +57,8 @@ def test_from_our_file_to_a_reconstructed_picture_without_jax(python, tmp_path):
     run = save_run(tmp_path / "run", tmp_path, "dtype=float32")
     assert main(["convert", f"--in={run}", f"--out={tmp_path / 'tokenizer.safetensors'}"]) == 0
     shutil.copy(torch_model.__file__, tmp_path)
-    picture = decode(next(iter(openmoji(size=32).examples())).read())
-    Image.fromarray(picture).save(tmp_path / "picture.png")
+    picture = decode_image(next(iter(openmoji(size=32).examples())).read())
+    Image.fromarray(picture).save(tmp_path / "image.png")
     (lines,) = re.findall(r"```python\n([^`]*torch_model[^`]*)```", (ROOT / "README.md").read_text())
     no_jax = "import importlib.util\nassert importlib.util.find_spec('jax') is None\n"
     subprocess.run([python, "-c", no_jax + lines], cwd=tmp_path, check=True)

@@ -15,7 +15,7 @@ from support.small_runs import STEPS, arguments, generator_arguments
 from ibq_jax.__main__ import main
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.processes import Place
-from ibq_jax.data.token_cache import open_codes
+from ibq_jax.data.token_cache import open_token_cache
 
 CORES = """
 import os
@@ -82,7 +82,7 @@ def test_the_whole_chain_in_several_processes(processes, whole, start, data_dir,
 
     splits = "--splits=train[:96],validation[:40]"
     in_both(lambda out: ["tokenize", f"--tokenizer={whole}", f"--out={out}/codes", splits])
-    codes = [[open_codes(out / "codes", split) for out in outs] for split in ("train", "validation")]
+    codes = [[open_token_cache(out / "codes", split) for out in outs] for split in ("train", "validation")]
     for ours, theirs in codes:
         assert len(ours) == len(theirs) > 0
         for a, b in zip(ours, theirs, strict=True):

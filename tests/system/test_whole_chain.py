@@ -11,7 +11,7 @@ from support.small_runs import ROOT, save_untrained_run
 
 from ibq_jax import Generator
 from ibq_jax.__main__ import main
-from ibq_jax.data.token_cache import open_codes
+from ibq_jax.data.token_cache import open_token_cache
 
 PICTURES = 64
 BY_HEART = (
@@ -44,7 +44,7 @@ def test_the_preset_learns_64_pictures_by_heart_and_completes_them_from_their_fi
     losses = [json.loads(line).get("loss/total") for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [loss for loss in losses if loss][-1] < 0.1
 
-    pictures = list(open_codes(codes, "train"))
+    pictures = list(open_token_cache(codes, "train"))
     known = np.stack([picture["codes"][0] for picture in pictures]).astype(np.int32)
     labels = np.array([picture["label"] for picture in pictures])
     beginnings = {(label, *row) for label, row in zip(labels, known[:, 0].tolist(), strict=True)}

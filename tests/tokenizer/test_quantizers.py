@@ -18,7 +18,7 @@ from ibq_jax.__main__ import main
 from ibq_jax.base.config import load_config, read_config
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import AXES, CODEBOOK, create_sharded, make_mesh
-from ibq_jax.data.token_cache import open_codes
+from ibq_jax.data.token_cache import open_token_cache
 from ibq_jax.tokenizer.quantizer import IndexBackpropQuantizer
 from ibq_jax.tokenizer.quantizers import QUANTIZERS, build_quantizer
 from ibq_jax.tokenizer.restore import restore_run
@@ -423,7 +423,7 @@ def test_its_codes_are_cached(trained, tmp_path):
     _, workdir = trained
     splits = "--splits=train[:16],validation[:8]"
     assert main(["tokenize", f"--tokenizer={workdir}", f"--out={tmp_path / 'codes'}", splits]) == 0
-    tokenizer, codes = Tokenizer.load(workdir), open_codes(tmp_path / "codes", "train")
+    tokenizer, codes = Tokenizer.load(workdir), open_token_cache(tmp_path / "codes", "train")
     assert codes.codebook_size == tokenizer.codebook_size == 64
     every = np.arange(64).reshape(1, 8, 8)
     assert np.asarray(tokenizer.decode(every)).shape == (1, 8, 8, 3)
