@@ -2,7 +2,6 @@
 micro-batches, and what decides its randomness."""
 
 import functools
-import json
 import math
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import released
+from support.partition_specs import partition_specs_text
 
 from ibq_jax.autoregressive.step import GeneratorState, GeneratorTrainer, abstract_arguments, jit_train_step
 from ibq_jax.base.config import load_config
@@ -285,12 +285,12 @@ def test_pictures_without_a_class_are_no_class(overrides):
 
 def test_the_average_is_kept_only_if_asked_for():
     state = jax.eval_shape(make_trainer("optimizer.ema_decay=0.0").create_state, 0)
-    assert state.ema is None and state.averaged is state.params
+    assert state.ema is None and state.weights("ema") is state.weights("raw") is state.params
 
 
 def test_the_average_follows_the_parameters():
     start, (states, _) = starting_state(make_trainer()), run_steps()
-    assert states[0].averaged is states[0].ema
+    assert states[0].weights("ema") is states[0].ema
     before = start.ema
     for state in states:
         expected = jax.tree.map(lambda average, value: 0.75 * average + 0.25 * value, before, state.params)
@@ -308,14 +308,12 @@ def test_what_is_compiled_takes_the_shapes_it_says():
     assert {metric.shape for metric in metrics.values()} == {()}
 
 
-def test_every_parameter_lies_where_the_golden_file_says_and_its_moments_beside_it():
+def test_every_parameter_lies_where_the_golden_file_says_and_its_moments_beside_it(check_golden):
     trainer = GeneratorTrainer(
         config("optimizer.ema_decay=0.9", preset="imagenet256_B"), make_mesh({"data": 2, "fsdp": 2, "codebook": 2}), 1
     )
     _, shardings = abstract_state(trainer.create_state, trainer.mesh, 0)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(shardings.params)
-    specs = {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.spec) for path, leaf in leaves}
-    assert specs == json.loads((released.GOLDEN / "partition_specs_generator.json").read_text())
+    check_golden("partition_specs_generator.json", partition_specs_text(shardings.params))
     adam = moments(shardings.optimizer)
     for place in (shardings.ema, adam.mu, adam.nu):
         assert place == shardings.params

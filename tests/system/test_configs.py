@@ -1,10 +1,10 @@
 """Every preset builds the state it describes, abstractly."""
 
-import json
 from pathlib import Path
 
 import jax
 import pytest
+from support.partition_specs import partition_specs_text
 
 from ibq_jax.autoregressive.check import check_config as check_generator_config
 from ibq_jax.autoregressive.step import GeneratorTrainer
@@ -52,13 +52,11 @@ def test_the_larger_presets_differ_from_the_base_by_the_codebook_alone():
     assert base == large
 
 
-def test_every_parameter_lies_where_the_golden_file_says_and_its_moments_beside_it():
+def test_every_parameter_lies_where_the_golden_file_says_and_its_moments_beside_it(check_golden):
     config = load_config(f"{CONFIGS}/tokenizer.py:imagenet256_16384")
     mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
     _, shardings = abstract_state(TokenizerTrainer(config, mesh, steps_per_epoch=5004).create_state, mesh, 0)
-    leaves, _ = jax.tree_util.tree_flatten_with_path((shardings.params, shardings.discriminator.params))
-    specs = {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.spec) for path, leaf in leaves}
-    assert specs == json.loads((Path(__file__).parents[1] / "golden" / "partition_specs.json").read_text())
+    check_golden("partition_specs.json", partition_specs_text((shardings.params, shardings.discriminator.params)))
     for moments in (shardings.ema, shardings.optimizer[0].mu, shardings.optimizer[0].nu):
         assert moments == shardings.params
     assert shardings.discriminator.optimizer[0].nu == shardings.discriminator.params
