@@ -2,9 +2,11 @@
 
 Shapes: B images, H x W pixels, h x w latent positions with h = H / 2^(levels - 1), C channels, Z latent channels.
 Everything is NHWC. Parameters are float32; `dtype` is what convolutions and attention compute in, while normalisation
-statistics and the attention's softmax stay float32. Parameter names map to the published ones in interop/names.py.
+statistics and the attention's softmax stay float32. interop/tokenizer_names.py maps parameter names to the published
+ones.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -29,9 +31,10 @@ def conv(
     dtype: jnp.dtype = jnp.float32,
     name: str | None = None,
 ) -> nn.Conv:
-    """A convolution of size x size.
+    """Returns a size x size convolution.
 
-    Weights and biases start uniform within 1 / sqrt(fan in), PyTorch's default; `kernel_init` replaces it for weights.
+    Weights and biases are initialised uniformly in +-1 / sqrt(fan in), PyTorch's default; `kernel_init` replaces that
+    for the weights.
     """
     bound = (size * size * in_channels) ** -0.5
 
@@ -52,7 +55,7 @@ def conv(
 
 
 def norm(channels: int, *, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
-    """Normalisation over 32 groups of channels, eps 1e-6. Raises UsageError when 32 does not divide `channels`."""
+    """Returns a group normalisation over 32 groups, eps 1e-6. Raises UsageError if 32 does not divide `channels`."""
     if channels % NORM_GROUPS:
         raise UsageError(
             f"a layer of the autoencoder has {channels} channels, which do not divide into {NORM_GROUPS} norm groups; "
@@ -61,7 +64,7 @@ def norm(channels: int, *, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
     return nn.GroupNorm(
         NORM_GROUPS,
         epsilon=1e-6,
-        use_fast_variance=False,  # its rounding errors show in flat pictures
+        use_fast_variance=False,  # its rounding errors are visible in flat images
         dtype=dtype,
         scale_init=nn.with_logical_partitioning(ones, ("conv_out",)),
         bias_init=nn.with_logical_partitioning(zeros, ("conv_out",)),
@@ -70,7 +73,7 @@ def norm(channels: int, *, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """[B, h, w, any] -> [B, h, w, features]."""
+    """Two normalised 3x3 convolutions with a residual connection, [B, h, w, any] -> [B, h, w, features]."""
 
     features: int
     dtype: jnp.dtype
@@ -88,7 +91,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every position attends to every other: one head, residual, [B, h, w, C] -> [B, h, w, C]."""
+    """Single-head self-attention over all positions, with a residual connection, [B, h, w, C] -> [B, h, w, C]."""
 
     dtype: jnp.dtype
 
@@ -107,7 +110,7 @@ class Attention(nn.Module):
 
 
 class Middle(nn.Module):
-    """Block, attention, block at the lowest resolution."""
+    """A residual block, attention and another block, at the lowest resolution."""
 
     dtype: jnp.dtype
 
@@ -120,7 +123,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, each followed by attention where `attend`."""
+    """The residual blocks of one resolution, each followed by attention if `attend`."""
 
     features: int
     num_blocks: int
@@ -138,12 +141,21 @@ class Level(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
-    """Images float [B, H, W, 3] in [-1, 1] -> [B, h, w, Z].
+class Layout(nn.Module, kw_only=True):
+    """The fields that encoder, decoder and the whole tokenizer share.
 
-    A level attends where its resolution, counted down from `resolution` (and not from the images at hand, so that
-    weights work at other sizes), is one of `attention_resolutions`. With `remat` "blocks" the backward pass finds only
-    what went into each residual block, and computes its inside again.
+    Attributes:
+        channels: channels of the first level, at full resolution.
+        channel_multipliers: each level's channels as a multiple of `channels`; every level but the first halves the
+            resolution.
+        num_res_blocks: residual blocks per level in the encoder; the decoder has one more.
+        attention_resolutions: a level attends if its resolution is one of these. Resolutions are counted down from
+            `resolution`, not from the images at hand, so that the weights work at other image sizes.
+        z_channels: Z, channels between the autoencoder and the quantizer's 1x1 convolutions.
+        resolution: side of the training images, in pixels.
+        dtype: type that convolutions and attention compute in.
+        remat: "none", or "blocks" to keep only each residual block's input for the backward pass, which then computes
+            the block again.
     """
 
     channels: int
@@ -154,6 +166,15 @@ class Encoder(nn.Module):
     resolution: int
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+
+    def layout(self) -> dict:
+        """Returns these fields by name."""
+        names = {field.name for field in dataclasses.fields(Layout)} - {"parent", "name"}  # those two are Linen's own
+        return {name: getattr(self, name) for name in names}
+
+
+class Encoder(Layout):
+    """Images float [B, H, W, 3] in [-1, 1] -> [B, h, w, Z]."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -170,17 +191,8 @@ class Encoder(nn.Module):
         return conv(c, self.z_channels, dtype=self.dtype, name="conv_out")(x)
 
 
-class Decoder(nn.Module):
-    """[B, h, w, Z] -> images float32 [B, H, W, 3], not clipped; mirrors the encoder with one more block a level."""
-
-    channels: int
-    channel_multipliers: Sequence[int]
-    num_res_blocks: int
-    attention_resolutions: Sequence[int]
-    z_channels: int
-    resolution: int
-    dtype: jnp.dtype = jnp.float32
-    remat: str = "none"
+class Decoder(Layout):
+    """[B, h, w, Z] -> images float32 [B, H, W, 3], not clipped; mirrors the encoder, with one more block per level."""
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What can be wrong with a tokenizer's config, said before anything is written or computed."""
+"""Checks a tokenizer's config before anything is written or computed."""
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -49,7 +49,7 @@ def _check_images(config: ConfigDict) -> None:
     if data.resize < data.image_size:
         raise UsageError(f"data.resize={data.resize} is smaller than data.image_size={data.image_size}; no crop fits")
     if channels % NORM_GROUPS:
-        raise UsageError(f"model.channels={channels} is not a multiple of {NORM_GROUPS}, the groups of its norms")
+        raise UsageError(f"model.channels={channels} is not a multiple of {NORM_GROUPS}, the number of norm groups")
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
@@ -67,7 +67,7 @@ def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
 
 def _check_codebook(config: ConfigDict, mesh: Mesh) -> None:
     check_settings(config.quantizer.name, config.quantizer)
-    latent_dim(config)  # raises for sizes that the quantizer cannot have
+    latent_dim(config)  # raises UsageError for sizes that the quantizer cannot have
     codebook, parts = config.codebook, mesh.shape["codebook"]
     block = codebook.block_size or 1
     if codebook.size % parts or codebook.size // parts % block:

@@ -1,17 +1,18 @@
-"""The codebook watched while it trains: which codes are used, how evenly, and whether the run has collapsed.
+"""Monitors the codebook during training: which codes are used, how evenly, and whether it has collapsed.
 
-Shapes: K codes; indices of any shape. All of it is part of the train state, so a resumed run reports the same numbers.
+Shapes: K codes; indices of any shape. The window is part of the train state, so a resumed run reports the same numbers.
 """
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from ibq_jax.base.histogram import perplexity
 from ibq_jax.base.loop import TrainingStopped
 
-NEVER = -(2**30)
+NEVER = -(2**30)  # the step at which an unused code was last chosen
 SATURATED = 0.99  # mean highest probability
-MEASURES = {  # of a collapse, where a quantizer has them
+MEASURES = {  # symptoms that the message about a collapse quotes, if the quantizer has them
     "codebook/max_probability": "mean highest probability",
     "codebook/max_logit": "largest |logit|",
     "codebook/max_norm": "largest code norm",
@@ -20,10 +21,11 @@ MEASURES = {  # of a collapse, where a quantizer has them
 
 @flax.struct.dataclass
 class CodebookWindow:
-    """A sliding window over the tokens of training.
+    """A sliding window over the codes chosen during training.
 
-    last_used [K] int32: the step a code was last chosen at.
-    histogram [K] float32: its counts, decayed by 1 - 1/window a step.
+    Attributes:
+        last_used: int32 [K], the step at which each code was last chosen.
+        histogram: float32 [K], how often each was chosen, decayed by 1 - 1/window per step.
     """
 
     last_used: jax.Array
@@ -31,10 +33,11 @@ class CodebookWindow:
 
     @classmethod
     def empty(cls, codebook_size: int) -> "CodebookWindow":
+        """Returns the window before the first step."""
         return cls(jnp.full((codebook_size,), NEVER, jnp.int32), jnp.zeros((codebook_size,), jnp.float32))
 
     def update(self, indices: jax.Array, step: jax.Array, window: int) -> "CodebookWindow":
-        """With the codes of `step` in, seen over the last `window` steps."""
+        """Returns the window with the codes chosen at `step` added; it spans `window` steps."""
         counts = count_codes(indices, self.histogram.shape[0])
         return CodebookWindow(
             last_used=jnp.where(counts > 0, step, self.last_used),
@@ -42,7 +45,7 @@ class CodebookWindow:
         )
 
     def metrics(self, step: jax.Array, window: int) -> dict[str, jax.Array]:
-        """usage in [0, 1], dead codes (never chosen inside the window), perplexity in [1, K]."""
+        """Returns the usage in [0, 1], the number of codes not chosen within the window, and the perplexity."""
         used = step - self.last_used < window
         return {
             "codebook/usage": jnp.mean(used.astype(jnp.float32)),
@@ -52,18 +55,12 @@ class CodebookWindow:
 
 
 def count_codes(indices: jax.Array, codebook_size: int) -> jax.Array:
-    """How often each code occurs: [K] float32."""
+    """Returns how often each code occurs, float32 [K]; codes out of range are not counted."""
     return jnp.zeros((codebook_size,), jnp.float32).at[indices.reshape(-1)].add(1.0)
 
 
-def perplexity(histogram: jax.Array) -> jax.Array:
-    """exp of the entropy (nats) of counts [K]: the number of codes an even use of which would be as varied."""
-    share = histogram / jnp.maximum(jnp.sum(histogram), 1.0)
-    return jnp.exp(-jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1.0)), 0.0)))
-
-
 def check_collapse(step: int, metrics: dict[str, float], *, usage_floor: float, grace_steps: int) -> None:
-    """Raises TrainingStopped when, after the warm-up, fewer codes are in use than the floor."""
+    """Raises TrainingStopped if, from step `grace_steps` on, the share of codes in use is below `usage_floor`."""
     usage = metrics["codebook/usage"]
     if step < grace_steps or usage >= usage_floor:
         return
@@ -77,7 +74,7 @@ def check_collapse(step: int, metrics: dict[str, float], *, usage_floor: float, 
     else:
         advice = (
             "this quantizer has no loss against it: try quantizer.name=ibq (docs/codebook_scaling.md) or fewer codes "
-            "(codebook.size), or let it go on with codebook_monitor.usage_floor=0"
+            "(codebook.size), or continue regardless with codebook_monitor.usage_floor=0"
         )
     seen = "".join(f"; {words} {metrics[name]:.3g}" for name, words in MEASURES.items() if name in metrics)
     raise TrainingStopped(

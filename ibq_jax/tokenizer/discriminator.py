@@ -1,6 +1,6 @@
 """The patch discriminator: PatchGAN (arXiv 1611.07004) with batch normalisation over a stated number of images.
 
-Shapes: images [B, H, W, 3] -> one logit a patch [B, h', w', 1]; B images make B / G norm groups of G consecutive ones.
+Shapes: images [B, H, W, 3] -> one logit per patch [B, h', w', 1]; each batch norm sees groups of G consecutive images.
 """
 
 from math import prod
@@ -24,10 +24,10 @@ def _near_one(key, shape, dtype):
 
 
 class GroupedBatchNorm(nn.Module):
-    """BatchNorm that always normalises by the batch at hand, each group of `group` images apart.
+    """BatchNorm that always uses the statistics of the current batch, separately for each group of `group` images.
 
-    The running statistics (collection "batch_stats": mean, unbiased variance and number of calls) are kept so that an
-    exported checkpoint has them. They move whenever the collection is mutable, and never enter the output.
+    The running statistics (collection "batch_stats": mean, unbiased variance and number of calls) exist for exported
+    checkpoints only: they are updated whenever the collection is mutable and never enter the output.
     """
 
     group: int
@@ -42,11 +42,11 @@ class GroupedBatchNorm(nn.Module):
         variance = grouped.var((1, 2, 3), keepdims=True)
         count = prod(grouped.shape[1:4])
         unbiased = variance * (count / max(count - 1, 1))
-        self._move_running(mean.mean((0, 1, 2, 3)), unbiased.mean((0, 1, 2, 3)))
+        self._update_running(mean.mean((0, 1, 2, 3)), unbiased.mean((0, 1, 2, 3)))
         normed = (grouped - mean) * jax.lax.rsqrt(variance + EPSILON)
         return (normed.reshape(x.shape) * scale.reshape(1, 1, 1, c) + bias.reshape(1, 1, 1, c)).astype(x.dtype)
 
-    def _move_running(self, mean: jax.Array, variance: jax.Array) -> None:
+    def _update_running(self, mean: jax.Array, variance: jax.Array) -> None:
         running_mean = self.variable(RUNNING, "mean", jnp.zeros, mean.shape)
         running_variance = self.variable(RUNNING, "var", jnp.ones, variance.shape)
         calls = self.variable(RUNNING, "num_batches_tracked", jnp.zeros, (), jnp.int32)
@@ -57,11 +57,11 @@ class GroupedBatchNorm(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Images [B, H, W, 3] -> logits float32 [B, h', w', 1].
+    """A convolutional classifier of patches, images [B, H, W, 3] -> logits float32 [B, h', w', 1].
 
-    `num_layers` halvings and two more convolutions, all 4x4; channels double up to eightfold. `norm_group` is the
-    number of consecutive images a batch norm sees at once, 0 for the whole batch. Raises UsageError when it does not
-    divide the batch, or when the images are too small for the layers.
+    All convolutions are 4x4: `num_layers` of stride 2, then two of stride 1; each doubles the channels, up to eight
+    times `channels`. Each batch norm sees `norm_group` consecutive images (0: the whole batch). Raises UsageError if
+    that does not divide the batch, or if the images are too small for the layers.
     """
 
     channels: int

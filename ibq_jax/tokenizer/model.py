@@ -1,11 +1,10 @@
-"""The tokenizer's generator: encoder, quantizer and decoder in one module (arXiv 2412.02692, figure 2).
+"""The tokenizer: encoder, quantizer and decoder in one module (arXiv 2412.02692, figure 2).
 
 Shapes: images float [B, H, W, 3] in [-1, 1], latents [B, h, w, D], codes int32 [B, h, w]; H = h * downsampling.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
@@ -13,42 +12,31 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.tokenizer.autoencoder import Decoder, Encoder, conv
+from ibq_jax.tokenizer.autoencoder import Decoder, Encoder, Layout, conv
 from ibq_jax.tokenizer.quantizer import Quantized
 from ibq_jax.tokenizer.quantizers import build_quantizer
 
 
-class TokenizerModel(nn.Module):
-    """Fields are those of `Encoder` and `Decoder`, then what `build_quantizer` takes: a quantizer's name, its settings,
-    and sizes. `code_dim` is D but for the quantizers whose number of codes fixes it."""
+class TokenizerModel(Layout, kw_only=True):
+    """An image tokenizer: the autoencoder's fields (`Layout`) and the quantizer's.
 
-    channels: int
-    channel_multipliers: Sequence[int]
-    num_res_blocks: int
-    attention_resolutions: Sequence[int]
-    z_channels: int
-    resolution: int
+    Attributes:
+        codebook_size: K, the number of codes.
+        code_dim: D, except for quantizers whose number of codes fixes D (lfq, fsq).
+        quantizer: the quantizer's name, one of `ibq_jax.tokenizer.quantizers.QUANTIZERS`.
+        quantizer_settings: settings of any quantizers by name; the chosen one picks those it declares.
+        mesh: the devices among which the codebook's rows are split; None for no split.
+    """
+
     codebook_size: int
     code_dim: int
     quantizer: str = "ibq"
     quantizer_settings: Mapping = FrozenDict()
-    dtype: jnp.dtype = jnp.float32
-    remat: str = Encoder.remat
     mesh: Mesh | None = None
 
     def setup(self):
-        layout = dict(
-            channels=self.channels,
-            channel_multipliers=self.channel_multipliers,
-            num_res_blocks=self.num_res_blocks,
-            attention_resolutions=self.attention_resolutions,
-            z_channels=self.z_channels,
-            resolution=self.resolution,
-            dtype=self.dtype,
-            remat=self.remat,
-        )
-        self.encoder = Encoder(**layout)
-        self.decoder = Decoder(**layout)
+        self.encoder = Encoder(**self.layout())
+        self.decoder = Decoder(**self.layout())
         self.quantize = build_quantizer(
             self.quantizer, self.quantizer_settings, codebook_size=self.codebook_size, dim=self.code_dim, mesh=self.mesh
         )
@@ -57,16 +45,16 @@ class TokenizerModel(nn.Module):
         self.post_quant_conv = conv(self.quantize.latent_dim, self.z_channels, 1)
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, Quantized]:
-        """Images -> (reconstructions float32 [B, H, W, 3], what the quantizer made)."""
+        """Images -> (reconstructions float32 [B, H, W, 3], the quantizer's output)."""
         quantized = self.quantize(self.latent(images))
         return self._decode_latent(quantized.z_q), quantized
 
     def initialize(self, images: jax.Array) -> jax.Array:
-        """Touches every parameter but quantizes nothing: with `init(..., method="initialize")` one image will do."""
+        """Runs every layer without quantizing, so that `init(..., method="initialize")` needs just one image."""
         return self.decode(jnp.zeros(self.latent(images).shape[:-1], jnp.int32))
 
     def latent(self, images: jax.Array) -> jax.Array:
-        """Images -> latents float32 [B, h, w, D]. Raises UsageError for sides that do not divide."""
+        """Images -> latents float32 [B, h, w, D]. Raises UsageError if the downsampling does not divide H and W."""
         height, width = images.shape[1:3]
         factor = 2 ** (len(self.channel_multipliers) - 1)
         if height % factor or width % factor:
@@ -84,7 +72,7 @@ class TokenizerModel(nn.Module):
         return self._decode_latent(self.quantize.lookup(indices))
 
     def code_rows(self) -> jax.Array:
-        """What the decoder gets for each code: [K, D]."""
+        """Returns the vector that the decoder gets for each code, [K, D]."""
         return self.quantize.lookup(jnp.arange(self.codebook_size))
 
     def _decode_latent(self, z_q: jax.Array) -> jax.Array:
@@ -92,18 +80,18 @@ class TokenizerModel(nn.Module):
 
 
 def downsampling(config: ConfigDict) -> int:
-    """Pixels per code along a side."""
+    """Returns the pixels per code along one side of an image."""
     return 2 ** (len(config.model.channel_multipliers) - 1)
 
 
 def latent_dim(config: ConfigDict) -> int:
-    """D, numbers that a code stands for. Raises UsageError for a codebook size that the quantizer cannot have."""
+    """Returns D, the dimensions of a code. Raises UsageError for a codebook size that the quantizer cannot have."""
     size = dict(codebook_size=config.codebook.size, dim=config.codebook.dim)
     return build_quantizer(config.quantizer.name, quantizer_settings(config), **size).latent_dim
 
 
 def build_model(config: ConfigDict, mesh: Mesh | None = None) -> TokenizerModel:
-    """The model of a config from configs/tokenizer.py; on a `mesh`, codebook rows lie on its axis `codebook`."""
+    """Returns the model of a config from configs/tokenizer.py; a `mesh` splits the codebook's rows over `codebook`."""
     return TokenizerModel(
         **config.model,
         codebook_size=config.codebook.size,
@@ -116,6 +104,6 @@ def build_model(config: ConfigDict, mesh: Mesh | None = None) -> TokenizerModel:
 
 
 def quantizer_settings(config: ConfigDict) -> FrozenDict:
-    """What a config says of how codes are found and trained: of all quantizers, each takes its own."""
-    of_codebook = {name: config.codebook[name] for name in ("init_scale", "block_size", "implementation")}
-    return FrozenDict({**config.quantizer, **of_codebook}).pop("name")[0]
+    """Returns the settings of all quantizers, of which `build_quantizer` picks those that its class declares."""
+    codebook_settings = {name: config.codebook[name] for name in ("init_scale", "block_size", "implementation")}
+    return FrozenDict({**config.quantizer, **codebook_settings}).pop("name")[0]

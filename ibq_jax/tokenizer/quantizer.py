@@ -1,7 +1,7 @@
-"""IBQ's quantizer as a module: the codebook, its losses, and the way from latents to codes and back (arXiv 2412.02692).
+"""IBQ's quantizer: the codebook, its losses, latents to codes and back (arXiv 2412.02692); the interface of all others.
 
-Shapes: latents [B, h, w, D], codebook [K, D], codes [B, h, w]. Everything here is float32. What it does for the model
-the other quantizers do too, see `ibq_jax.tokenizer.quantizers`.
+Shapes: latents [B, h, w, D], codebook [K, D], codes [B, h, w]. Everything here is float32. The other quantizers have
+the same methods, see `ibq_jax.tokenizer.quantizers`.
 """
 
 import flax.linen as nn
@@ -19,9 +19,12 @@ BETA_ON = ("codebook", "commitment")
 
 @flax.struct.dataclass
 class Quantized:
-    """What a quantizer makes of a batch of latents; all but the first two are scalars. None: it has no such thing."""
+    """The output of a quantizer for a batch of latents. All but the first two fields are scalars; None if it has none.
 
-    z_q: jax.Array  # [B, h, w, D], the chosen rows; differentiable in the latents, IBQ's in every row too
+    quant_loss and entropy_loss enter the training loss, each with a weight of its own.
+    """
+
+    z_q: jax.Array  # [B, h, w, D], the chosen codes' vectors; differentiable in the latents, with IBQ in all rows too
     indices: jax.Array  # [B, h, w] int32
     quant_loss: jax.Array
     entropy_loss: jax.Array
@@ -32,19 +35,20 @@ class Quantized:
 
 
 def straight_through(value: jax.Array, z: jax.Array) -> jax.Array:
-    """`value` to the last bit, with its gradient copied to `z` as it is."""
+    """Returns `value` with its gradient copied unchanged to `z` (straight-through estimator)."""
     return jax.lax.stop_gradient(value) + (z - jax.lax.stop_gradient(z))
 
 
 class IndexBackpropQuantizer(nn.Module):
-    """Index Backpropagation Quantization with a codebook of `codebook_size` x `dim` that starts normal, with
-    the standard deviation `init_scale`.
+    """Index Backpropagation Quantization with a codebook [codebook_size, dim], initialised normal(0, init_scale).
 
-    quant_loss is three mean squares: of z_q - z, of the chosen row from the latent's side (commitment) and from the
-    row's side (codebook). `beta` scales the codebook term as the released code does, or with beta_on="commitment" the
-    commitment term as the paper writes. Without `double_loss` the first, whose gradient reaches every row, is left out,
-    and VQ's loss remains. entropy_loss = sample_entropy_weight * sample_entropy - batch_entropy_weight * avg_entropy.
-    The other fields are those of `ibq_jax.ops.index_backprop`.
+    With e the chosen row and sg the stop-gradient, quant_loss is the sum of three mean squares: (z_q - z)^2, whose
+    gradient reaches every row; the commitment term (sg(e) - z)^2; and the codebook term (e - sg(z))^2. `beta` scales
+    the codebook term, as in the released code, or with beta_on="commitment" the commitment term, as in the paper.
+    Without `double_loss` the first term is left out, and VQ's loss remains.
+
+    entropy_loss = sample_entropy_weight * sample entropy - batch_entropy_weight * batch entropy. The remaining fields
+    are those of `ibq_jax.ops.index_backprop`.
     """
 
     codebook_size: int
@@ -96,20 +100,20 @@ class IndexBackpropQuantizer(nn.Module):
         )
 
     def _quant_loss(self, z: jax.Array, z_q: jax.Array, indices: jax.Array) -> jax.Array:
-        # The paper's "double" loss is taken to be the sum as released, its "single" one what VQ has: the authors' code
-        # has no switch, and their ablation no formula.
-        both = jnp.mean((z_q - z) ** 2) if self.double_loss else 0.0
+        # The released code has no switch between the paper's "double" and "single" loss, and the ablation gives no
+        # formula: here "double" is the sum as released, and "single" is VQ's loss.
+        all_rows = jnp.mean((z_q - z) ** 2) if self.double_loss else 0.0
         commitment = jnp.mean((jax.lax.stop_gradient(z_q) - z) ** 2)
         codebook = jnp.mean((self.lookup(indices) - jax.lax.stop_gradient(z)) ** 2)
         if self.beta_on == "codebook":
-            return both + commitment + self.beta * codebook
-        return both + self.beta * commitment + codebook
+            return all_rows + commitment + self.beta * codebook
+        return all_rows + self.beta * commitment + codebook
 
     def nearest(self, z: jax.Array) -> jax.Array:
-        """Latents [B, h, w, D] -> int32 [B, h, w], the code of the largest dot product, the smallest index on a tie."""
+        """Latents [B, h, w, D] -> codes int32 [B, h, w] by the largest dot product; on a tie the smallest index."""
         flat = z.astype(jnp.float32).reshape(-1, self.dim)
         return nearest_codes(flat, self.codebook, block_size=self.block_size, mesh=self.mesh).reshape(z.shape[:-1])
 
     def lookup(self, indices: jax.Array) -> jax.Array:
-        """Codes [B, h, w], each in 0..K-1 -> their rows [B, h, w, D]."""
+        """Codes [B, h, w], each in 0..K-1 -> their rows of the codebook [B, h, w, D]."""
         return jnp.take(self.codebook, indices, axis=0, mode="clip")

@@ -1,8 +1,8 @@
-"""The quantizers by name, and one of them built from a config's fields.
+"""The quantizers by name, and how one is built from a config.
 
-Each is a module with `codebook_size` codes exactly, `latent_dim` (D of its latents), `module(z) -> Quantized`,
-`nearest(z)` and `lookup(indices)`, as described in `ibq_jax.tokenizer.quantizer`. Its other fields are those of a
-config's groups `quantizer` and `codebook` that it has a use for.
+Each is a module with exactly `codebook_size` codes and the interface described in `ibq_jax.tokenizer.quantizer`:
+`latent_dim` (D), `module(z) -> Quantized`, `nearest(z)` and `lookup(indices)`. Its other fields are those of the
+config's groups `quantizer` and `codebook` that it uses. To add a quantizer, write such a class and list it here.
 """
 
 import dataclasses
@@ -23,17 +23,18 @@ QUANTIZERS: dict[str, type[nn.Module]] = {
     "lfq": LookupFreeQuantizer,
     "fsq": FiniteScalarQuantizer,
 }
-WITH_TRAINED_ROWS = ("ibq", "vq")  # whose codes are the parameter `codebook`
-WITH_ENTROPY = ("ibq", "lfq")
-OWN_FIELDS = {"l2_normalize": "vq", "levels": "fsq"}  # which code a latent gets, beside sizes and parameters
+WITH_TRAINED_ROWS = ("ibq", "vq")  # their codes are the rows of the parameter `codebook`
+WITH_ENTROPY = ("ibq", "lfq")  # they have an entropy loss
+# Settings of a single quantizer that, with sizes and parameters, decide which code a latent gets: {setting: quantizer}.
+OWN_FIELDS = {"l2_normalize": "vq", "levels": "fsq"}
 
 
 def build_quantizer(
     name: str, settings: Mapping, *, codebook_size: int, dim: int, mesh: Mesh | None = None
 ) -> nn.Module:
-    """The quantizer `name`, which takes what it has a use for of the `settings`, of the width `dim` and of the mesh.
+    """Returns the quantizer `name`; of `settings`, `dim` and `mesh` it gets those that its class declares.
 
-    Raises UsageError for a name that there is not.
+    Raises UsageError for an unknown name.
     """
     if name not in QUANTIZERS:
         raise UsageError(f"quantizer.name={name} is not one of {', '.join(QUANTIZERS)}")
@@ -44,21 +45,25 @@ def build_quantizer(
 
 
 def check_settings(name: str, settings: Mapping) -> None:
-    """Raises UsageError for a setting of another quantizer's."""
+    """Checks that no setting of another quantizer is given. Raises UsageError if one is."""
     for field, owner in OWN_FIELDS.items():
         if settings[field] and name != owner:
-            raise UsageError(f"quantizer.{field}={settings[field]} is of quantizer.name={owner}, not of {name}")
+            raise UsageError(
+                f"quantizer.{field}={settings[field]} is a setting of quantizer.name={owner}, not of {name}"
+            )
 
 
 def check_trained_rows(name: str, what: str) -> None:
-    """Raises UsageError where `what` needs codes that are rows of a trained codebook."""
+    """Checks that the codes are rows of a trained codebook. If not, raises UsageError, as `what` needs them."""
     if name not in WITH_TRAINED_ROWS:
         raise UsageError(f"{what} needs a trained codebook, as {' and '.join(WITH_TRAINED_ROWS)} have; this is {name}")
 
 
 def fingerprint_fields(name: str, settings: Mapping) -> dict:
-    """What of a quantizer decides codes, beside sizes and parameters; of ibq nothing, which was the only one when the
-    first caches were made."""
+    """Returns the settings, besides sizes and parameters, that decide which code a latent gets.
+
+    They are part of a tokenizer's fingerprint. Empty for IBQ, so that fingerprints in older token caches stay valid.
+    """
     if name == "ibq":
         return {}
     return {"quantizer": name} | {field: settings[field] for field in OWN_FIELDS if field in settings}

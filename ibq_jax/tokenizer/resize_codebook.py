@@ -1,6 +1,6 @@
-"""Changing the size of a trained codebook: codes split into children, or dropped. The run continues from the result.
+"""Grows or shrinks a trained codebook, by splitting codes into copies or dropping them. Training continues from there.
 
-Shapes: K codes before, L after; an index map int32 [L] names, for every code after, the code before that it came from.
+Shapes: K codes before, L after. An index map int32 [L] holds, for each new code, the index of the old code it copies.
 """
 
 import jax
@@ -15,35 +15,39 @@ CODEBOOK = "quantize/codebook"
 
 
 def grow_index_map(codes: int, target: int) -> np.ndarray:
-    """The index map that grows K codes to `target`: codes 0..K-1 stay where they are, children follow, evenly spread.
+    """Returns the index map that grows K codes to `target`: codes 0..K-1 keep their indices, and copies follow, spread
+    evenly over them.
 
-    Raises UsageError unless there are to be more.
+    Raises UsageError unless `target` is larger than K.
     """
     if target <= codes:
-        raise UsageError(f"the codebook has {codes} codes already; it grows to more than that, not to {target}")
+        raise UsageError(f"the codebook has {codes} codes already; it can grow to more than that, not to {target}")
     return (np.arange(target) % codes).astype(np.int32)
 
 
 def prune_index_map(counts: np.ndarray, multiple: int) -> np.ndarray:
-    """The index map that drops codes with a count [K] of 0, in order, but for as many as `multiple` asks to be kept.
+    """Returns the index map that drops the codes whose count [K] is 0 and keeps the others in order.
 
-    Raises UsageError when no code would go.
+    As many unused codes are kept as it takes to make the new size a multiple of `multiple`. Raises UsageError if no
+    code would be dropped.
     """
     codes, used = len(counts), int(np.count_nonzero(counts))
     size = -(-max(used, 1) // multiple) * multiple
     if size >= codes:
-        raise UsageError(f"{used} of {codes} codes are in use; rounded up to a multiple of {multiple} none is to go")
+        raise UsageError(
+            f"{used} of {codes} codes are in use; rounded up to a multiple of {multiple} none can be dropped"
+        )
     first_unused = np.flatnonzero(counts == 0)[: size - used]
     return np.sort(np.concatenate([np.flatnonzero(counts), first_unused])).astype(np.int32)
 
 
 def resize_codebook(state: TokenizerState, index_map: np.ndarray, spread: float, seed: int) -> TokenizerState:
-    """`state` with the codes that `index_map` names, on the devices it was on.
+    """Returns `state` with the codes that `index_map` names, on the same devices.
 
-    Where a code comes n times, its first copy stays as it was; the others move by normal noise of `spread` times the
-    codebook's root mean square; averaged codes move alike. The copies share the gradient that the code had, so Adam's
-    first moments are divided by n and its second by n^2, and its steps stay as large as they were. All but the first
-    count as unused until they are chosen.
+    Of n copies of a code the first stays unchanged. The others move by normal noise of `spread` times the codebook's
+    root mean square, the averaged (EMA) codes by the same noise, and count as unused until they are chosen. The copies
+    share the gradient that the code had: Adam's first moment is divided by n and its second by n^2, so that its steps
+    keep their size.
     """
     copies = np.bincount(index_map)[index_map].astype(np.float32)
     _, first = np.unique(index_map, return_index=True)

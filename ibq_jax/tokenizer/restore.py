@@ -1,4 +1,4 @@
-"""Restores a tokenizer from the run that training left."""
+"""Restores a tokenizer from a run."""
 
 from pathlib import Path
 
@@ -9,10 +9,14 @@ from ibq_jax.tokenizer.step import TokenizerTrainer
 
 
 def restore_run(path: Path, whole: bool = False) -> tuple[TokenizerTrainer, Restored]:
-    """The trainer and the newest whole state of a run's folder, or of one step's folder under its `checkpoints/`.
+    """Returns the trainer and the restored state of a run, on all devices of this process, whatever mesh the run had.
 
-    On all devices, whatever mesh the run had; unless wanted `whole`, without the optimizers' moments. Raises UsageError
-    when there is no run, or nothing saved yet.
+    Args:
+        path: the run's folder (its newest intact checkpoint is restored), or one step's folder under `checkpoints/`.
+        whole: also restores the optimizers' moments.
+
+    Raises:
+        UsageError: there is no tokenizer's run, or nothing is saved yet.
     """
     saved = SavedRun.find(path, "tokenizer", needed="a tokenizer")
     trainer = TokenizerTrainer(saved.config, make_mesh({"data": -1}), steps_per_epoch=1)
@@ -20,7 +24,7 @@ def restore_run(path: Path, whole: bool = False) -> tuple[TokenizerTrainer, Rest
 
 
 def restore_whole_run(path: Path) -> tuple[TokenizerTrainer, Restored]:
-    """As `restore_run`, all of it; where weights alone were saved, the rest is as before the first step."""
+    """Returns the same with all leaves; those that a checkpoint of weights only lacks have their initial values."""
     trainer, restored = restore_run(path, whole=True)
     state = restored.completed(lambda: create_sharded(trainer.create_state, trainer.mesh, trainer.config.seed))
     metadata = {name: value for name, value in restored.metadata.items() if name != WEIGHTS_ONLY}

@@ -1,7 +1,7 @@
-"""Quantizers without a trained codebook, to compare with IBQ: every dimension of a latent is rounded by itself.
+"""LFQ and FSQ, for comparison with IBQ: quantizers without a trained codebook that round each dimension by itself.
 
-Shapes: latents [B, h, w, D], codes [B, h, w]; the codebook [K, D] is all combinations of the dimensions' levels, and D
-follows from K. Everything here is float32. Gradients pass the rounding as if it were not there (straight-through).
+Shapes: latents [B, h, w, D], codes [B, h, w]; the codebook [K, D] consists of all combinations of the dimensions'
+levels, and D follows from K. Everything here is float32. The rounding's gradient is the identity (straight-through).
 """
 
 import math
@@ -18,16 +18,16 @@ from ibq_jax.ops.index_backprop import index_backprop
 from ibq_jax.tokenizer.quantizer import Quantized, straight_through
 
 PAPER_LEVELS = ((8, 6, 5), (8, 5, 5, 5), (7, 5, 5, 5, 5), (8, 8, 8, 6, 5), (8, 8, 8, 5, 5, 5))  # arXiv 2309.15505
-MOST_LEVELS = 256  # of a dimension; of many more, EPSILON would add another
-EPSILON = 1e-3  # by which a dimension reaches beyond its outermost levels
+MOST_LEVELS = 256  # per dimension; with many more, EPSILON would add another level
+EPSILON = 1e-3  # relative margin by which a dimension's range exceeds its outermost levels
 
 
 class LookupFreeQuantizer(nn.Module):
-    """LFQ (MAGVIT-v2, arXiv 2310.05737, section 3.1): K = 2^D codes, the corners of {-1, 1}^D; a latent's code has the
-    signs of its dimensions for bits, the first the least.
+    """LFQ (MAGVIT-v2, arXiv 2310.05737, section 3.1): the K = 2^D codes are the corners of {-1, 1}^D.
 
-    The entropies are those of softmax(2 z . c / entropy_temperature) over all corners c, exactly: over a batch they do
-    not fall apart into dimensions. quant_loss is `beta` times the mean square between a latent and its corner.
+    The signs of a latent's dimensions are the bits of its code, the first dimension being the least significant bit.
+    The entropies are exact, of softmax(2 z . c / entropy_temperature) over all corners c: the batch entropy does not
+    factorise over dimensions. quant_loss is `beta` times the mean square between a latent and its corner.
     """
 
     codebook_size: int
@@ -42,7 +42,7 @@ class LookupFreeQuantizer(nn.Module):
 
     @property
     def latent_dim(self) -> int:
-        """D. Raises UsageError where K is no power of two."""
+        """Returns D. Raises UsageError if K is not a power of two."""
         if self.codebook_size < 2 or self.codebook_size & (self.codebook_size - 1):
             near = 2 ** max(1, round(math.log2(max(self.codebook_size, 2))))
             raise UsageError(f"codebook.size={self.codebook_size}: quantizer lfq takes powers of two, such as {near}")
@@ -81,11 +81,11 @@ class LookupFreeQuantizer(nn.Module):
 
 
 class FiniteScalarQuantizer(nn.Module):
-    """FSQ (arXiv 2309.15505, section 3.1): dimension i is bounded by a tanh and rounded to one of L_i values, evenly
-    spread over [-1, 1]; the first dimension counts least in a code. No loss, no entropy.
+    """FSQ (arXiv 2309.15505, section 3.1): dimension i is bounded by a tanh and rounded to one of L_i values.
 
-    The L_i are `levels`, whose product is K; without them those of the paper's table 1, or of a power of two as many
-    eights as there are in it, one or two of them doubled.
+    The values are spread evenly over [-1, 1]; the first dimension is the least significant digit of a code. There is no
+    loss and no entropy. The L_i are `levels`, whose product is K. If `levels` is empty, they are those of the paper's
+    table 1 or, for K = 2^n, n // 3 eights of which n % 3 are doubled.
     """
 
     codebook_size: int
@@ -93,7 +93,7 @@ class FiniteScalarQuantizer(nn.Module):
 
     @property
     def latent_dim(self) -> int:
-        """D. Raises UsageError for levels that do not make K codes, or where none are known for K."""
+        """Returns D. Raises UsageError if the levels do not make K codes, or if none are known for K."""
         return len(self._levels)
 
     @property
@@ -101,7 +101,7 @@ class FiniteScalarQuantizer(nn.Module):
         """int32 [D]."""
         levels = tuple(self.levels) or _usual_levels(self.codebook_size)
         if not all(isinstance(level, int) and 2 <= level <= MOST_LEVELS for level in levels):
-            raise UsageError(f"quantizer.levels={levels}: each is a whole number from 2 to {MOST_LEVELS}")
+            raise UsageError(f"quantizer.levels={levels}: each must be an integer from 2 to {MOST_LEVELS}")
         if math.prod(levels) != self.codebook_size:
             raise UsageError(
                 f"quantizer.levels={levels} make {math.prod(levels)} codes, codebook.size is {self.codebook_size}; "
@@ -126,13 +126,14 @@ class FiniteScalarQuantizer(nn.Module):
     def lookup(self, indices: jax.Array) -> jax.Array:
         """Codes [...], each in 0..K-1 -> their values [..., D] in [-1, 1]."""
         ndim = indices.ndim + 1
-        digits = indices[..., None] // _last(self._places(), ndim) % _last(self._levels, ndim)
+        digits = indices[..., None] // _last(self._place_values(), ndim) % _last(self._levels, ndim)
         return (digits - _last(self._levels // 2, ndim)) / self._half_widths(ndim)
 
     def _bounded(self, z: jax.Array) -> jax.Array:
-        """Rounded, these are the whole numbers from -(L // 2) to (L - 1) // 2.
+        """Returns bounded latents whose rounded values are the integers from -(L // 2) to (L - 1) // 2.
 
-        The paper's listing has (1 - eps) and tan for arctanh; so 0 stays 0, and no level is out of a latent's reach.
+        The paper's listing has (1 - eps) and tan in place of (1 + eps) and arctanh. With these, a latent of 0 stays 0,
+        and every level can be reached.
         """
         half = (self._levels - 1) * (1 + EPSILON) / 2
         offset = np.where(self._levels % 2, 0.0, 0.5)
@@ -143,17 +144,17 @@ class FiniteScalarQuantizer(nn.Module):
     def _half_widths(self, ndim: int) -> np.ndarray:
         return _last((self._levels // 2).astype(np.float32), ndim)
 
-    def _places(self) -> np.ndarray:
-        """What a step of each dimension adds to a code: int32 [D]."""
+    def _place_values(self) -> np.ndarray:
+        """Returns by how much a code grows with one level of each dimension, int32 [D]."""
         return np.cumprod((1, *self._levels[:-1]), dtype=np.int32)
 
     def _index(self, rounded: jax.Array) -> jax.Array:
         digits = rounded.astype(jnp.int32) + _last(self._levels // 2, rounded.ndim)
-        return jnp.sum(digits * _last(self._places(), rounded.ndim), axis=-1, dtype=jnp.int32)
+        return jnp.sum(digits * _last(self._place_values(), rounded.ndim), axis=-1, dtype=jnp.int32)
 
 
 def _usual_levels(codebook_size: int) -> tuple[int, ...]:
-    """None is under 5, as the paper advises. Raises UsageError where there are none."""
+    """Returns the default levels for K codes, all at least 5 as the paper advises. Raises UsageError if there are none."""
     for levels in PAPER_LEVELS:
         if math.prod(levels) == codebook_size:
             return levels
@@ -169,5 +170,5 @@ def _usual_levels(codebook_size: int) -> tuple[int, ...]:
 
 
 def _last(values: np.ndarray, ndim: int) -> np.ndarray:
-    """[D] -> [1, ..., 1, D]."""
+    """Returns values [D] as [1, ..., 1, D], with `ndim` axes."""
     return values.reshape((1,) * (ndim - 1) + (-1,))

@@ -30,7 +30,7 @@ METRICS = {"codebook/max_probability": 0.5, "codebook/max_logit": 3.0, "codebook
 
 
 def test_collapse_is_judged_after_the_warm_up_and_under_the_floor():
-    limits = {"usage_floor": 0.1, "warmup_steps": 100}
+    limits = {"usage_floor": 0.1, "grace_steps": 100}
     check_collapse(99, METRICS | {"codebook/usage": 0.01}, **limits)
     check_collapse(100, METRICS | {"codebook/usage": 0.1}, **limits)
     with pytest.raises(TrainingStopped, match=r"step 100: the codebook has collapsed: 1\.00% .*entropy_weight"):

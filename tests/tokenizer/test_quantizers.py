@@ -257,9 +257,9 @@ def test_fsq_chooses_levels(size, levels):
         (100, (), "knows no levels for it; set quantizer.levels to numbers of that product"),
         (32, (), "or a power of two from 64 on"),
         (64, (8, 5), "make 40 codes, codebook.size is 64; set codebook.size=40"),
-        (64, (64, 1), "each is a whole number from 2 to 256"),
-        (64, (8.0, 8), "each is a whole number from 2 to 256"),
-        (1024, (1024,), "each is a whole number from 2 to 256"),
+        (64, (64, 1), "each must be an integer from 2 to 256"),
+        (64, (8.0, 8), "each must be an integer from 2 to 256"),
+        (1024, (1024,), "each must be an integer from 2 to 256"),
     ],
 )
 def test_levels_that_cannot_be(size, levels, words):
@@ -353,8 +353,8 @@ def test_no_array_of_tokens_by_codes(name):
         (("quantizer.name=lfq", "codebook.size=72"), "quantizer lfq takes powers of two, such as 64"),
         (("quantizer.name=fsq", "codebook.size=72"), "quantizer fsq knows no levels for it"),
         (("quantizer.name=fsq", "quantizer.levels=(8,5)"), "make 40 codes, codebook.size is 64"),
-        (("quantizer.name=simvq", "quantizer.l2_normalize=True"), "l2_normalize=True is of quantizer.name=vq"),
-        (("quantizer.levels=(8,8)",), "quantizer.levels=(8, 8) is of quantizer.name=fsq, not of ibq"),
+        (("quantizer.name=simvq", "quantizer.l2_normalize=True"), "l2_normalize=True is a setting of quantizer.name=vq"),
+        (("quantizer.levels=(8,8)",), "quantizer.levels=(8, 8) is a setting of quantizer.name=fsq, not of ibq"),
         (("quantizer.name=lfq", "quantizer.entropy_group_tokens=100"), "does not divide the 512 tokens"),
     ],
 )

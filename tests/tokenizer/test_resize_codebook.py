@@ -77,5 +77,5 @@ def test_pruning_keeps_what_is_used_as_it_was_and_nothing_else_changes(state):
 def test_sizes_that_cannot_be():
     with pytest.raises(UsageError, match="the codebook has 12 codes already"):
         grow_index_map(12, 12)
-    with pytest.raises(UsageError, match="9 of 12 codes are in use; rounded up to a multiple of 4 none is to go"):
+    with pytest.raises(UsageError, match="9 of 12 codes are in use; rounded up to a multiple of 4 none can be dropped"):
         prune_index_map(np.arange(12) < 9, 4)
