@@ -1,10 +1,10 @@
-"""Faults injected into training, and the table of what became of them, which pytest prints at its end.
+"""Injects faults into training, and prints a table of the outcomes at the end of the pytest session.
 
-    python -m pytest tests/faults                   everything: 20 kills of one process of two, and 20 of both
-    IBQ_FAULTS=few python -m pytest tests/faults    some of it, one kill too, as in CI
+    python -m pytest tests/faults                   all faults: 20 kills of one process of two, and 20 of both
+    IBQ_FAULTS=few python -m pytest tests/faults    fewer faults, with one kill, as in CI
 
-A trial ends when the same command, given again until the run is complete, has left the scalars (every step's losses) of
-a run that nothing disturbed, equal to the bit.
+After a fault, the same command is repeated until the run is complete. The run has recovered if its scalars (every
+step's losses) equal those of an undisturbed run bit for bit.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ def trials(record_property, tmp_path):
 
 @pytest.fixture(scope="session")
 def command(data_dir):
-    """The arguments of a run of STEPS steps in a work folder, with overrides."""
+    """Returns a function: a run folder and overrides -> the arguments of a run of STEPS steps."""
 
     def command(workdir: Path, *overrides: str) -> list[str]:
         return arguments(workdir, data_dir, *PACE, *overrides)
@@ -33,7 +33,7 @@ def command(data_dir):
 
 @pytest.fixture(scope="session")
 def undisturbed(start, command, tmp_path_factory):
-    """The scalars that one process with one device leaves."""
+    """Returns the scalars of an undisturbed run of one process with one device."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     finished(start(command(workdir), devices=1))
     assert len(lines(workdir)) > STEPS
@@ -42,7 +42,7 @@ def undisturbed(start, command, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def undisturbed_pair(start, command, tmp_path_factory):
-    """The scalars that two processes with a device each leave."""
+    """Returns the scalars of an undisturbed run of two processes with one device each."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "pair"
     finished(start(*[command(workdir)] * 2, devices=1))
     assert len(lines(workdir)) > STEPS
@@ -63,6 +63,8 @@ def pytest_terminal_summary(terminalreporter):
             injected += trials
     if injected:
         terminalreporter.section("faults")
-        terminalreporter.line("| fault | times | ended as undisturbed, to the bit | what is said |\n|---|---|---|---|")
+        terminalreporter.line(
+            "| fault | times | as if undisturbed, bit for bit | what is reported |\n|---|---|---|---|"
+        )
         for fault, times in injected.items():
             terminalreporter.line(f"| {fault} | {times} | {same[fault]} | {said[fault]} |")
