@@ -154,7 +154,7 @@ class FiniteScalarQuantizer(nn.Module):
 
 
 def _usual_levels(codebook_size: int) -> tuple[int, ...]:
-    """Returns the default levels for K codes, all at least 5 as the paper advises. Raises UsageError if there are none."""
+    """Returns the default levels for K codes, all at least 5 as the paper advises. Raises UsageError if none exist."""
     for levels in PAPER_LEVELS:
         if math.prod(levels) == codebook_size:
             return levels

@@ -1,9 +1,30 @@
-"""The tokenizer's train state and its step, as pure functions.
+"""The tokenizer's train state and train step, as pure functions.
 
-Shapes: B images of a step, in A micro-batches; images and reconstructions [B, H, W, 3] in [-1, 1].
+Shapes: B images per step, in A micro-batches; images and reconstructions [B, H, W, 3] in [-1, 1].
 
 One step (arXiv 2412.02692, section 3; order as released): reconstruct once; update the discriminator on the images and
-the reconstructions; then the generator against the discriminator just updated, through the same forward pass.
+the reconstructions; then update the autoencoder and the codebook against the new discriminator, through the same
+forward pass.
+
+Metrics of a step; those of a part that is switched off, or that the quantizer lacks, are absent:
+
+| name | meaning |
+|---|---|
+| loss/total | what the tokenizer minimises: loss/nll + loss/codebook + weighted loss/adversarial |
+| loss/nll, loss/l1, loss/lpips | l1 + weighted lpips; mean absolute error of values in [-1, 1]; LPIPS (0 if off) |
+| loss/adversarial | non-saturating loss against the discriminator |
+| loss/codebook, loss/quantizer, loss/entropy | weighted sum of the quantizer's loss and of its entropy loss |
+| codebook/sample_entropy, codebook/batch_entropy | nats |
+| codebook/max_probability, codebook/max_logit | mean over tokens of the chosen code's probability; largest logit |
+| codebook/max_norm | largest length of a code |
+| codebook/usage, codebook/dead_codes, codebook/perplexity | over the last `codebook_monitor.window_tokens` |
+| discriminator/loss, discriminator/hinge, discriminator/lecam | hinge + weighted lecam |
+| discriminator/logits_real, discriminator/logits_fake | mean logits of images and of reconstructions |
+| discriminator/gradient_norm | global norm, before clipping |
+| optimizer/gradient_norm, optimizer/learning_rate | of the tokenizer; the discriminator has the same rate |
+
+Validation adds `validation/...`: psnr (dB), ssim, l1, lpips_NET, Frechet distances, usage, perplexity, entropy (nats)
+and images (a count), see `ibq_jax.evaluate.reconstruction`.
 """
 
 from collections.abc import Callable
@@ -31,7 +52,7 @@ from ibq_jax.tokenizer.quantizers import WITH_TRAINED_ROWS
 
 @flax.struct.dataclass
 class DiscriminatorState:
-    """The discriminator's side of the state."""
+    """The discriminator's part of the train state."""
 
     params: dict
     optimizer: optax.OptState
@@ -41,7 +62,7 @@ class DiscriminatorState:
 
 @flax.struct.dataclass
 class TokenizerState(AveragedWeights):
-    """Everything a step changes. `discriminator` is None where loss.adversarial_weight is 0."""
+    """Everything that a step changes. `discriminator` is None if loss.adversarial_weight is 0."""
 
     step: jax.Array
     params: dict
@@ -53,7 +74,11 @@ class TokenizerState(AveragedWeights):
 
 @dataclass(frozen=True)
 class TokenizerTrainer:
-    """The functions of one config on one mesh. `perceptual`, where asked for, is VGG16's weights or None (off)."""
+    """The tokenizer's model, optimizer and step functions for one config on one mesh.
+
+    Its methods are pure functions of their arguments. An argument `perceptual` is VGG16's weights for LPIPS, or None to
+    switch the perceptual loss off.
+    """
 
     config: ConfigDict
     mesh: Mesh
@@ -75,26 +100,26 @@ class TokenizerTrainer:
 
     @cached_property
     def learning_rate(self) -> optax.Schedule:
-        """Step -> the rate of both optimizers."""
+        """Step -> the learning rate of both optimizers."""
         config = self.config.optimizer
         drops = tuple(epoch * self.steps_per_epoch for epoch in config.drop_epochs)
         return drop_schedule(config.learning_rate, config.warmup_steps, drops, config.drop_factor)
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        """Adam, of the autoencoder and, with a state of its own, of the discriminator."""
+        """Adam, for the tokenizer and, with a separate state, for the discriminator."""
         config = self.config.optimizer
         return adam(self.learning_rate, beta1=config.beta1, beta2=config.beta2, gradient_clip=config.gradient_clip)
 
     @cached_property
     def window_steps(self) -> int:
-        """Steps of the window in which a code counts as used."""
+        """Number of steps after which an unchosen code no longer counts as used."""
         data = self.config.data
         tokens = data.batch_size * (data.image_size // downsampling(self.config)) ** 2
         return max(1, self.config.codebook_monitor.window_tokens // tokens)
 
     def create_state(self, seed: int) -> TokenizerState:
-        """The state before the first step, its parameters boxed with their logical axis names."""
+        """Returns the state before the first step, its parameters boxed with their logical axis names."""
         autoencoder_key, discriminator_key = jax.random.split(jax.random.key(seed))
         size = self.config.data.image_size
         params = self.model.init(autoencoder_key, jnp.zeros((1, size, size, 3)), method="initialize")["params"]
@@ -122,7 +147,11 @@ class TokenizerTrainer:
         )
 
     def train_step(self, state: TokenizerState, perceptual: dict | None, images: jax.Array):
-        """One step on images [B, H, W, 3], uint8 or float: (state, metrics); metrics["finite"] is a bool."""
+        """Takes one step on images [B, H, W, 3], uint8 or float.
+
+        Returns:
+            (state, metrics): the metrics of the module's table, float32 scalars, and "finite", a bool.
+        """
         images = to_float(images)
         (reconstructions, codebook_loss), pull_back, (indices, metrics) = jax.vjp(
             lambda params: self._reconstruct(params, images), state.params, has_aux=True
@@ -157,16 +186,16 @@ class TokenizerTrainer:
         return state, metrics | state.window.metrics(step, self.window_steps)
 
     def reconstruct(self, params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """uint8 [B, H, W, 3] -> reconstructions float32 in [-1, 1], indices [B, h, w]; nothing of the training."""
+        """uint8 [B, H, W, 3] -> (reconstructions float32 in [-1, 1], codes [B, h, w]), as for evaluation."""
         variables = {"params": params}
         indices = self.model.apply(variables, to_float(images), method="encode")
         return jnp.clip(self.model.apply(variables, indices, method="decode"), -1.0, 1.0), indices
 
     def _reconstruct(self, params: dict, images: jax.Array):
-        """((reconstructions, codebook loss), (indices, metrics))."""
+        """Returns ((reconstructions, codebook loss), (codes, metrics))."""
 
-        def one(x):
-            reconstruction, quantized = self.model.apply({"params": params}, x)
+        def reconstruct(micro_batch):
+            reconstruction, quantized = self.model.apply({"params": params}, micro_batch)
             scalars = {
                 "loss/quantizer": quantized.quant_loss,
                 "loss/entropy": quantized.entropy_loss,
@@ -175,18 +204,18 @@ class TokenizerTrainer:
                 "codebook/max_probability": quantized.max_probability,
             }
             scalars = {name: value for name, value in scalars.items() if value is not None}
-            peaks = {} if quantized.max_logit is None else {"codebook/max_logit": quantized.max_logit}
-            return reconstruction, quantized.indices, scalars, peaks
+            maxima = {} if quantized.max_logit is None else {"codebook/max_logit": quantized.max_logit}
+            return reconstruction, quantized.indices, scalars, maxima
 
-        reconstructions, indices, scalars, peaks = self._in_micro_batches(one, images)
+        reconstructions, indices, scalars, maxima = self._map_micro_batches(reconstruct, images)
         scalars = jax.tree.map(jnp.mean, scalars)
         weights = self.config.loss
         loss = weights.quantizer_weight * scalars["loss/quantizer"] + weights.entropy_weight * scalars["loss/entropy"]
-        metrics = scalars | {"loss/codebook": loss} | jax.tree.map(jnp.max, peaks)
-        return (_joined(reconstructions), loss), (_joined(indices), jax.lax.stop_gradient(metrics))
+        metrics = scalars | {"loss/codebook": loss} | jax.tree.map(jnp.max, maxima)
+        return (_merge(reconstructions), loss), (_merge(indices), jax.lax.stop_gradient(metrics))
 
     def _train_discriminator(self, state: TokenizerState, images: jax.Array, reconstructions: jax.Array):
-        """(the discriminator after its update on real and reconstructed images, metrics)."""
+        """Returns (the discriminator updated on images and reconstructions, metrics)."""
         config, old = self.config.loss, state.discriminator
         started = (state.step >= self.config.discriminator.start_step).astype(jnp.float32)
 
@@ -207,12 +236,12 @@ class TokenizerTrainer:
     def _image_loss(
         self, reconstructions, discriminator: DiscriminatorState | None, perceptual: dict | None, images, step
     ):
-        """What the generator pays for its pictures: (loss, (discriminator with its statistics moved, metrics))."""
+        """Returns the loss of the reconstructions: (loss, (discriminator with updated statistics, metrics))."""
         config = self.config.loss
         distance = jnp.zeros((images.shape[0],))
         if perceptual is not None:
             measure = partial(lpips, perceptual, dtype=jnp.dtype(self.config.dtype))
-            distance = _joined(self._in_micro_batches(measure, images, reconstructions))
+            distance = _merge(self._map_micro_batches(measure, images, reconstructions))
         loss, scalars = losses.reconstruction_nll(images, reconstructions, distance, config.perceptual_weight)
         metrics = {f"loss/{name}": value for name, value in scalars.items()}
         if discriminator is not None:
@@ -224,22 +253,23 @@ class TokenizerTrainer:
         return loss, (discriminator, metrics)
 
     def _discriminate(self, params: dict, batch_stats: dict, images: jax.Array):
-        """(logits, batch statistics moved by this call)."""
+        """Returns (logits, batch statistics updated by this call)."""
 
-        def one(x):
+        def discriminate(micro_batch):
             variables = {"params": params, "batch_stats": batch_stats}
-            logits, moved = self.discriminator.apply(variables, x, mutable=["batch_stats"])
-            return logits, moved["batch_stats"]
+            logits, updated = self.discriminator.apply(variables, micro_batch, mutable=["batch_stats"])
+            return logits, updated["batch_stats"]
 
-        logits, moved = self._in_micro_batches(one, images)
-        # Each micro-batch moves the same statistics once, by an amount linear in its own: the mean is the batch's move.
-        batch_stats = jax.tree.map(lambda new, old: jnp.mean(new, axis=0).astype(old.dtype), moved, batch_stats)
-        return _joined(logits), batch_stats
+        logits, updated = self._map_micro_batches(discriminate, images)
+        # Each micro-batch updates the same statistics, linearly in its own: the mean is the update by the whole batch.
+        batch_stats = jax.tree.map(lambda new, old: jnp.mean(new, axis=0).astype(old.dtype), updated, batch_stats)
+        return _merge(logits), batch_stats
 
-    def _in_micro_batches(self, function: Callable, *arrays: jax.Array):
-        """`function` over A micro-batches of arrays [B, ...] one after another; every output gets a leading A.
+    def _map_micro_batches(self, function: Callable, *arrays: jax.Array):
+        """Applies `function` to A micro-batches of arrays [B, ...] in turn; every output gets a leading axis A.
 
-        Gradients flow through; a micro-batch's activations are computed anew for them, so that only one's are held.
+        It is differentiable. The backward pass computes each micro-batch again, so that the activations of only one
+        are held in memory.
         """
         count = self.config.train.grad_accum_steps
         if count == 1:
@@ -249,19 +279,19 @@ class TokenizerTrainer:
         return jax.lax.map(lambda batch: jax.checkpoint(function)(*batch), batches)
 
 
-def _joined(leaf: jax.Array) -> jax.Array:
-    """[A, b, ...] -> [B, ...]."""
-    return leaf.reshape(-1, *leaf.shape[2:])
+def _merge(micro_batches: jax.Array) -> jax.Array:
+    """Micro-batches [A, b, ...] -> the whole batch [B, ...]."""
+    return micro_batches.reshape(-1, *micro_batches.shape[2:])
 
 
 def jit_train_step(trainer: TokenizerTrainer):
-    """`trainer.train_step(state, perceptual, images)`, sharded over its mesh; the state is donated."""
+    """Returns `trainer.train_step(state, perceptual, images)`, jitted and sharded over its mesh; donates the state."""
     mesh = trainer.mesh
     return jit_step(trainer.train_step, trainer.create_state, mesh, (replicated(mesh), batch_sharding(mesh)))
 
 
 def abstract_arguments(trainer: TokenizerTrainer) -> tuple:
-    """Shapes, types and shardings of the step's arguments; with a perceptual net wherever the config asks for one."""
+    """Returns shapes, types and shardings of the step's arguments, with VGG16 if loss.perceptual_weight is not 0."""
     mesh, data = trainer.mesh, trainer.config.data
     state, _ = abstract_state(trainer.create_state, mesh, 0)
     perceptual = None
