@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Sourced by the other scripts of this folder; nothing to type.
+# Functions that the other scripts of this folder source; not a script to run.
 
-# Words as a shell reads them back: bare where that is safe, else in single quotes, which every shell understands alike.
+# Prints words so that any shell reads them back unchanged: bare if that is safe, otherwise in single quotes.
 quoted() {
   local word text='' escaped="'\\''"
   for word in "$@"; do
     if [[ ! $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then
-      # The first = stays bare, so that --flag='two words' and NAME='two words' look as they are typed.
+      # The part up to the first = stays bare: --flag='two words' and NAME='two words' look as they were typed.
       if [[ $word =~ ^([A-Za-z0-9_.-]+=)(.*)$ ]]; then
         word="${BASH_REMATCH[1]}'${BASH_REMATCH[2]//\'/$escaped}'"
       else
@@ -25,15 +25,15 @@ wrong_use() {
 
 is_count() { [[ $1 =~ ^[1-9][0-9]{0,4}$ ]]; }
 
-needs_command() { # what is left of the arguments after the script's own flags
+needs_command() { # "$@": the arguments after the script's own flags
   case ${1:-} in
   '') wrong_use "COMMAND is missing, such as: train --config=... --workdir=..." ;;
   -*) wrong_use "there is no flag $1" ;;
   esac
 }
 
-pids=() # process groups that the caller starts
-logs=() # where each writes; empty: here
+pids=() # process groups that the caller has started
+logs=() # log file of each; empty if it prints to this terminal
 
 stop_when_asked() {
   echo "stopping: waiting until all have saved" >&2
@@ -42,10 +42,10 @@ stop_when_asked() {
 asked=''
 remember_signals() { trap 'asked=1' TERM INT; } # while processes are being started
 
-# Waits for them and ends with the first exit code that is not 0.
+# Waits for all of them and exits with the first exit code that is not 0.
 # SIGTERM and SIGINT call the caller's stop_all, which lets every process save. If one fails, the others have IBQ_GRACE
-# seconds to notice by themselves; then stop_all is called, and 30 seconds later what is left is killed. (143 is no
-# failure: the others stop at the same step, and saving may take its time.)
+# seconds to exit by themselves; then stop_all is called, and 30 seconds later the remaining ones are killed. (143 is
+# not a failure: the others stop at the same step, and saving may take a while.)
 attend() {
   local -a left=("${!pids[@]}")
   local -a still

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One process on each host of a list, over ssh:
+# Starts one process on each host of a list, over ssh:
 #   bash launch/hosts.sh --hosts=a,b,c [--dir=PATH] [--port=8476] [--env=NAME=VALUE ...] [--dry-run] train --config=...
-# --hosts=@FILE reads them from a file, one a line. Every host has the repository, with its .venv, at the same path
-# (--dir, otherwise where it is here) and lets ssh in without a password; the first is the one that all others reach at
-# --port. Its output is shown here; each host keeps its own in PATH/runs/logs (or --env=IBQ_LOGS=FOLDER). SIGTERM and
-# Ctrl-C, and a broken connection too, reach every process as SIGTERM, so that it saves; ends with the first exit code
-# that is not 0.
+# --hosts=@FILE reads the hosts from a file, one per line. Every host needs the repository, with its .venv, at the same
+# path (--dir; default: the path here) and ssh access without a password. All hosts must reach the first one at --port.
+# The first host's output is shown here; each host writes its own to PATH/runs/logs (or --env=IBQ_LOGS=FOLDER). SIGTERM,
+# Ctrl-C and a broken connection reach every process as SIGTERM, so that it saves. Exits with the first exit code that
+# is not 0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
@@ -32,7 +32,7 @@ needs_command "$@"
 is_count "$port" || wrong_use "--port=$port is not a port"
 stamp=${IBQ_STAMP:-$(date +%Y%m%d-%H%M%S)-$$}
 
-on_host() { # INDEX, then the command: what ssh types there
+on_host() { # INDEX COMMAND...: prints the line that ssh runs there
   local index=$1
   shift
   echo "cd $(quoted "$folder") && $(quoted env "IBQ_PROCESSES=${hosts[0]##*@}:$port,${#hosts[@]},$index" \
@@ -47,16 +47,16 @@ fi
 held=$(mktemp -d)
 mkfifo "$held/pipe"
 # shellcheck disable=SC2094 # both ends, on purpose
-exec 9<>"$held/pipe" 8<"$held/pipe" # who reads 8 sees it end when 9 is closed, even by kill -9
+exec 9<>"$held/pipe" 8<"$held/pipe" # readers of 8 see end of file when 9 is closed, even by kill -9
 rm -r "$held"
 stop_all() { exec 9>&-; }
 remember_signals
-set -m # a process group each, so that Ctrl-C does not end the connections
+set -m # one process group each, so that Ctrl-C does not end the connections
 for i in "${!hosts[@]}"; do
   "${connect[@]}" "${hosts[i]}" "$(on_host "$i" "$@")" <&8 9>&- &
   pids+=($!)
   logs+=("hosts-$stamp/$i.log on ${hosts[i]}")
 done
 set +m
-echo "${#hosts[@]} processes; 0 on ${hosts[0]} prints here, each into hosts-$stamp/ of its host's $folder/runs/logs" >&2
+echo "${#hosts[@]} processes; 0 on ${hosts[0]} prints here, each logs to hosts-$stamp/ in its host's $folder/runs/logs" >&2
 attend

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# All GPUs of this host, in one process or in several:
+# Runs a command on all GPUs of this host, in one process or several:
 #   bash launch/local_gpus.sh [--processes=N] [--port=PORT] [--dry-run] train --config=... --workdir=...
-# One process drives all GPUs by default, which needs nothing else. With --processes=N each of N gets its share of them
-# (where there are none: simulated CPU devices, see JAX_NUM_CPU_DEVICES). Process 0 prints here, the others into a
-# folder that is named on start. SIGTERM and Ctrl-C reach all as SIGTERM, so that they save; ends with the first exit
-# code that is not 0. IBQ_PYTHON is another interpreter than .venv/bin/python, IBQ_LOGS another folder than runs/logs.
+# By default one process drives all GPUs. With --processes=N, each of N processes gets an equal share of them (on a host
+# without GPUs: simulated CPU devices, see JAX_NUM_CPU_DEVICES). Process 0 prints here; the others write to a folder
+# that is named on start. SIGTERM and Ctrl-C reach all processes as SIGTERM, so that they save. Exits with the first
+# exit code that is not 0. IBQ_PYTHON (default .venv/bin/python) is the interpreter, IBQ_LOGS (default runs/logs) the
+# log folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
@@ -24,22 +25,22 @@ is_count "$processes" || wrong_use "--processes=$processes is not a number of pr
 
 gpus=0
 if command -v nvidia-smi >/dev/null; then
-  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # JAX counts among these, from 0
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # JAX numbers these from 0
     visible=${CUDA_VISIBLE_DEVICES//[^,]/}
     [ -z "$CUDA_VISIBLE_DEVICES" ] || gpus=$((${#visible} + 1))
   else
-    gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || true # no driver: no GPUs
+    gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || true # without a driver there are no GPUs
   fi
 fi
 share=$((gpus / processes))
 [ $((share * processes)) -eq "$gpus" ] || wrong_use "$gpus GPUs cannot be shared evenly by $processes processes"
 
 if [ "$processes" -gt 1 ] && [ -z "$port" ]; then
-  port=$((20000 + RANDOM % 12000)) # under the range from which the system takes ports of its own
+  port=$((20000 + RANDOM % 12000)) # below the range from which the system assigns ports
   while (: <"/dev/tcp/localhost/$port") 2>/dev/null; do port=$((20000 + RANDOM % 12000)); done
 fi
 python=${IBQ_PYTHON:-.venv/bin/python}
-settings() { # of process $1
+settings() { # prints the environment of process $1
   [ "$processes" -eq 1 ] && return
   echo "IBQ_PROCESSES=localhost:$port,$processes,$1"
   [ "$share" -eq 0 ] || echo "JAX_LOCAL_DEVICE_IDS=$(seq -s, $(($1 * share)) $((($1 + 1) * share - 1)))"
@@ -61,7 +62,7 @@ stop_all() {
   for pid in "${pids[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
 }
 remember_signals
-set -m # a process group each, so that Ctrl-C comes from here alone, once
+set -m # one process group each, so that Ctrl-C reaches them once, through this script
 for ((i = 0; i < processes; i++)); do
   # shellcheck disable=SC2046 # settings have no spaces
   if [ "$i" -eq 0 ]; then

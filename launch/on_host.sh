@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One host's part of launch/hosts.sh, which types it over ssh:  IBQ_PROCESSES=... bash launch/on_host.sh LOGS COMMAND
-# Standard input is held open by hosts.sh and never written to: when it ends, be it on purpose or since the connection
-# broke, the process gets SIGTERM. Output goes to a file and process 0's is shown from there, since a process that
-# prints into a broken connection would die of it while it saves.
+# Runs one host's part of launch/hosts.sh, called over ssh:  IBQ_PROCESSES=... bash launch/on_host.sh LOGS COMMAND
+# hosts.sh holds standard input open and writes nothing to it: when it closes, on purpose or because the connection
+# broke, the process gets SIGTERM. Output goes to a file, and process 0's is shown from there, because a process that
+# prints to a broken connection would be killed while it saves.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 index=${IBQ_PROCESSES##*,}
@@ -26,7 +26,7 @@ fi
 wait $process
 code=$?
 kill $stopper
-wait $stopper 2>/dev/null # says nothing of its end
+wait $stopper 2>/dev/null # without the shell's message about it
 if [ "$index" -eq 0 ]; then
   wait "$shown"
 elif [ $code -ne 0 ] && [ $code -ne 143 ]; then

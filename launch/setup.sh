@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes .venv with the pinned packages and this one; later calls return at once unless a pin or pyproject.toml has changed.
+# Installs the pinned packages and this one into .venv; returns at once unless a pin or pyproject.toml has changed.
 #   bash launch/setup.sh [EXTRA ...]      EXTRA: tests, torch, hub, beam, tpu, cuda, gcs (requirements-EXTRA.txt)
-#   VENV=DIR bash launch/setup.sh ...     makes another environment
+#   VENV=DIR bash launch/setup.sh ...     installs into another folder than .venv
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 files=(requirements.txt)
-[[ " $* " != *" beam "* ]] || files=() # requirements-beam.txt is a whole environment
+[[ " $* " != *" beam "* ]] || files=() # requirements-beam.txt is a complete environment
 for extra in "$@"; do files+=("requirements-$extra.txt"); done
 stamp=$(cat pyproject.toml "${files[@]}" | sha256sum | cut -c1-16)
 marker=$venv/installed-$(IFS=-; echo "$*")-$stamp

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A sweep with a job for each point, and its table after them:
+# Runs a sweep with one job per point, and then writes its table:
 #   bash launch/sweep.sh [--sbatch=FLAG ...] [--dry-run] sweep --config=... --over codebook.size=256,1024 --workdir=runs/sweep
-# Where there is Slurm: a job array, each of whose jobs trains a point with launch/slurm.sbatch (which saves before the
-# time limit and is queued again), then a job that writes the table, whatever became of the points. --sbatch=--time=8:00:00
-# --sbatch=--gpus-per-node=8 and so on are of the array; account, partition and qos of the table's job too. Without Slurm
-# the points are trained here, one after the other. The same line again trains what is not done. On hosts or a TPU pod:
-# --launcher, see python -m ibq_jax sweep --help.
+# With Slurm: submits a job array, in which each job trains one point with launch/slurm.sbatch (it saves before the time
+# limit and is requeued), then a job that writes the table even if points failed. --sbatch=FLAG, such as --time=8:00:00
+# or --gpus-per-node=8, applies to the array; account, partition and qos also to the table's job. Without Slurm: trains
+# the points here, one after the other. The same line again trains only the points that are not done. For other hosts or
+# a TPU pod see --launcher in python -m ibq_jax sweep --help.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
@@ -29,9 +29,9 @@ if ! command -v sbatch >/dev/null; then
   if [ -n "$dry_run" ]; then quoted "${sweep[@]}"; else exec "${sweep[@]}"; fi
   exit 0
 fi
-points=$("${sweep[@]}" --list) # and what is wrong with the flags is said here, not in every job
+points=$("${sweep[@]}" --list) # which also reports wrong flags once, here, instead of in every job
 last=$(($(wc -l <<<"$points") - 1))
-submit() { # runs it, or prints it
+submit() { # runs the command, or prints it in a dry run
   if [ -n "$dry_run" ]; then quoted "$@"; else "$@"; fi
 }
 point="exec $(quoted "${sweep[@]}" "--launcher=bash launch/slurm.sbatch") --point=\$SLURM_ARRAY_TASK_ID"

@@ -3,14 +3,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh tests torch hub
-# Two workers: most of the time one thread compiles. A file's tests stay together, for they share what they set up.
-# Of the injected faults some; all of them, and the table: .venv/bin/python -m pytest tests/faults
+# Two workers, because each mostly compiles in one thread. The tests of one file share what they set up and stay together.
+# Only some faults are injected; all of them, with their table: .venv/bin/python -m pytest tests/faults
 IBQ_FAULTS=few .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
-# Plans for TPUs need the TPU's compiler, in a venv of its own, since JAX would look for a TPU wherever it is installed.
+# Plans for TPUs need the TPU's compiler, in a venv of its own, because JAX looks for a TPU wherever it is installed.
 if [ $# -eq 0 ] && [ "$(uname -sm)" = "Linux x86_64" ]; then
   VENV=.venv-tpu bash launch/setup.sh tests tpu
   JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest tests/commands/test_plan.py
-  # apache-beam holds protobuf and others at older versions.
+  # apache-beam needs older versions of protobuf and other packages.
   VENV=.venv-beam bash launch/setup.sh tests beam
   .venv-beam/bin/python -m pytest tests/system/test_beam.py
 fi

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# A Cloud TPU, from nothing to a run whose output is shown:
+# Creates a Cloud TPU, installs this repository on it, runs a command there and shows its output:
 #   bash launch/tpu_pod.sh --name=pod --zone=ZONE --type=v5litepod-64 run train --config=... --workdir=gs://BUCKET/run
-# Flags: --project=P --spot --queued (wait in Google's queue) --version=RUNTIME (by type otherwise) --env=NAME=VALUE ...
-#   --dry-run (prints each gcloud command, runs none). In place of run, its parts and what comes later:
-#   create        makes the TPU, or finds that it is there; one that was preempted is made again
+# Flags: --project=P --spot --queued (wait in Google's queue) --version=RUNTIME (default: by type) --env=NAME=VALUE ...
+#   --dry-run (prints each gcloud command, runs none). Instead of run, one of its parts, or what comes later:
+#   create        creates the TPU unless it exists; creates it again if it was preempted
 #   install       copies the tree at the current commit to every worker and runs launch/setup.sh tpu gcs there
 #   start COMMAND starts it on every worker, detached; a preemption notice reaches it as SIGTERM, so that it saves
-#   tail          worker 0's output until its end, with its exit code (Ctrl-C ends the tail alone); also: status
-#   stop          SIGTERM to every worker, waits until all have saved;   delete: gives the TPU back
-# Preempted? The same run line makes the TPU again and goes on. gcloud talks to several workers with a key from an agent
-# only: ssh-add ~/.ssh/google_compute_engine.
+#   tail          shows worker 0's output until it ends, and exits with its code (Ctrl-C ends only the tail)
+#   status        shows the TPU's state and the last line of every worker
+#   stop          sends SIGTERM to every worker and waits until all have saved
+#   delete        deletes the TPU
+# After a preemption, the same run line creates the TPU again and continues. gcloud can only talk to several workers
+# with a key from an ssh agent: ssh-add ~/.ssh/google_compute_engine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
@@ -50,7 +52,7 @@ run | start)
     esac
   done
   ;;
-*) [ $# -eq 0 ] || wrong_use "$verb takes nothing after it" ;;
+*) [ $# -eq 0 ] || wrong_use "$verb takes no arguments" ;;
 esac
 if [ -z "$version" ]; then
   case $type in
@@ -62,18 +64,18 @@ if [ -z "$version" ]; then
 fi
 
 place=(--zone="$zone" ${project[@]+"${project[@]}"})
-command_line() { # runs it, or prints it
+command_line() { # runs the command, or prints it in a dry run
   if [ -n "$dry_run" ]; then quoted "$@"; else "$@"; fi
 }
 tpu_vm() { command_line gcloud compute tpus tpu-vm "$@"; }
 queue() { command_line gcloud compute tpus queued-resources "$@"; }
-on_workers() { # all or 0, then what to type in the tree there
+on_workers() { # all|0 COMMAND...: runs it in the tree there
   local workers=$1
   shift
   tpu_vm ssh "$name" "${place[@]}" --worker="$workers" --command="cd ibq_jax && $(quoted "$@")"
 }
 
-state() { # empty: there is none
+state() { # prints the TPU's state; nothing if there is no TPU
   if [ -n "$queued" ]; then
     queue describe "$name" "${place[@]}" --format='value(state.state)' 2>/dev/null || true
   else
@@ -91,11 +93,11 @@ create() {
   fi
   case $now in
   READY | ACTIVE)
-    echo "$name is there" >&2
+    echo "$name exists" >&2
     return
     ;;
   PREEMPTED | TERMINATED | FAILED | SUSPENDED)
-    echo "$name is $now; it is made again" >&2
+    echo "$name is $now; creating it again" >&2
     delete
     now=''
     ;;
@@ -113,7 +115,7 @@ create() {
       ${spot[@]+"${spot[@]}"}
   fi
   if [ -n "$dry_run" ]; then
-    state # again and again, until ACTIVE
+    state # repeated until ACTIVE in a real run
     return
   fi
   local seen=''
@@ -124,7 +126,7 @@ create() {
     case $seen in
     ACTIVE) ;;
     FAILED | SUSPENDING | SUSPENDED)
-      echo "tpu_pod.sh: the queue ended with $seen; the same line asks again" >&2
+      echo "tpu_pod.sh: the queue ended with $seen; the same line requests it again" >&2
       exit 1
       ;;
     *) sleep "${IBQ_POLL:-30}" ;;
@@ -135,12 +137,12 @@ create() {
 install() {
   local archive=build/$name.tar.gz apt='sudo apt-get -o DPkg::Lock::Timeout=600'
   if [ -z "$dry_run" ]; then
-    [ -z "$(git status --porcelain)" ] || echo "tpu_pod.sh: changes that are not committed stay here" >&2
+    [ -z "$(git status --porcelain)" ] || echo "tpu_pod.sh: changes that are not committed are not copied" >&2
     mkdir -p build
   fi
   command_line git archive --format=tar.gz --output="$archive" HEAD
   tpu_vm scp "$archive" "$name:ibq_jax.tar.gz" "${place[@]}" --worker=all
-  # The tree is replaced; what was installed and written stays. Google's images have Python 3.10 alone.
+  # Replaces the tree and keeps what was installed and written. Google's images come with Python 3.10 only.
   local steps=(
     "mkdir -p ibq_jax && cd ibq_jax"
     "{ [ ! -e launch/tpu_worker.sh ] || bash launch/tpu_worker.sh idle; }"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One TPU worker's part of launch/tpu_pod.sh, which types it over ssh:  bash launch/tpu_worker.sh start COMMAND ...
-# Also: tail, status, stop, idle. In runs/worker/: the log, the pid of what watches over the command, its exit code.
+# Runs one TPU worker's part of launch/tpu_pod.sh, which calls it over ssh:  bash launch/tpu_worker.sh start COMMAND ...
+# Also: tail, status, stop, idle. runs/worker/ holds the log, the pid of the supervising shell, and the exit code.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${IBQ_LOGS:-runs/worker}
@@ -15,15 +15,15 @@ ended() {
 
 needs_idle() {
   if runs; then
-    echo "$(hostname): a command runs already (tail, status and stop are for it)" >&2
+    echo "$(hostname): a command is already running (see tail, status and stop)" >&2
     exit 2
   fi
 }
 
-# Waits for Google's notice that this machine is taken away, about 30 seconds ahead.
+# Waits for Google's notice, about 30 seconds ahead, that this machine will be preempted.
 preemption() {
   local url=http://${GCE_METADATA_HOST:-metadata.google.internal}/computeMetadata/v1/instance/preempted
-  local etag=0 answer='' # with etag 0 the first answer comes at once; each next one on a change, or after a minute
+  local etag=0 answer='' # with etag 0 the first answer comes at once, each later one on a change or after a minute
   until [[ $answer == *TRUE* ]]; do
     if ! answer=$(curl -sf -i --max-time 90 -H 'Metadata-Flavor: Google' \
       "$url?wait_for_change=true&timeout_sec=60&last_etag=$etag"); then
@@ -45,21 +45,21 @@ start)
   setsid nohup bash launch/tpu_worker.sh watch "$@" </dev/null >>"$folder/log" 2>&1 &
   echo $! >"$folder/pid"
   ;;
-watch) # the command, in the background
+watch) # runs the command and waits for it; started by start
   echo "--- $(date '+%F %T') $*"
   "${IBQ_PYTHON:-.venv/bin/python}" -m ibq_jax "$@" &
   command=$!
   trap 'signalled=1; kill -TERM $command 2>/dev/null || true' TERM
-  set -m # a process group, so that curl ends with it
+  set -m # a process group of its own, so that curl ends with it
   {
     preemption
-    echo "--- $(date '+%F %T') this machine is being taken away: SIGTERM"
+    echo "--- $(date '+%F %T') this machine is being preempted: SIGTERM"
     kill -TERM $command
   } &
   watcher=$!
   set +m
   signalled=1
-  while [ -n "$signalled" ]; do # which ends the wait, but not the command
+  while [ -n "$signalled" ]; do # a signal ends the wait, but not the command
     signalled='' code=0
     wait $command || code=$?
   done

@@ -180,7 +180,7 @@ def test_tpu_is_created_where_there_is_none_and_used_again_where_there_is(cloud)
     cloud.run("tpu_pod.sh", *POD, "create")
     assert verbs(cloud) == ["tpu-vm describe", "tpu-vm create"]
     _, err = cloud.run("tpu_pod.sh", *POD, "create")
-    assert verbs(cloud) == ["tpu-vm describe", "tpu-vm create", "tpu-vm describe"] and err == "pod is there\n"
+    assert verbs(cloud) == ["tpu-vm describe", "tpu-vm create", "tpu-vm describe"] and err == "pod exists\n"
 
 
 @pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED"])
@@ -207,7 +207,7 @@ def test_tpu_queue_is_waited_for(cloud):
 def test_tpu_queue_that_fails_says_so(cloud):
     (cloud.folder / "states").write_text("PROVISIONING\nFAILED")
     _, err = cloud.run("tpu_pod.sh", *POD, "--queued", "create", code=1)
-    assert err.splitlines()[-1] == "tpu_pod.sh: the queue ended with FAILED; the same line asks again"
+    assert err.splitlines()[-1] == "tpu_pod.sh: the queue ended with FAILED; the same line requests it again"
 
 
 def test_tpu_run_is_its_parts_and_ends_with_the_exit_code(cloud):
@@ -217,14 +217,14 @@ def test_tpu_run_is_its_parts_and_ends_with_the_exit_code(cloud):
     start, show = cloud.calls("gcloud")[-2:]
     command = f"env IBQ_PROCESSES=auto bash launch/tpu_worker.sh start {TRAIN[0]} {TRAIN[1]} --workdir=runs/x"
     assert start[-2:] == ["--worker=all", f"--command=cd ibq_jax && {command}"] and show[-2] == "--worker=0"
-    assert "--workdir=runs/x is not gs://..." in err and "changes that are not committed stay here" in err
+    assert "--workdir=runs/x is not gs://..." in err and "changes that are not committed are not copied" in err
 
 
 def test_tpu_worker_saves_when_its_machine_is_taken_away(worker):
     worker.run("tpu_worker.sh", "start", *TRAIN, *AWKWARD, HANG="1", IBQ_PROCESSES="auto")
     worker.wait_for("ready-auto")
     _, err = worker.run("tpu_worker.sh", "start", *TRAIN, code=2)
-    assert "a command runs already" in err
+    assert "a command is already running" in err
     assert ": runs; " in worker.run("tpu_worker.sh", "status")[0]
     until = time.monotonic() + 30
     while len(worker.calls("curl")) < 2:  # the first asks how it stands
@@ -234,7 +234,7 @@ def test_tpu_worker_saves_when_its_machine_is_taken_away(worker):
     out, _ = worker.run("tpu_worker.sh", "tail", code=143)
     first, said, notice, saved, last = out.splitlines()
     assert first.startswith("--- ") and json.loads(said)["arguments"] == ["-m", "ibq_jax", *TRAIN, *AWKWARD]
-    assert notice.endswith("this machine is being taken away: SIGTERM") and saved == "saved"
+    assert notice.endswith("this machine is being preempted: SIGTERM") and saved == "saved"
     assert last.endswith("exit code 143")
     assert worker.run("tpu_worker.sh", "status")[0].endswith(": ended with exit code 143\n")
     assert [call[-1].partition("&last_etag=")[2] for call in worker.calls("curl")] == ["0", "5d"]

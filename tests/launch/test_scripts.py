@@ -122,7 +122,7 @@ WRONG = [
     ("tpu_pod.sh", ["--name=pod", "tail"], "--zone=ZONE is missing"),
     ("tpu_pod.sh", [*POD[:2], "run", *TRAIN], "--type=TYPE is missing, such as v5litepod-64"),
     ("tpu_pod.sh", [*POD, "run"], "COMMAND is missing, such as: train --config=... --workdir=..."),
-    ("tpu_pod.sh", [*POD, "delete", "now"], "delete takes nothing after it"),
+    ("tpu_pod.sh", [*POD, "delete", "now"], "delete takes no arguments"),
     ("sweep.sh", ["--dry-rum", *SWEEP], "there is no flag --dry-rum"),
     ("sweep.sh", TRAIN, "write sweep and its flags, such as: sweep --config=... --over FIELD=A,B --workdir=..."),
     ("slurm.sbatch", TRAIN, "type sbatch --nodes=2 launch/slurm.sbatch train ... in the repository's root"),
