@@ -68,7 +68,7 @@ def _run(name: str, argv: list[str]) -> int:
         words, code = _explained(error)
         if words is None:
             if processes.joined():
-                processes.wait_for_news(error)
+                processes.exit_if_a_peer_died(error)
                 traceback.print_exc()
                 processes.fail(one_line(error), 1)
             raise

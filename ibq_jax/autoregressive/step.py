@@ -16,25 +16,20 @@ from ml_collections import ConfigDict
 from ibq_jax.autoregressive.model import GeneratorModel, build_model
 from ibq_jax.base.saved_run import total_steps
 from ibq_jax.base.sharding import AXES, abstract_state, batch_sharding, jit_step
-from ibq_jax.base.state import adamw, cosine_schedule, moving_average, warm_flat_linear_schedule
+from ibq_jax.base.state import AveragedWeights, adamw, cosine_schedule, moving_average, warmup_hold_decay_schedule
 from ibq_jax.ops import cross_entropy, weighted_cross_entropy
 
 UNDECAYED = ("scale", "bias")
 
 
 @flax.struct.dataclass
-class GeneratorState:
+class GeneratorState(AveragedWeights):
     """Everything a step changes. `ema` is None where optimizer.ema_decay is 0."""
 
     step: jax.Array
     params: dict
     optimizer: optax.OptState
     ema: dict | None
-
-    @property
-    def averaged(self) -> dict:
-        """The averaged parameters, or where none are kept the parameters."""
-        return self.params if self.ema is None else self.ema
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class GeneratorTrainer:
     @cached_property
     def learning_rate(self) -> optax.Schedule:
         config, steps = self.config.optimizer, total_steps(self.config, self.steps_per_epoch)
-        return warm_flat_linear_schedule(
+        return warmup_hold_decay_schedule(
             config.learning_rate,
             steps,
             warmup_fraction=config.warmup_fraction,
@@ -73,7 +68,14 @@ class GeneratorTrainer:
         def decays(name: str) -> bool:
             return config.decay_all or not any(part in UNDECAYED for part in name.split("/"))
 
-        return adamw(self.learning_rate, self.weight_decay, config.beta1, config.beta2, config.gradient_clip, decays)
+        return adamw(
+            self.learning_rate,
+            self.weight_decay,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            gradient_clip=config.gradient_clip,
+            decays=decays,
+        )
 
     def create_state(self, seed: int) -> GeneratorState:
         """The state before the first step, its parameters boxed with their logical axis names."""

@@ -1,7 +1,8 @@
-"""Checkpoints: asynchronous, atomic, kept by policy, restored to any mesh. The only file that imports Orbax.
+"""Checkpoints: asynchronous, atomic, kept by policy, restored to any mesh. Only this file imports Orbax.
 
-A step's folder appears under its number only when it is whole, so a kill leaves the earlier steps as they were. One
-that is damaged afterwards is moved to `broken/` beside the others, said, and the newest whole one is used.
+A step's folder appears under its number only when it is complete, so a kill leaves the earlier steps untouched. A
+checkpoint that is damaged afterwards is moved to `broken/` next to the others and reported, and the newest whole one is
+used.
 """
 
 import contextlib
@@ -10,42 +11,47 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN, PreservationPolicy
 
-from ibq_jax.base.errors import UsageError
+from ibq_jax.base.errors import UsageError, one_line
 from ibq_jax.base.files import is_remote, resolve
-from ibq_jax.base.processes import barrier, first_failure, may_be_a_peers
+from ibq_jax.base.processes import barrier, first_failure, may_be_peer_failure
 
-WEIGHTS_ONLY = "weights_only"  # in the metadata of a checkpoint that holds part of a state
-WRITTEN_AT_ONCE = 2**26  # bytes of an array, and of a file: larger arrays are cut, so that no second copy is held
-SAVE_SECONDS = 20 * 86_400  # Orbax takes them from the wall clock, which may jump; what hangs is ended by the watchdog
+WEIGHTS_ONLY = "weights_only"  # metadata field of a checkpoint that holds only part of a state
+WRITTEN_AT_ONCE = 2**26  # bytes per array and per file; larger arrays are split, so that no second copy is held
+SAVE_SECONDS = 20 * 86_400  # Orbax measures it by the wall clock, which may jump; the watchdog ends real hangs
 
-Wanted = Callable[[str], bool]  # whether a leaf is to be read, by its name: "params/encoder/conv_in/kernel"
+LeafFilter = Callable[[str], bool]  # whether to read a leaf, given its name such as "params/encoder/conv_in/kernel"
 
 
-def everything(name: str) -> bool:
+def every_leaf(name: str) -> bool:
+    """Selects all leaves of a state."""
     return True
 
 
 @dataclass
 class Restored:
-    """A checkpoint: the state's pytree, and what was saved beside it as JSON. Leaves that were not saved (of weights
-    only), or were not asked for, are None; `completed` takes them from elsewhere."""
+    """A restored checkpoint: its step, the state's pytree, and the JSON metadata saved with it.
+
+    Leaves that the checkpoint does not hold (it may hold weights only), or that were not selected, are None;
+    `completed` fills them in.
+    """
 
     step: int
-    state: object
-    metadata: dict
+    state: Any
+    metadata: Mapping[str, Any]
 
     @property
     def weights_only(self) -> bool:
         return self.metadata.get(WEIGHTS_ONLY, False)
 
-    def completed(self, fresh: Callable[[], object]) -> object:
-        """The state, with what the checkpoint does not hold as `fresh` makes it."""
+    def completed(self, fresh: Callable[[], Any]) -> Any:
+        """Returns the state, with the leaves that the checkpoint does not hold taken from `fresh()`."""
         if not self.weights_only:
             return self.state
         return jax.tree.map(
@@ -54,10 +60,14 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run, under `directory`.
+    """The checkpoints of one run.
 
-    Keeps the newest `keep_last` and the `keep_best` with the highest `best_metric`, or with "-" before its name the
-    lowest. `renamed` maps today's beginnings of leaf names ("discriminator/") to those that earlier versions saved.
+    Args:
+        directory: their folder, created when the first one is saved.
+        keep_last: how many of the newest checkpoints are kept.
+        keep_best: how many of the best ones are kept too.
+        best_metric: the metric by which they are the best: the highest, or with "-" before its name the lowest.
+        renamed: prefix of a leaf's name today ("discriminator/") -> its prefix in checkpoints of earlier versions.
     """
 
     def __init__(
@@ -70,7 +80,7 @@ class Checkpoints:
         renamed: Mapping[str, str] = MappingProxyType({}),
     ):
         self.directory, self._renamed = epath.Path(resolve(directory)), renamed
-        policies = [LatestN(keep_last)]
+        policies: list[PreservationPolicy] = [LatestN(keep_last)]
         if keep_best:
             best, lowest = best_metric.removeprefix("-"), best_metric.startswith("-")
             policies.append(
@@ -90,9 +100,16 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def save(self, step: int, state, metadata: dict, metrics: dict[str, float] | None = None) -> None:
-        """Starts writing; returns once the state is copied off the devices. `metrics`: this step's evaluation.
+        """Starts to write a checkpoint, and returns as soon as the state is copied off the devices.
 
-        Raises UsageError when there is no room for it, or the one before could not be written.
+        Args:
+            step: the step; nothing is written if it has a checkpoint already.
+            state: the state's pytree of arrays.
+            metadata: saved with it as JSON.
+            metrics: results of this step's evaluation, if there was one.
+
+        Raises:
+            UsageError: there is no room for it, or the previous checkpoint could not be written.
         """
         if step in self._manager.all_steps():
             return
@@ -104,87 +121,99 @@ class Checkpoints:
             self._manager.save(step, args=args, metrics=metrics)
 
     def wait(self) -> None:
-        """Returns when everything is on disk. Raises UsageError when it could not be written (a full disk, say)."""
+        """Waits until everything is on disk. Raises UsageError if it could not be written, as on a full disk."""
         with self._writing():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """What Orbax could not write is a UsageError; a peer that died meanwhile is not."""
+        """Turns Orbax's write errors into UsageError, unless the cause may be a process that died meanwhile."""
         try:
             yield
         except (ValueError, OSError) as error:
-            if may_be_a_peers(error):
+            if may_be_peer_failure(error):
                 raise
             raise self._unwritable(error) from error
 
     def _check_room(self, state) -> None:
-        """Before Orbax starts: its writing threads tell a full disk in hundreds of lines, some after the end."""
+        """Checks the free space before Orbax starts, whose threads report a full disk in hundreds of lines."""
         if is_remote(self.directory):
             return
         needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.directory).free
         if needed > free:
-            raise self._unwritable(OSError(f"it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"))
+            raise self._unwritable(OSError(f"it needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"))
 
     def _unwritable(self, error: Exception) -> UsageError:
         whole = self._manager.latest_step()
-        kept = f"step {whole} is whole and a rerun continues from it" if whole is not None else "none is whole yet"
-        return UsageError(f"cannot write a checkpoint under {self.directory} ({_reason(error)}); {kept}")
+        kept = f"a rerun continues from step {whole}, which is whole" if whole is not None else "none is whole yet"
+        return UsageError(
+            f"cannot write a checkpoint under {self.directory} ({one_line(error.__cause__ or error)}); {kept}"
+        )
 
     def restore(
-        self, abstract_state, say: Callable[[str], None] = print, wanted: Wanted = everything
+        self, abstract_state, say: Callable[[str], None] = print, select: LeafFilter = every_leaf
     ) -> Restored | None:
-        """The newest whole checkpoint, as `abstract_state` (shapes with shardings) asks; None where there is none.
+        """Returns the newest whole checkpoint, or None if there are no checkpoints.
 
-        Read is what is `wanted`. Newer ones that are damaged are moved aside and said. Raises UsageError when none of
-        several could be read; then nothing is moved.
+        Newer ones that are damaged are moved to `broken/` and reported.
+
+        Args:
+            abstract_state: the shapes and shardings that the state should have.
+            say: prints a line.
+            select: which leaves to read.
+
+        Raises:
+            UsageError: there are checkpoints, but none can be read. Nothing is moved then.
         """
         damaged = []
         for step in reversed(self.steps):
             try:
-                restored, reason = self.restore_step(step, abstract_state, wanted), None
-            except Exception as error:  # Orbax wraps what TensorStore says of a damaged file in a bare Exception
-                restored, reason = None, _reason(error)
-            reason = first_failure("restored", reason)  # a file may be damaged that only one process reads
+                restored, reason = self.restore_step(step, abstract_state, select), None
+            except Exception as error:  # Orbax wraps TensorStore's error for a damaged file in a bare Exception
+                restored, reason = None, one_line(error.__cause__ or error)
+            reason = first_failure("restored", reason)  # a damaged file may be one that only one process reads
             if reason is not None:
                 damaged.append((step, reason))
                 continue
             for broken, reason in damaged:
-                aside = self._set_aside(broken)
-                say(f"checkpoint {self.directory / str(broken)} is not whole ({reason}); moved to {aside}")
+                moved_to = self._move_to_broken(broken)
+                say(f"checkpoint {self.directory / str(broken)} is not whole ({reason}); moved to {moved_to}")
             return restored
         if damaged:
             raise UsageError(f"no checkpoint under {self.directory} can be read; step {damaged[0][0]}: {damaged[0][1]}")
         return None
 
-    def restore_step(self, step: int, abstract_state, wanted: Wanted = everything) -> Restored:
-        """One step's state and metadata. Raises UsageError when it is of another structure or other shapes.
+    def restore_step(self, step: int, abstract_state, select: LeafFilter = every_leaf) -> Restored:
+        """Returns one step's checkpoint. Raises UsageError if its structure or shapes are not as `abstract_state`.
 
-        Processes read independently of each other, without the manager, in which one that fails makes the others hang.
+        Processes read independently: with Orbax's manager, a failure in one process would make the others hang.
         """
         folder = self.directory / str(step)
         metadata = ocp.JsonCheckpointHandler().restore(folder / "metadata", args=ocp.args.JsonRestore())
-        part = bool(metadata.get(WEIGHTS_ONLY))
-        saved = self._check_shapes(step, abstract_state, part)
+        partial = bool(metadata.get(WEIGHTS_ONLY))
+        saved = self._check_shapes(step, abstract_state, partial)
         names = {name: self._saved_name(name, saved) for name in _leaves(abstract_state)}
-        todays, leaves = {old: name for name, old in names.items()}, _leaves(abstract_state)
-        asked = jax.tree_util.tree_map_with_path(
-            lambda path, _: leaves[todays[_name(path)]] if wanted(todays[_name(path)]) else ocp.PLACEHOLDER,
-            self._saved_tree(step),  # Orbax asks for the structure on disk, whose names may be an earlier version's
-        )
+        current_names, leaves = {old: name for name, old in names.items()}, _leaves(abstract_state)
+
+        def requested(path, _):
+            name = current_names[_name(path)]
+            return leaves[name] if select(name) else ocp.PLACEHOLDER
+
+        # Orbax requires the structure on disk, whose names may be an earlier version's.
+        asked = jax.tree_util.tree_map_with_path(requested, self._saved_tree(step))
         how = ocp.checkpoint_utils.construct_restore_args(asked)
         state = ocp.PyTreeCheckpointHandler().restore(
             folder / "state", args=ocp.args.PyTreeRestore(asked, restore_args=how)
         )
-        leaves = {todays[name]: leaf for name, leaf in _leaves(state).items() if leaf is not ocp.PLACEHOLDER}
+        leaves = {current_names[name]: leaf for name, leaf in _leaves(state).items() if leaf is not ocp.PLACEHOLDER}
         state = jax.tree_util.tree_map_with_path(lambda path, _: leaves.get(_name(path)), abstract_state)
         return Restored(step, state, metadata)
 
-    def _check_shapes(self, step: int, abstract_state, part: bool) -> dict[str, tuple[int, ...]]:
-        """The shapes that were saved; where they are a `part` of the state, what else is asked may be absent."""
+    def _check_shapes(self, step: int, abstract_state, partial: bool) -> dict[str, tuple[int, ...]]:
+        """Checks and returns the saved shapes; those of a `partial` checkpoint may lack leaves of the state."""
         saved = _shapes(self._saved_tree(step))
         asked = {self._saved_name(name, saved): shape for name, shape in _shapes(abstract_state).items()}
-        for name in sorted(saved.keys() if part else saved.keys() | asked.keys()):
+        for name in sorted(saved.keys() if partial else saved.keys() | asked.keys()):
             if saved.get(name) != asked.get(name):
                 raise UsageError(
                     f"checkpoint {self.directory / str(step)} is of another model: {name} is "
@@ -197,13 +226,13 @@ class Checkpoints:
         return ocp.PyTreeCheckpointHandler().metadata(self.directory / str(step) / "state").tree
 
     def _saved_name(self, name: str, saved: Collection[str]) -> str:
-        """The name under which a leaf was saved: today's, or an earlier version's."""
+        """Returns the name under which a leaf was saved: its name today, or an earlier version's."""
         for today, before in self._renamed.items():
             if name not in saved and name.startswith(today):
                 return before + name.removeprefix(today)
         return name
 
-    def _set_aside(self, step: int) -> epath.Path:
+    def _move_to_broken(self, step: int) -> epath.Path:
         broken = self.directory / "broken" / str(step)
         while broken.exists():
             broken = broken.with_name(broken.name + "_again")
@@ -217,9 +246,11 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
+        """The saved steps, ascending."""
         return sorted(self._manager.all_steps())
 
     def close(self) -> None:
+        """Waits until everything is on disk and ends Orbax's threads."""
         self.wait()
         self._manager.close()
 
@@ -235,8 +266,3 @@ def _leaves(tree) -> dict:
 
 def _name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."

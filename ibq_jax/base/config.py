@@ -11,6 +11,7 @@ import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -62,7 +63,7 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     config = module.get_config(preset)
     stage = flatten(config).get("stage")
     if _renamed(stage).keys() & flatten(config).keys():
-        config = ConfigDict(_tuples(_upgraded(config.to_dict())))
+        config = ConfigDict(_tuples(upgraded(config.to_dict())))
     for override in overrides:
         _apply(config, override, _renamed(stage))
     return config.lock()
@@ -107,11 +108,17 @@ def _renamed(stage: object) -> Mapping[str, str]:
     return _history().RENAMED.get(str(stage), {})
 
 
-def _upgraded(fields: dict) -> dict:
+def upgraded(fields: dict) -> dict:
     """The fields of a config, nested, with the names that earlier versions gave them replaced by today's."""
     stage = fields.get("stage")
     flat = {_renamed(stage).get(name, name): value for name, value in flatten(fields).items()}
     return _nested(_history().ADDED.get(str(stage), {}) | flat)
+
+
+def overridden_names(overrides: Iterable[str], stage: str) -> set[str]:
+    """Returns today's names of the fields that `--config.NAME=VALUE` overrides set."""
+    names = (override.removeprefix(PREFIX).partition("=")[0] for override in overrides)
+    return {_renamed(stage).get(name, name) for name in names}
 
 
 def _nested(flat: Mapping[str, object]) -> dict:
@@ -168,7 +175,7 @@ def _parse(text: str, like):
     return value if type(value) is type(like) else None
 
 
-def flatten(config: Mapping, prefix: str = "") -> dict[str, object]:
+def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
     """{"a.b": value} of every field; lists (as JSON has them) become tuples."""
     fields = {}
     for name, value in config.items():
@@ -197,7 +204,7 @@ def read_config(path: Path) -> ConfigDict:
     if not isinstance(fields, dict):
         raise UsageError(f"{path} is not a saved config: it holds no JSON object")
     _check_names(fields, path)
-    return ConfigDict(_tuples(_upgraded(fields))).lock()
+    return ConfigDict(_tuples(upgraded(fields))).lock()
 
 
 def _check_names(fields: dict, path: Path, depth: int = 0) -> None:
@@ -209,7 +216,7 @@ def _check_names(fields: dict, path: Path, depth: int = 0) -> None:
             _check_names(value, path, depth + 1)
 
 
-def _tuples(value):
+def _tuples(value) -> Any:
     if isinstance(value, dict):
         return {name: _tuples(item) for name, item in value.items()}
     return tuple(value) if isinstance(value, list) else value

@@ -1,22 +1,22 @@
-"""The exceptions a person is meant to read."""
+"""The exceptions whose messages are written for users, and helpers that shorten foreign text for such messages."""
 
 
 class UsageError(ValueError):
-    """Bad input: its message is one line that says what is wrong, where, and what would be right.
+    """Bad input. The message is one line: what is wrong, where, and what would be right.
 
     The command line prints that line alone and exits with code 2.
     """
 
 
 class Failed(RuntimeError):
-    """The input was fine and the answer is no: a training that went wrong, a plan that does not fit.
+    """A negative result for valid input, such as training that diverged or a plan that does not fit.
 
     The command line prints its message and exits with code 1.
     """
 
 
 class Interrupted(RuntimeError):
-    """A SIGTERM or Ctrl-C (`signal`) was honoured: everything is saved, and the same command continues.
+    """A stop by SIGTERM or Ctrl-C (`signal`) after everything was saved; the same command continues.
 
     The command line prints its message and exits with 128 + `signal`.
     """
@@ -26,15 +26,20 @@ class Interrupted(RuntimeError):
         self.signal = number
 
 
-LONGEST_SHOWN = 300  # characters of a foreign message in ours
+LONGEST_SHOWN = 300  # characters of foreign text in one of our messages
 
 
 def printable(words: str) -> str:
-    """`words` with control characters and undecodable bytes escaped, fit for a terminal and for UTF-8."""
+    """Returns `words` with control characters and undecodable bytes escaped, fit for a terminal and for UTF-8."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in words)
 
 
+def shorten(value: object, longest: int = LONGEST_SHOWN) -> str:
+    """Returns any value as printable text on one line of at most `longest` characters."""
+    text = printable(" ".join(str(value).split()))
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
 def one_line(error: BaseException) -> str:
-    """What a library says of foreign bytes: printable, on one line, not too long, never nothing."""
-    words = printable(" ".join(str(error).split())) or type(error).__name__
-    return words if len(words) <= LONGEST_SHOWN else words[: LONGEST_SHOWN - 3] + "..."
+    """Returns an exception's message as `shorten` does, or the exception's class name if it has no message."""
+    return shorten(error) or type(error).__name__

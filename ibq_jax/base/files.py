@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whoever is killed while writing them, and however many processes write."""
+"""Files that appear complete or not at all, even if a writer is killed or several processes write the same file."""
 
 import contextlib
 import errno
@@ -13,27 +13,40 @@ from etils import epath
 from ibq_jax.base.errors import UsageError
 
 REMOTE = "://"  # in a path such as gs://bucket/run
-PARTIAL = ".partial"  # behind the name of a file that is being written
+PARTIAL = ".partial"  # suffix of a file or folder that is still being written
 
 
 def as_path(path: str | os.PathLike) -> Path:
-    """A path on this machine, or in a bucket (gs://bucket/...), with the same methods."""
-    return epath.Path(path) if is_remote(path) else Path(path)
+    """Returns a local path, or one in a bucket (gs://bucket/...), both with the methods of `pathlib.Path`."""
+    return epath.Path(path) if is_remote(path) else Path(path)  # pyright: ignore[reportReturnType]: it has Path's methods
 
 
 def resolve(path: str | os.PathLike) -> Path:
+    """Returns `as_path(path)`, made absolute if it is local."""
     return as_path(path) if is_remote(path) else Path(path).resolve()
 
 
-def is_remote(path: os.PathLike) -> bool:
+def is_remote(path: os.PathLike | str) -> bool:
+    """Returns whether the path is in a bucket."""
     return REMOTE in str(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file so that a kill leaves either the old content or the new one, never part of it."""
+    if is_remote(path):  # a bucket shows an object only when it is complete
+        path.write_text(text)
+        return
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, wait: bool = False) -> Iterator[Path | None]:
-    """A file to write, which gets the name `path` if the block ends well. None where nothing is to be written.
+    """Gives a temporary file to write, renamed to `path` if the block succeeds; None if there is nothing to write.
 
-    That is where `path` is there, or another process is writing it; with `wait`, once that process is done.
+    There is nothing to write if `path` exists or another process is writing it. With `wait`, the call first waits for
+    that process.
 
     Raises:
         UsageError: the disk is full.
@@ -44,15 +57,15 @@ def atomic_file(path: Path, wait: bool = False) -> Iterator[Path | None]:
     partial = path.with_name(path.name + PARTIAL)
     lock = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        if not _locked(lock, wait) or path.exists():  # whoever had it locked may have been done in between
+        if not _locked(lock, wait) or path.exists():  # the previous holder of the lock may have finished the file
             yield None
             return
         try:
             yield partial
             os.replace(partial, path)
         except BaseException as error:
-            os.ftruncate(lock, 0)  # unlinked, it could be locked by one process and made anew by another
-            if isinstance(error, OSError | RuntimeError) and _tells_full_disk(error):
+            os.ftruncate(lock, 0)  # not unlinked: one process could lock the old file while another creates a new one
+            if isinstance(error, OSError | RuntimeError) and _is_disk_full(error):
                 raise UsageError(f"{path}: the disk is full; free room and rerun, what is whole was kept") from error
             raise
     finally:
@@ -61,7 +74,7 @@ def atomic_file(path: Path, wait: bool = False) -> Iterator[Path | None]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill, which gets the name `path` if the block ends well, and is removed if not.
+    """Gives a new folder to fill, renamed to `path` if the block succeeds and removed otherwise.
 
     Raises:
         UsageError: `path` exists.
@@ -87,6 +100,6 @@ def _locked(lock: int, wait: bool) -> bool:
     return True
 
 
-def _tells_full_disk(error: Exception) -> bool:
-    """ArrayRecord's errors are RuntimeErrors with the system's words in them."""
+def _is_disk_full(error: Exception) -> bool:
+    """ArrayRecord raises RuntimeError with the system's message in its text, so the text is searched."""
     return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))

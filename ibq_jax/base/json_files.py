@@ -1,14 +1,14 @@
-"""JSON that somebody else wrote: whatever is wrong with it is a ValueError in one line, and its size is bounded."""
+"""Reads JSON of unknown origin: its size is bounded, and every defect is a ValueError with a one-line message."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-MAX_JSON_BYTES = 2**26  # the names of a million classes take less
+MAX_JSON_BYTES = 2**26  # the names of a million classes need less
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Raises ValueError for what is no JSON, or nested deeper than the parser goes."""
+    """Parses JSON. Raises ValueError if the text is not JSON or is nested too deeply for the parser."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -16,7 +16,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """What a file holds. Raises OSError, and ValueError for a file that is no JSON or larger than MAX_JSON_BYTES."""
+    """Reads a JSON file. Raises OSError, and ValueError if it is not JSON or is larger than MAX_JSON_BYTES."""
     with path.open("rb") as file:
         content = file.read(MAX_JSON_BYTES + 1)
     if len(content) > MAX_JSON_BYTES:

@@ -1,8 +1,8 @@
-"""The one training loop of both stages.
+"""The training loop that both stages share.
 
-A stage brings its compiled step and what to do every so often; the loop brings order: it queues a step, examines the
-one before, evaluates, saves, and stops cleanly on SIGTERM or Ctrl-C, all processes at the same step. No step whose
-numbers were not examined is ever saved, so every checkpoint is a healthy one.
+A stage supplies its compiled step, its evaluation and its images. The loop decides when they run: it queues a step,
+examines the metrics of the previous one, evaluates, saves, and stops cleanly on SIGTERM or Ctrl-C, with all processes
+at the same step. A state is saved only after the metrics of its step were examined, so every checkpoint is healthy.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -28,30 +28,35 @@ from ibq_jax.base.timing import STEP, PhaseTimer
 
 
 class TrainingStopped(Failed):
-    """Training went wrong by itself (a collapse, a non-finite loss); the message says what was seen and what to try."""
+    """Training that diverged or collapsed; the message names what was seen and what to try."""
 
 
 class Stage(Protocol):
-    """What the loop asks of a stage. `state` is its whole pytree; metrics are scalars on the devices."""
+    """The interface of a stage. `state` is its whole training state, a pytree."""
 
-    def step(self, state, batch: Mapping[str, jax.Array]) -> tuple[object, dict[str, jax.Array]]: ...
+    def step(self, state, batch: Mapping[str, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
+        """Runs one training step; returns the new state and metrics, scalars on the devices, with "finite": bool."""
+        ...
 
     def examine(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Raises TrainingStopped when the logged numbers say that going on is no use."""
+        """Raises TrainingStopped if the logged metrics show that continuing is pointless."""
 
     def describe(self, metrics: Mapping[str, float]) -> str:
-        """The logged numbers as words of one console line."""
+        """Returns the most important of the logged metrics as text for one console line."""
+        ...
 
     def evaluate(self, state) -> dict[str, float | np.ndarray]:
-        """Numbers by name; those of a picture's places are arrays [h, w], at least 0."""
+        """Returns validation metrics by name: scalars, or nonnegative arrays [h, w] with one value per token."""
+        ...
 
-    def pictures(self, state) -> dict[str, np.ndarray]:
-        """By name, uint8 [H, W, 3]: what the state produces, to look at."""
+    def images(self, state) -> dict[str, np.ndarray]:
+        """Returns images to look at by name, uint8 [H, W, 3]: reconstructions or samples."""
+        ...
 
 
 @dataclass
 class Intervals:
-    """Steps between things, and the last step."""
+    """The number of steps of a run, and the steps between two logs, images, evaluations and checkpoints."""
 
     total_steps: int
     log_every: int
@@ -60,8 +65,13 @@ class Intervals:
     checkpoint_every: int
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Loop:
+    """A run of the training loop. `metadata` is saved as JSON with every checkpoint.
+
+    `profile` is a range of steps whose trace is written to workdir/profile.
+    """
+
     stage: Stage
     mesh: jax.sharding.Mesh
     intervals: Intervals
@@ -70,16 +80,19 @@ class Loop:
     workdir: Path
     metadata: dict
     timer: PhaseTimer = field(default_factory=PhaseTimer)
-    profile: range = range(0)  # steps whose trace is written to workdir/profile
+    profile: range = range(0)
     _pending: tuple | None = field(default=None, init=False)
     _signal: int | None = field(default=None, init=False)
 
     def run(self, state, batches: Generator[Mapping[str, np.ndarray]], start_step: int):
-        """Trains from `start_step` to the end and returns the last state, saved.
+        """Trains from the state after `start_step` to the last step; returns the last state, which is saved.
 
-        Raises TrainingStopped (nothing unhealthy saved; the batch's indices under workdir) or Interrupted (saved).
+        Raises:
+            TrainingStopped: the metrics of a step are bad. Its state is not saved; the indices of its batch are written
+                to workdir.
+            Interrupted: SIGTERM or Ctrl-C arrived. The state is saved.
         """
-        queueing = "first step"  # which is compiled
+        queueing = "first step"  # includes compilation
         with self._signals(), contextlib.closing(batches), self._tracing() as trace:
             for step in range(start_step + 1, self.intervals.total_steps + 1):
                 trace(step)
@@ -104,15 +117,15 @@ class Loop:
             self._examine_pending()
             with self._paused("evaluation"):
                 measured = self.stage.evaluate(state)
-            metrics = {name: value for name, value in measured.items() if np.ndim(value) == 0}
+            metrics = {name: float(value) for name, value in measured.items() if np.ndim(value) == 0}
             self.telemetry.scalars(step, metrics)
             for name in measured.keys() - metrics.keys():
-                self.telemetry.grid(step, name, measured[name])
+                self.telemetry.grid(step, name, np.asarray(measured[name]))
             self.telemetry.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
         if last or step % intervals.images_every == 0:
-            with self._paused("pictures"):
-                for name, picture in self.stage.pictures(state).items():
-                    self.telemetry.images(step, name, picture)
+            with self._paused("images"):
+                for name, image in self.stage.images(state).items():
+                    self.telemetry.image(step, name, image)
         if last or stopping or step % intervals.checkpoint_every == 0:
             self._examine_pending()
             with self._paused("checkpoint"):
@@ -127,19 +140,19 @@ class Loop:
             raise Interrupted(number, f"{signal.Signals(number).name}: {message}")
 
     @contextlib.contextmanager
-    def _paused(self, part: str):
-        with self.timer(part), self.telemetry.paused():
+    def _paused(self, phase: str):
+        with self.timer(phase), self.telemetry.paused():
             yield
 
     @contextlib.contextmanager
     def _tracing(self):
-        """To be called with every step before it is queued: starts and ends the trace of the steps of `profile`."""
+        """Gives a function to call with each step before it is queued; it traces the steps of `profile`."""
         tracing = False
 
         def trace(step: int) -> None:
             nonlocal tracing
             if tracing and step == self.profile.stop:
-                self._examine_pending()  # the last step's work is in the trace
+                self._examine_pending()  # so that the trace includes the work of the last step
                 jax.profiler.stop_trace()
                 tracing = False
                 self.telemetry.say(f"wrote the trace of {len(self.profile)} steps to {self.workdir / 'profile'}")
@@ -152,7 +165,7 @@ class Loop:
         trace(self.profile.stop)
 
     def _examine_pending(self) -> None:
-        """Waits for the last queued step (not for the one being queued), and looks at its numbers."""
+        """Waits for the last queued step (not for the one being queued), and examines its metrics."""
         if self._pending is None:
             return
         step, metrics, indices = self._pending
@@ -188,9 +201,10 @@ class Loop:
 
     @contextlib.contextmanager
     def _signals(self):
-        """SIGTERM and Ctrl-C ask for a save, while a run goes on. Only a main thread may say so.
+        """Makes SIGTERM and Ctrl-C save and stop inside the block; works in the main thread only.
 
-        Of several processes, each leaves SIGTERM to JAX, which finds a step for all; Ctrl-C becomes one.
+        With several processes SIGTERM is left to JAX, which finds a step at which all can stop, and Ctrl-C is turned
+        into SIGTERM.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -202,7 +216,7 @@ class Loop:
             yield
 
     def _on_signal(self, number: int, _frame) -> None:
-        if self._signal is not None:  # asked twice: the person means now
+        if self._signal is not None:  # the second signal: stop at once
             raise KeyboardInterrupt
         self._signal = number
         self.telemetry.say(f"{signal.Signals(number).name}: finishing this step, then saving (again to stop at once)")

@@ -1,8 +1,8 @@
-"""A run found on disk: its config and its checkpoints.
+"""Saved runs on disk: their config and their checkpoints. The folder of a run holds
 
-workdir/config.json     the resolved config          workdir/checkpoints/    Orbax, one folder a step
-workdir/metrics.jsonl   every logged scalar          workdir/events/         the same for TensorBoard, with images
-workdir/timing.jsonl    where the time went          workdir/stacks_*.txt    of all threads, when something hung
+config.json      the resolved config            checkpoints/    Orbax checkpoints, one folder per step
+metrics.jsonl    every logged scalar            events/         the same for TensorBoard, with images
+timing.jsonl     seconds per phase              stacks_*.txt    stacks of all threads, written when a phase hung
 """
 
 from collections.abc import Callable
@@ -12,17 +12,17 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from ibq_jax.base.checkpoint import Checkpoints, Restored, everything
+from ibq_jax.base.checkpoint import Checkpoints, Restored, every_leaf
 from ibq_jax.base.config import read_config, renamed_leaves
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import resolve
 from ibq_jax.base.sharding import abstract_state
 
-IMPORTED = "imported.json"  # in a run that was made of a file of weights: where they come from
+IMPORTED = "imported.json"  # in a run that was made from a file of weights: where the weights come from
 
 
 def open_checkpoints(workdir: Path, config: ConfigDict) -> Checkpoints:
-    """The checkpoints of a run, kept as its config says."""
+    """Opens the checkpoints of a run, with the retention policy of its config."""
     checkpoint = config.checkpoint
     return Checkpoints(
         workdir / "checkpoints",
@@ -34,13 +34,13 @@ def open_checkpoints(workdir: Path, config: ConfigDict) -> Checkpoints:
 
 
 def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
-    """train.steps, or where that is 0 train.epochs in steps."""
+    """Returns train.steps, or train.epochs in steps if train.steps is 0."""
     return config.train.steps or config.train.epochs * steps_per_epoch
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run found on disk: its config, and the checkpoint that was asked for (None: the newest whole one)."""
+    """A run on disk: its folder, its config, and the requested step (None: the newest whole checkpoint)."""
 
     workdir: Path
     config: ConfigDict
@@ -48,9 +48,15 @@ class SavedRun:
 
     @classmethod
     def find(cls, path: Path, stage: str = "", needed: str = "") -> "SavedRun":
-        """From a run's folder, or one step's folder under its `checkpoints/`.
+        """Finds a run by its folder, or by one step's folder under its `checkpoints/`.
 
-        Raises UsageError when there is none, or it is not of the `stage` asked for, which `needed` names in words.
+        Args:
+            path: the folder.
+            stage: the required stage; "" accepts any.
+            needed: that stage in words, for the error message.
+
+        Raises:
+            UsageError: there is no run, or it is of another stage.
         """
         path = resolve(path)
         step = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
@@ -60,21 +66,25 @@ class SavedRun:
             raise UsageError(f"{workdir} is a run of stage {config.stage!r}; this needs {needed}")
         return cls(workdir, config, step)
 
-    def restore(self, create_state: Callable, mesh: jax.sharding.Mesh, whole: bool = False) -> Restored:
-        """The saved state on `mesh`, whatever mesh the run had: unless it is wanted `whole`, without the optimizers'
-        moments. What is not wanted, or was not saved, is None.
+    def restore(self, create_state: Callable, mesh: jax.sharding.Mesh, with_optimizer: bool = False) -> Restored:
+        """Returns the saved state on `mesh`, whatever mesh the run had.
 
-        Raises UsageError when nothing is saved yet.
+        Leaves of the optimizers are None unless `with_optimizer`, as are leaves that were not saved.
+
+        Raises:
+            UsageError: nothing is saved yet, or not the requested step.
         """
         checkpoints = self._open()
         shapes, _ = abstract_state(create_state, mesh, self.config.seed)
-        wanted = everything if whole else _no_moment
+        select = every_leaf if with_optimizer else _is_not_of_an_optimizer
         if self.step is None:
-            return checkpoints.restore(shapes, wanted=wanted)
-        return checkpoints.restore_step(self.step, shapes, wanted)
+            newest = checkpoints.restore(shapes, select=select)
+            assert newest is not None  # _open found one
+            return newest
+        return checkpoints.restore_step(self.step, shapes, select)
 
     def saved_step(self) -> int:
-        """The step asked for, or the newest. Raises UsageError when nothing is saved yet."""
+        """Returns the requested step, or the newest one. Raises UsageError if nothing is saved yet."""
         steps = self._open().steps
         return steps[-1] if self.step is None else self.step
 
@@ -88,5 +98,5 @@ class SavedRun:
         return checkpoints
 
 
-def _no_moment(name: str) -> bool:
+def _is_not_of_an_optimizer(name: str) -> bool:
     return "optimizer" not in name.split("/")

@@ -1,8 +1,11 @@
-"""The mesh, and where every array lies on it. Sharding is stated here and nowhere else.
+"""The mesh, the placement of every array on it, and `jax.jit` with that placement. No other file states a sharding.
 
-Three axes: `data` (examples only), `fsdp` (examples, and the large matrices with their optimizer state) and `codebook`
-(examples, and rows, of the tokenizer's codebook or the generator's vocabulary, with their optimizer state and average).
-A batch lies on all three.
+The mesh has three axes, and a batch is split over all of them:
+
+    data      splits only the batch
+    fsdp      also splits the large matrices and their optimizer state
+    codebook  also splits the rows of the tokenizer's codebook or of the generator's vocabulary, their optimizer state
+              and their average
 
 Parameters carry logical axis names (`flax.linen.with_logical_partitioning`); RULES maps those to mesh axes.
 """
@@ -15,8 +18,8 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ibq_jax.base import processes
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.processes import barrier, joined
 
 DATA, FSDP, CODEBOOK = "data", "fsdp", "codebook"
 AXES = (DATA, FSDP, CODEBOOK)
@@ -38,12 +41,18 @@ RULES = {
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
-    """A mesh of `devices` (all of the job's by default); an axis of size -1 takes what the others leave.
+    """Returns a mesh of `devices` (default: all devices of the job).
 
-    Inside a TPU slice it follows the chips' wiring; several slices share the axis `data`. Elsewhere devices are in the
-    order of the processes, so that the last axes stay inside a host where they fit it. Axes are Auto: the partitioner
-    places what no annotation places, which Linen's logical names rely on.
-    Raises UsageError when the sizes do not multiply to the device count, or do not fit the slices.
+    Inside a TPU slice the mesh follows the chips' wiring; several slices are joined along the axis `data`. Elsewhere
+    devices are in the order of the processes, so that the last axes stay inside a host if they fit into one. The axes
+    are of type Auto: the partitioner places what no annotation places, which Linen's logical names rely on.
+
+    Args:
+        sizes: axis -> size. Axes left out have size 1; one size may be -1, which uses all remaining devices.
+        devices: the devices of the mesh.
+
+    Raises:
+        UsageError: the sizes do not multiply to the device count, or do not fit the slices.
     """
     devices = jax.devices() if devices is None else devices
     unknown = sorted(set(sizes) - set(AXES))
@@ -52,7 +61,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
     shape = [sizes.get(axis, 1) for axis in AXES]
     asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
-        raise UsageError(f"mesh {asked}: sizes are positive, and at most one is -1 (whatever is left)")
+        raise UsageError(f"mesh {asked}: sizes are positive, and at most one is -1 (all remaining devices)")
     fixed = int(np.prod([size for size in shape if size != -1]))
     if len(devices) % fixed or (-1 not in shape and fixed != len(devices)):
         raise UsageError(f"mesh {asked} does not fit {len(devices)} devices; the product must equal the device count")
@@ -63,20 +72,21 @@ def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
         return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
     if shape[0] % slices:
         raise UsageError(
-            f"mesh {asked}: the devices are {slices} slices, between which only the axis {DATA!r} can lie, since the "
-            f"network there is slow; its size has to be a multiple of {slices}, so that fsdp and codebook fit a slice"
+            f"mesh {asked}: the devices are {slices} slices, and only the axis {DATA!r} can span slices, because the "
+            f"network between them is slow; its size has to be a multiple of {slices}, so that fsdp and codebook fit "
+            "into a slice"
         )
     inside, between = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
     return Mesh(mesh_utils.create_hybrid_device_mesh(inside, between, devices), AXES, axis_types=axis_types)
 
 
 def describe_mesh(mesh: Mesh) -> str:
-    """The devices, and which axes of the mesh stay inside a process: one line."""
-    processes = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
-    count = len(np.unique(processes))
+    """Returns one line about the devices, and about which axes of the mesh stay inside a process."""
+    owners = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    count = len(np.unique(owners))
     words = []
     for number, (axis, size) in enumerate(mesh.shape.items()):
-        lines = np.moveaxis(processes, number, -1).reshape(-1, size)
+        lines = np.moveaxis(owners, number, -1).reshape(-1, size)
         spanned = max(len(np.unique(line)) for line in lines)
         where = "" if count == 1 or size == 1 else f" (over {spanned} processes)" if spanned > 1 else " (in a process)"
         words.append(f"{axis}={size}{where}")
@@ -85,10 +95,10 @@ def describe_mesh(mesh: Mesh) -> str:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool]:
-    """For `jax.jit(..., compiler_options=)` of a training step on the devices of `mesh`.
+    """Returns the `compiler_options` of `jax.jit` for a training step on the devices of `mesh`.
 
-    With fewer than 8 images a chip, XLA for TPUs cuts images into strips, to have more of them; the copies that this
-    takes, of every array between convolutions, cost ten times the memory traffic that they were meant to save.
+    With fewer than 8 images per chip, XLA for TPUs cuts images into strips to get a larger batch. This copies every
+    array between convolutions, which costs ten times the memory traffic that it was meant to save.
     """
     if mesh.devices.flat[0].platform != "tpu":
         return {}
@@ -96,19 +106,23 @@ def compiler_options(mesh: Mesh) -> dict[str, bool]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading dimension over every mesh axis."""
+    """Returns the sharding that splits the leading dimension over all mesh axes."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding that puts a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The spec of one array of logical axes `names`.
+    """Returns the partition spec of an array by the logical names of its dimensions (None: not split).
 
-    An `fsdp` dimension that the axis does not divide stays whole (it only saves memory). A `codebook` dimension that
-    the axis does not divide, a name without a rule, or two dimensions on one mesh axis raise UsageError.
+    A dimension on the axis `fsdp` that the axis does not divide is not split, since that axis only saves memory.
+
+    Raises:
+        UsageError: the axis `codebook` does not divide a dimension, a name has no rule, or two dimensions fall on the
+            same mesh axis.
     """
     spec = []
     for name, size in zip(names, shape, strict=True):
@@ -127,10 +141,10 @@ def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: 
 
 
 def abstract_state(create: Callable, mesh: Mesh, *args):
-    """Shapes and shardings of what `create(*args)` would return, without computing it.
+    """Returns the shapes and shardings of what `create(*args)` would return, without computing it.
 
-    Returns (shapes, shardings): two pytrees of the unboxed structure, of jax.ShapeDtypeStruct (each with its sharding)
-    and of NamedSharding. Leaves that carry logical names follow RULES; all others are replicated.
+    Both are pytrees of the unboxed structure: of jax.ShapeDtypeStruct (each with its sharding) and of NamedSharding.
+    Leaves with logical names follow RULES; all others are replicated.
     """
     boxed = jax.eval_shape(create, *args)
 
@@ -148,17 +162,41 @@ def abstract_state(create: Callable, mesh: Mesh, *args):
     return shapes, shardings
 
 
+def jit_on_mesh(function: Callable, mesh: Mesh, **options) -> Callable:
+    """Returns `jax.jit(function, **options)` for arrays on `mesh`, which all processes of the mesh call together.
+
+    If the mesh spans processes, their first calls wait until all of them have compiled the function: a collective on
+    CPUs waits only half a minute for a peer, and compile times may differ by more.
+    """
+    compiled = jax.jit(function, **options)
+    if not (joined() and mesh.is_multi_process):
+        return compiled
+    met = False
+
+    def run(*arguments, **named):
+        nonlocal met
+        if not met:
+            compiled.lower(*arguments, **named).compile()
+            barrier("compiled")
+            met = True
+        return compiled(*arguments, **named)
+
+    return run
+
+
 def create_sharded(create: Callable, mesh: Mesh, *args):
-    """`create(*args)`, every array born where it belongs."""
+    """Returns `create(*args)` with every array computed directly in its final placement."""
     _, shardings = abstract_state(create, mesh, *args)
-    return processes.jit(lambda *a: nn.meta.unbox(create(*a)), mesh, out_shardings=shardings)(*args)
+    return jit_on_mesh(lambda *a: nn.meta.unbox(create(*a)), mesh, out_shardings=shardings)(*args)
 
 
 def jit_step(step: Callable, create_state: Callable, mesh: Mesh, argument_shardings: tuple[NamedSharding, ...]):
-    """`step(state, *arguments)` -> (state, metrics), compiled for `mesh`: the state as `create_state` lays it out, and
-    donated; metrics on every device."""
+    """Returns `step(state, *arguments) -> (state, metrics)`, compiled for `mesh`.
+
+    The state has the placement of `create_state(seed)` and is donated; metrics are on every device.
+    """
     _, shardings = abstract_state(create_state, mesh, 0)
-    return processes.jit(
+    return jit_on_mesh(
         step,
         mesh,
         in_shardings=(shardings, *argument_shardings),
@@ -169,32 +207,32 @@ def jit_step(step: Callable, create_state: Callable, mesh: Mesh, argument_shardi
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Each process's rows [b, ...], those of `process_rows`, -> global arrays [B, ...] on all mesh axes."""
+    """Returns global arrays [B, ...] on all mesh axes, made of each process's rows [b, ...] (see `process_rows`)."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which of the B rows of a batch lie on this process's devices, in the order that `global_batch` takes them.
+    """Returns the indices of the batch rows on this process's devices, in the order that `global_batch` expects.
 
-    On a TPU pod they need not be neighbours: the mesh follows the chips' wiring, not the hosts.
+    On a TPU pod they need not be contiguous: the mesh follows the chips' wiring, not the hosts.
     """
-    mine = [place for place, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+    mine = [number for number, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
     return np.arange(batch_size).reshape(mesh.size, -1)[mine].reshape(-1)
 
 
 def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """All of a global array, in every process, which all call it."""
+    """Returns a whole global array as a NumPy array in every process; all processes have to call it."""
     if isinstance(array, np.ndarray) or array.is_fully_addressable:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-def check_batch(batch_size: int, mesh: Mesh, accumulate: int, what: str) -> None:
-    """Raises UsageError unless `accumulate` micro-batches of `batch_size` divide over all devices."""
-    parts = mesh.size * accumulate
+def check_batch(batch_size: int, mesh: Mesh, micro_batches: int, what: str) -> None:
+    """Raises UsageError, naming the field `what`, unless a batch divides into micro-batches over all devices."""
+    parts = mesh.size * micro_batches
     if batch_size % parts:
-        times = f" times {accumulate} micro-batches" if accumulate > 1 else ""
+        times = f" times {micro_batches} micro-batches" if micro_batches > 1 else ""
         near = max(1, round(batch_size / parts)) * parts
         raise UsageError(
             f"{what}={batch_size} does not divide over {mesh.size} devices{times}; "

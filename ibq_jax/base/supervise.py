@@ -1,7 +1,7 @@
-"""A process in a child of its own, so that a violent end of it still ends with a sentence; and children that end too.
+"""Runs a process in a supervised child, so that even a violent end is reported in a sentence; also signal handlers.
 
-JAX aborts a process whose coordinator is gone, the kernel kills one that runs out of memory; neither leaves room for a
-last word. Here the parent, which knows nothing of JAX, waits for the child and says what happened.
+JAX aborts a process whose coordinator is gone, and the kernel kills one that exhausts the memory. Neither leaves time
+for a message. Here the parent, which does not use JAX, waits for the child and reports what happened.
 """
 
 import contextlib
@@ -13,19 +13,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-PARENT_SECONDS = 1.0  # between two looks whether the parent lives
-PR_SET_PDEATHSIG = 1  # Linux's prctl: a signal for this process when its parent dies
+PARENT_SECONDS = 1.0  # between two checks that the parent is alive
+PR_SET_PDEATHSIG = 1  # Linux's prctl: sends this process a signal when its parent dies
 
 REASONS = {
-    signal.SIGABRT: "JAX ended it, because process 0 is gone or cannot be reached any more (its lines are above)",
-    signal.SIGKILL: "something killed it: a person, the scheduler, or the kernel when memory ran out",
+    signal.SIGABRT: "JAX ended it, because process 0 is gone or can no longer be reached (see its lines above)",
+    signal.SIGKILL: "it was killed by a person, by the scheduler, or by the kernel when memory ran out",
 }
 
 
 def supervised(name: str, main: Callable[[], int]) -> int:
-    """The exit code of `main`, run in a forked child; 1, after one line on stderr, where a signal ended that.
+    """Runs `main` in a forked child and returns its exit code, or 1, after one line on stderr, if a signal ended it.
 
-    SIGTERM is passed on; Ctrl-C reaches the child by itself. Has to be called before threads are started.
+    SIGTERM is passed on to the child; Ctrl-C reaches it directly. To be called before any thread is started.
     """
     child = os.fork()
     if not child:
@@ -42,13 +42,14 @@ def supervised(name: str, main: Callable[[], int]) -> int:
     if number == signal.SIGTERM:
         return 128 + number
     print(
-        f"{name}: ended by {number.name}: {REASONS.get(number, 'a crash')}; the same command continues", file=sys.stderr
+        f"{name}: ended by {number.name}: {REASONS.get(number, 'it crashed')}; the same command continues",
+        file=sys.stderr,
     )
     return 1
 
 
 def end_after(parent: int) -> None:
-    """Ends this process soon after its `parent` (a process's number), however that ended; says so to nobody."""
+    """Starts a thread that ends this process, without a message, soon after the process `parent` (its id) ended."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -60,7 +61,10 @@ def end_after(parent: int) -> None:
 
 @contextlib.contextmanager
 def handling(handlers: Mapping[int, Callable]) -> Iterator[None]:
-    """These handlers of signals, by number, inside the block; those of before after it. In the main thread only."""
+    """Installs signal handlers, by signal number, inside the block, and the previous ones after it.
+
+    Works in the main thread only.
+    """
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

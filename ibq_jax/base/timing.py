@@ -1,8 +1,8 @@
-"""Where the time of a run goes: parts of a step, and goodput over all starts of the run.
+"""Time accounting for a run: seconds per phase, and goodput over all starts of the run.
 
-`timing.jsonl` beside metrics.jsonl has a row each time scalars are logged: {"step", "wall": seconds since 1970,
-"start": whether a process began here, "seconds": {part: since the row before}}. PhaseTimer are measured by a clock that
-nobody sets; `wall` serves only to know how long the run lay still between two starts.
+`timing.jsonl`, next to metrics.jsonl, has one row each time scalars are logged: {"step", "wall": seconds since 1970,
+"start": whether a process began here, "seconds": {phase: seconds since the previous row}}. Phases are measured with a
+monotonic clock; `wall` serves only to find how long the run lay idle between two starts.
 """
 
 import contextlib
@@ -13,17 +13,17 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-STEP = "step"  # queueing a step, and waiting for the devices to finish the one before: the productive part
-BETWEEN = "other"  # what no part claims
-REMEMBERED = 100  # durations of a part, by which a long one is known
+STEP = "step"  # queueing a step, and waiting for the devices to finish the previous one: the productive phase
+OTHER = "other"  # outside every phase
+REMEMBERED = 100  # durations of a phase, from which an unusually long one is recognized
 
 
 class PhaseTimer:
-    """What the host is doing, and how long it has done what; parts may lie inside others, which stand still then."""
+    """A timer for the host's phases; while a nested phase runs, the outer one's clock stands still."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._names, self._since = [BETWEEN], clock()
+        self._names, self._since = [OTHER], clock()
         self._entered = self._since
         self._seconds: dict[str, float] = defaultdict(float)
         self._durations: dict[str, deque] = defaultdict(lambda: deque(maxlen=REMEMBERED))
@@ -31,45 +31,46 @@ class PhaseTimer:
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         outer_entered = self._entered
-        self._turn()
+        self._add_elapsed()
         self._names.append(name)
         self._entered = self._since
         yield
-        self._turn()
+        self._add_elapsed()
         self._durations[name].append(self._since - self._entered)
         self._names.pop()
         self._entered = outer_entered
 
-    def _turn(self) -> None:
+    def _add_elapsed(self) -> None:
         now = self._clock()
         self._seconds[self._names[-1]] += now - self._since
         self._since = now
 
     @property
     def now(self) -> tuple[str, float]:
-        """(the part, how many seconds it has lasted), for another thread to look at."""
+        """The current phase and how many seconds it has lasted. May be read from another thread."""
         return self._names[-1], self._clock() - self._entered
 
     def usual(self, name: str) -> float | None:
-        """Median seconds of the part, once there have been a few."""
+        """Returns the median duration of a phase in seconds, or None before its third run."""
         durations = list(self._durations[name])
         return statistics.median(durations) if len(durations) >= 3 else None
 
     def take(self) -> dict[str, float]:
-        """Seconds by part since the last call."""
-        self._turn()
+        """Returns seconds per phase since the last call."""
+        self._add_elapsed()
         taken, self._seconds = dict(self._seconds), defaultdict(float)
         return taken
 
 
 class Timeline:
-    """The rows of `path`, over all starts of a run; written where `enabled`."""
+    """The rows of timing.jsonl over all starts of a run; with `enabled` False it stays empty and nothing is written."""
 
     def __init__(self, path: Path, enabled: bool = True):
         self._path, self._enabled = path, enabled
         self.rows = read_timeline(path) if enabled else []
 
     def add(self, step: int, seconds: Mapping[str, float], start: bool = False) -> None:
+        """Appends a row to the file and to `rows`."""
         if not self._enabled:
             return
         row = {
@@ -84,7 +85,7 @@ class Timeline:
 
 
 def read_timeline(path: Path) -> list[dict]:
-    """The rows of a timing.jsonl, but for one that a kill cut short; none where there is no file."""
+    """Returns the rows of a timing.jsonl, without one that a kill cut short; [] if there is no file."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -93,7 +94,7 @@ def read_timeline(path: Path) -> list[dict]:
 
 
 def shares(rows: Iterable[Mapping]) -> dict[str, float]:
-    """Of the time that processes ran: by part, the largest first."""
+    """Returns each phase's share of the processes' running time, the largest first."""
     seconds: dict[str, float] = defaultdict(float)
     for row in rows:
         for name, value in row["seconds"].items():
@@ -103,9 +104,9 @@ def shares(rows: Iterable[Mapping]) -> dict[str, float]:
 
 
 def goodput(rows: Iterable[Mapping]) -> float:
-    """Productive time over all the time since the first start: what the steps took that were not lost to a restart.
+    """Returns the share of the time since the first start that went into steps which were not lost to a restart.
 
-    All the time is what processes ran, and what passed between the last row of one and the start of the next.
+    That time is what processes ran, plus what passed between the last row of one and the start of the next.
     """
     total, kept, last_wall = 0.0, [], None  # kept: (first step, last step, productive seconds)
     step = 0
@@ -121,6 +122,6 @@ def goodput(rows: Iterable[Mapping]) -> float:
 
 
 def _cut(piece: tuple[int, int, float], step: int) -> tuple[int, int, float]:
-    """What is left of the seconds of some steps when those after `step` are lost."""
+    """Returns the part of a piece (first step, last step, seconds) that remains if the steps after `step` are lost."""
     first, last, seconds = piece
     return piece if last <= step else (first, step, seconds * (step - first) / (last - first))

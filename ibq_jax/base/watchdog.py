@@ -1,4 +1,7 @@
-"""Watches a run from a thread beside it: what takes far longer than usual is said, with every thread's stack."""
+"""A thread that watches a run: it reports phases that take far longer than usual, and ends a process that hangs.
+
+`faulthandler.dump_traceback_later` could end a hang, but knows no usual durations and leaves the other processes alone.
+"""
 
 import faulthandler
 import sys
@@ -11,15 +14,15 @@ from ibq_jax.base.timing import PhaseTimer
 
 
 class Watchdog(threading.Thread):
-    """Says once of every wait that it is long, and ends the process, exit code 1, when it has lasted too long.
+    """Reports each overlong phase once, with the stacks of all threads, and ends the process (exit code 1) on a hang.
 
     Args:
-        timer: what the run is doing.
-        stacks: the file for the stacks of all threads, appended to.
-        factor: how many times its usual (median) duration a part may take,
-        seconds: and at least how long, before it is said.
-        hang_seconds: after which the process ends, whatever the part's usual duration; 0: never.
-        say: says a line.
+        timer: the run's phases.
+        stacks: file to which the stacks of all threads are appended.
+        factor: a phase is reported once it takes this many times its usual (median) duration,
+        seconds: and at least this long.
+        hang_seconds: the process ends when any phase takes this long; 0: never.
+        say: prints a line.
     """
 
     def __init__(
@@ -33,7 +36,7 @@ class Watchdog(threading.Thread):
         say: Callable[[str], None],
     ):
         super().__init__(name="watchdog", daemon=True)
-        self._parts, self._stacks, self._say = timer, stacks, say
+        self._timer, self._stacks, self._say = timer, stacks, say
         self._factor, self._seconds, self._hang_seconds = factor, seconds, hang_seconds
         self._stopped = threading.Event()
 
@@ -47,25 +50,24 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         limits = [limit for limit in (self._seconds, self._hang_seconds) if limit]
-        told, last = False, 0.0
+        reported, last = False, 0.0
         while not self._stopped.wait(min(1.0, min(limits) / 4)):
-            part, lasted = self._parts.now
-            told, last = told and lasted > last, lasted  # a shorter wait than at the last look is another one
-            usual = self._parts.usual(part)
-            if not told and usual is not None and lasted > max(self._seconds, self._factor * usual):
-                self._say(f"{self._words(part, lasted, usual)}; stacks in {self._dump(part)}")
-                told = True
+            phase, lasted = self._timer.now
+            reported, last = reported and lasted > last, lasted  # less than at the last look: another phase
+            usual = self._timer.usual(phase)
+            if not reported and usual is not None and lasted > max(self._seconds, self._factor * usual):
+                self._say(self._report(phase, lasted, usual))
+                reported = True
             if self._hang_seconds and lasted > self._hang_seconds:
-                words = f"{self._words(part, lasted, usual)}; stacks in {self._dump(part)}"
-                self._end(f"{words}; ended, the same command continues")
+                self._end(f"{self._report(phase, lasted, usual)}; ended, the same command continues")
 
-    def _words(self, part: str, lasted: float, usual: float | None) -> str:
-        often = "" if usual is None else f", usually {usual:.3g} s"
-        return f"watchdog: {lasted:.0f} s in {part!r}{often}"
+    def _report(self, phase: str, lasted: float, usual: float | None) -> str:
+        usually = "" if usual is None else f", usually {usual:.3g} s"
+        return f"watchdog: {lasted:.0f} s in {phase!r}{usually}; stacks in {self._dump(phase)}"
 
-    def _dump(self, part: str) -> Path:
+    def _dump(self, phase: str) -> Path:
         with self._stacks.open("a") as file:
-            file.write(f"in {part!r}\n")
+            file.write(f"in {phase!r}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         return self._stacks

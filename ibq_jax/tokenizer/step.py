@@ -28,7 +28,7 @@ and images (a count), see `ibq_jax.evaluate.reconstruction`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import flax.linen as nn
@@ -40,7 +40,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from ibq_jax.base.sharding import AXES, abstract_state, batch_sharding, jit_step, replicated
-from ibq_jax.base.state import AveragedWeights, adam, drop_schedule, moving_average
+from ibq_jax.base.state import AveragedWeights, adam, apply_gradient, drop_schedule, moving_average
 from ibq_jax.data.preprocess import to_float
 from ibq_jax.pretrained.lpips import lpips, weight_shapes
 from ibq_jax.tokenizer import losses
@@ -158,14 +158,13 @@ class TokenizerTrainer:
         )
         discriminator = state.discriminator
         if discriminator is not None:
-            discriminator, scalars = self._train_discriminator(state, images, reconstructions)
+            discriminator, scalars = self._train_discriminator(discriminator, images, reconstructions, state.step)
             metrics |= scalars
         (image_loss, (discriminator, scalars)), cotangent = jax.value_and_grad(self._image_loss, has_aux=True)(
             reconstructions, discriminator, perceptual, images, state.step
         )
         (gradient,) = pull_back((cotangent, jnp.ones_like(codebook_loss)))
-        updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, optimizer = apply_gradient(self.optimizer, gradient, state.optimizer, state.params)
         step = state.step + 1
         state = TokenizerState(
             step=step,
@@ -214,10 +213,10 @@ class TokenizerTrainer:
         metrics = scalars | {"loss/codebook": loss} | jax.tree.map(jnp.max, maxima)
         return (_merge(reconstructions), loss), (_merge(indices), jax.lax.stop_gradient(metrics))
 
-    def _train_discriminator(self, state: TokenizerState, images: jax.Array, reconstructions: jax.Array):
+    def _train_discriminator(self, old: DiscriminatorState, images: jax.Array, reconstructions: jax.Array, step):
         """Returns (the discriminator updated on images and reconstructions, metrics)."""
-        config, old = self.config.loss, state.discriminator
-        started = (state.step >= self.config.discriminator.start_step).astype(jnp.float32)
+        config = self.config.loss
+        started = (step >= self.config.discriminator.start_step).astype(jnp.float32)
 
         def loss(params):
             real, batch_stats = self._discriminate(params, old.batch_stats, images)
@@ -227,8 +226,7 @@ class TokenizerTrainer:
             return started * total, (batch_stats, averages, scalars)
 
         gradient, (batch_stats, averages, scalars) = jax.grad(loss, has_aux=True)(old.params)
-        updates, optimizer = self.optimizer.update(gradient, old.optimizer, old.params)
-        params = optax.apply_updates(old.params, updates)
+        params, optimizer = apply_gradient(self.optimizer, gradient, old.optimizer, old.params)
         metrics = {f"discriminator/{name}": value for name, value in scalars.items()}
         metrics["discriminator/gradient_norm"] = optax.tree.norm(gradient)
         return DiscriminatorState(params=params, optimizer=optimizer, batch_stats=batch_stats, lecam=averages), metrics
@@ -246,7 +244,7 @@ class TokenizerTrainer:
         metrics = {f"loss/{name}": value for name, value in scalars.items()}
         if discriminator is not None:
             fake, batch_stats = self._discriminate(discriminator.params, discriminator.batch_stats, reconstructions)
-            discriminator = discriminator.replace(batch_stats=batch_stats)
+            discriminator = replace(discriminator, batch_stats=batch_stats)
             metrics["loss/adversarial"] = losses.non_saturating(fake)
             started = (step >= self.config.discriminator.start_step).astype(jnp.float32)
             loss += config.adversarial_weight * started * metrics["loss/adversarial"]

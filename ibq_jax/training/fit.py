@@ -121,11 +121,21 @@ def fit(
         hang_seconds=limits.hang_seconds,
         say=lambda words: print(words, file=sys.stderr),
     )
-    loop = Loop(stage, mesh, intervals, checkpoints, telemetry, workdir, metadata, timer, profile)
+    loop = Loop(
+        stage=stage,
+        mesh=mesh,
+        intervals=intervals,
+        checkpoints=checkpoints,
+        telemetry=telemetry,
+        workdir=workdir,
+        metadata=metadata,
+        timer=timer,
+        profile=profile,
+    )
     try:
         with watchdog:
             state = loop.run(state, batches_from(start_step), start_step)
-        telemetry.sum_up()
+        telemetry.report_time()
         return state
     finally:
         telemetry.close()

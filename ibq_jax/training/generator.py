@@ -1,6 +1,5 @@
 """Trains a generator from its config: checks it, opens its codes, puts the stage together and fits it."""
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ibq_jax.autoregressive.check import check_config
-from ibq_jax.autoregressive.restore import CODES, TokenizerWeights, check_fit, find_tokenizer
+from ibq_jax.autoregressive.restore import TokenizerWeights, check_fit, find_tokenizer
 from ibq_jax.autoregressive.step import GeneratorState, GeneratorTrainer, jit_train_step
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import resolve
@@ -19,9 +18,10 @@ from ibq_jax.base.sharding import make_mesh, process_rows
 from ibq_jax.data.token_cache import (
     TokenCacheSplit,
     check_manifest,
+    find_run_manifest,
     open_token_cache,
-    read_fields,
     training_code_batches,
+    write_run_manifest,
 )
 from ibq_jax.evaluate.validation import class_samples, likelihood_evaluator
 from ibq_jax.training.fit import FieldRoles, check_same_run, fit
@@ -90,7 +90,7 @@ class GeneratorStage:
             "validation/perplexity_by_position": measured.perplexity_by_position,
         }
 
-    def pictures(self, state: GeneratorState) -> dict[str, np.ndarray]:
+    def images(self, state: GeneratorState) -> dict[str, np.ndarray]:
         if self._tokenizer is None:
             return {}
         return {"samples": class_samples(self._trainer, state.weights("ema"), self._manifest, self._tokenizer)}
@@ -116,7 +116,7 @@ def train_generator(config: ConfigDict, workdir: Path, profile: range = range(0)
     codebook = _codebook(config, tokenizer) if config.model.use_pretrained_codebook else None
     check_same_run(workdir, config, FIELD_ROLES)
     if jax.process_index() == 0:
-        (workdir / CODES).write_text(json.dumps(source.manifest, indent=2) + "\n")
+        write_run_manifest(workdir, source.manifest)
 
     def batches_from(step: int):
         return training_code_batches(
@@ -151,8 +151,10 @@ def _open_codes(config: ConfigDict, workdir: Path) -> TokenCacheSplit:
         raise UsageError("config.token_cache is empty: give --config.token_cache=FOLDER, which tokenize wrote")
     source = open_token_cache(config.token_cache, "train")
     check_fit(config, source)
-    before = read_fields(workdir / CODES) if (workdir / CODES).is_file() else {"imported": ""}
-    if "imported" not in before:  # of an imported run's codes, only what the config says is known
+    before = find_run_manifest(workdir)
+    if (
+        before is not None and "imported" not in before
+    ):  # of an imported run's codes, only what the config says is known
         check_manifest(source.manifest, _identity(before), where=config.token_cache, asker=f"the run in {workdir}")
     return source
 
@@ -167,7 +169,7 @@ def _identity(manifest: Mapping) -> dict:
             "class_names": data["class_names"],
             "splits": {"train": {key: data["splits"]["train"][key] for key in ("images", "views")}},
         },
-        **{key: manifest[key] for key in ("preprocessing", "precision", "codes", "grid")},
+        **{key: manifest[key] for key in ("preprocessing", "precision", "codebook_size", "grid")},
     }
 
 

@@ -16,7 +16,7 @@ from ibq_jax.evaluate.feature_nets import find_feature_nets
 from ibq_jax.evaluate.protocols import find_protocol
 from ibq_jax.evaluate.validation import validation_evaluator
 from ibq_jax.pretrained.lpips import load_weights
-from ibq_jax.pretrained.weight_files import absence, find
+from ibq_jax.pretrained.weight_files import explain_absence, find_weights
 from ibq_jax.tokenizer.check import check_config
 from ibq_jax.tokenizer.codebook_monitor import check_collapse
 from ibq_jax.tokenizer.step import TokenizerState, TokenizerTrainer, jit_train_step
@@ -81,8 +81,8 @@ class TokenizerStage:
     def evaluate(self, state: TokenizerState) -> dict[str, float]:
         return {f"validation/{name}": value for name, value in self._evaluator(state.ema)}
 
-    def pictures(self, state: TokenizerState) -> dict[str, np.ndarray]:
-        return {"reconstructions": self._evaluator.picture(state.ema, self._trainer.config.log.num_images)}
+    def images(self, state: TokenizerState) -> dict[str, np.ndarray]:
+        return {"reconstructions": self._evaluator.comparison_grid(state.ema, self._trainer.config.log.num_images)}
 
 
 def train_tokenizer(config: ConfigDict, workdir: Path, profile: range = range(0)) -> TokenizerState:
@@ -135,9 +135,9 @@ def _batch_fields(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
 def _perceptual_weights(config: ConfigDict) -> dict | None:
     if not config.loss.perceptual_weight:
         return None
-    path = find("vgg16", config.loss.perceptual_file, "loss.perceptual_file")
+    path = find_weights("vgg16", config.loss.perceptual_file, "loss.perceptual_file")
     if path is None:
-        print(f"perceptual loss: OFF, because {absence('vgg16', 'loss.perceptual_file')}")
+        print(f"perceptual loss: OFF, because {explain_absence('vgg16', 'loss.perceptual_file')}")
         return None
     print(f"perceptual loss: LPIPS with VGG16 from {path}")
     return load_weights(path)

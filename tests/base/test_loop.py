@@ -43,7 +43,7 @@ class CountingStage:
         self.events.append(f"evaluate {int(state['step'])}")
         return {"validation/sum": float(state["sum"])}
 
-    def pictures(self, state):
+    def images(self, state):
         return {"reconstructions": np.full((4, 4, 3), 7, np.uint8)}
 
 
@@ -52,7 +52,7 @@ class Run:
 
     def __init__(self, workdir):
         self.workdir, self.mesh = workdir, make_mesh({"data": -1})
-        self.pace = Intervals(total_steps=6, log_every=1, images_every=3, evaluate_every=3, checkpoint_every=2)
+        self.intervals = Intervals(total_steps=6, log_every=1, images_every=3, evaluate_every=3, checkpoint_every=2)
         self.closed, self.profile = False, range(0)
 
     def batches(self, start):
@@ -67,8 +67,17 @@ class Run:
         state = {"step": jnp.asarray(0), "sum": jnp.asarray(0.0)}
         restored = checkpoints.restore(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state))
         state, start = (restored.state, restored.step) if restored else (state, 0)
-        telemetry = Telemetry(self.workdir, start, self.pace.total_steps)
-        loop = Loop(stage, self.mesh, self.pace, checkpoints, telemetry, self.workdir, {}, profile=self.profile)
+        telemetry = Telemetry(self.workdir, start, self.intervals.total_steps)
+        loop = Loop(
+            stage=stage,
+            mesh=self.mesh,
+            intervals=self.intervals,
+            checkpoints=checkpoints,
+            telemetry=telemetry,
+            workdir=self.workdir,
+            metadata={},
+            profile=self.profile,
+        )
         try:
             return loop.run(state, self.batches(start), start)
         finally:
@@ -85,7 +94,7 @@ def run(tmp_path):
     return Run(tmp_path)
 
 
-def test_a_run_logs_evaluates_and_saves_at_its_pace(run):
+def test_a_run_logs_evaluates_and_saves_at_its_intervals(run):
     state = run(CountingStage())
     assert float(state["sum"]) == 1 + 2 + 3 + 4 + 5 + 6
     assert run.steps == [2, 4, 6]
@@ -98,7 +107,7 @@ def test_a_run_logs_evaluates_and_saves_at_its_pace(run):
 
 def test_numbers_are_read_after_the_next_step_is_queued(run):
     stage = CountingStage()
-    run.pace = Intervals(total_steps=4, log_every=1, images_every=9, evaluate_every=9, checkpoint_every=9)
+    run.intervals = Intervals(total_steps=4, log_every=1, images_every=9, evaluate_every=9, checkpoint_every=9)
     run(stage)
     assert stage.events[:6] == ["queue 1", "queue 2", "examine 1", "queue 3", "examine 2", "queue 4"]
 
@@ -128,7 +137,7 @@ def test_a_trace_of_some_steps_can_be_opened(run, profile, monkeypatch):
     (trace,) = run.workdir.glob("profile/plugins/profile/*/*.xplane.pb")
     planes = list(jax.profiler.ProfileData.from_file(str(trace)).planes)
     assert any(event.duration_ns for plane in planes for line in plane.lines for event in line.events)
-    last = min(profile.stop - 1, run.pace.total_steps)
+    last = min(profile.stop - 1, run.intervals.total_steps)
     assert f"examine {last}" in examined and f"queue {last + 1}" not in examined
 
 

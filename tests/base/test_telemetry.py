@@ -1,4 +1,4 @@
-"""What a run writes down, and what it drops when it is resumed."""
+"""What a run logs, and what it drops when it is resumed."""
 
 import json
 
@@ -7,10 +7,10 @@ import numpy as np
 from ibq_jax.base.telemetry import Telemetry
 
 
-def test_scalars_and_pictures_reach_the_files(tmp_path, capsys):
+def test_scalars_and_images_reach_the_files(tmp_path, capsys):
     telemetry = Telemetry(tmp_path, 0, 10)
     telemetry.scalars(1, {"loss/l1": 0.5})
-    telemetry.images(1, "reconstructions", np.zeros((4, 4, 3), np.uint8))
+    telemetry.image(1, "reconstructions", np.zeros((4, 4, 3), np.uint8))
     telemetry.line(2, "loss 0.5")
     telemetry.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss/l1": 0.5}
@@ -31,7 +31,7 @@ def test_a_resumed_run_drops_what_it_computes_again_and_a_line_cut_short(tmp_pat
     assert logged == [*rows[:2], {"step": 3, "loss/l1": 7.0}]
 
 
-def test_time_spent_aside_does_not_count_in_the_rate(tmp_path, capsys, monkeypatch):
+def test_paused_time_does_not_count_in_the_rate(tmp_path, capsys, monkeypatch):
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     telemetry = Telemetry(tmp_path, 0, 30)

@@ -93,15 +93,40 @@ def medians(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
+class StageWithoutEvaluation(TokenizerStage):
+    """The tokenizer's stage, without the evaluation and the images of the last step."""
+
+    def evaluate(self, state):
+        return {}
+
+    def images(self, state):
+        return {}
+
+
 def loop_seconds(trainer: TokenizerTrainer, state, batches: Iterator, steps: int) -> float:
     """Mean wall time of a step in the real loop, the first few left out; donates `state`."""
-    pace = Intervals(steps, trainer.config.log.every, steps + 1, steps + 1, steps + 1)
-    stage = TokenizerStage(trainer, None, lambda params: {}, lambda params: np.zeros((1, 1, 3), np.uint8))
+    never = steps + 1
+    intervals = Intervals(
+        total_steps=steps,
+        log_every=trainer.config.log.every,
+        images_every=never,
+        evaluate_every=never,
+        checkpoint_every=never,
+    )
     times = []
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder)
         telemetry, checkpoints = Telemetry(workdir, 0, steps), Checkpoints(workdir / "checkpoints")
-        Loop(stage, trainer.mesh, pace, checkpoints, telemetry, workdir, {}).run(state, timed(batches, times), 0)
+        loop = Loop(
+            stage=StageWithoutEvaluation(trainer, None),
+            mesh=trainer.mesh,
+            intervals=intervals,
+            checkpoints=checkpoints,
+            telemetry=telemetry,
+            workdir=workdir,
+            metadata={},
+        )
+        loop.run(state, timed(batches, times), 0)
         telemetry.close()
         checkpoints.close()
     return (times[-1] - times[WARM_STEPS]) / (steps - 1 - WARM_STEPS)

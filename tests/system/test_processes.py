@@ -14,7 +14,7 @@ from support.small_runs import STEPS, arguments, generator_arguments
 
 from ibq_jax.__main__ import main
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.processes import Place
+from ibq_jax.base.processes import JobPosition
 from ibq_jax.data.token_cache import open_token_cache
 
 CORES = """
@@ -103,8 +103,8 @@ def test_the_whole_chain_in_several_processes(processes, whole, start, data_dir,
 def test_processes_of_different_configs_or_devices_do_not_start(start, data_dir, tmp_path):
     workdir = tmp_path / "run"
     for other, words in (
-        (arguments(workdir, data_dir, "seed=1"), "configs are not alike: process 1 on "),
-        (["evaluate", "--run=nowhere"], "processes are not alike: process 1 on "),
+        (arguments(workdir, data_dir, "seed=1"), "configs differ: process 1 on "),
+        (["evaluate", "--run=nowhere"], "processes differ: process 1 on "),
     ):
         results = ended(start(arguments(workdir, data_dir), other))
         assert [code for code, _ in results] == [2, 2] and all(words in out for _, out in results), results
@@ -121,10 +121,10 @@ def test_processes_on_the_same_cores_share_them(asked, start, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["two", "host,2,0", "host:1,2,2", "host:1,2", "host:1,2,-1"])
-def test_a_place_that_is_none_is_refused(text, monkeypatch):
+def test_a_malformed_job_position_is_refused(text, monkeypatch):
     monkeypatch.setenv("IBQ_PROCESSES", text)
     with pytest.raises(UsageError, match=f"IBQ_PROCESSES={text}"):
-        Place.from_environment()
+        JobPosition.from_environment()
 
 
 def test_commands_of_one_process_refuse_to_be_several(monkeypatch, capsys):
