@@ -1,7 +1,8 @@
-"""Config files, command-line overrides, and the config that a run leaves behind.
+"""Config files, command-line overrides, and the config that a run saves.
 
-A config is an `ml_collections.ConfigDict` from a Python file's `get_config(preset)`. Config files are Python and run
-when they are loaded, by design: load only files you trust. A saved config is JSON and runs nothing.
+A config is an `ml_collections.ConfigDict` from a Python file's `get_config(preset)`. Config files are Python code that
+runs when they are loaded: load only files you trust. A saved config is JSON and runs nothing. Overrides are parsed here
+because `ml_collections.config_flags` needs absl's flags, of which a process has one set; sweeps load many configs.
 """
 
 import ast
@@ -11,18 +12,20 @@ import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.files import write_text
 from ibq_jax.base.json_files import read_json
 
 PREFIX = "--config."
-MAX_DEPTH = 10  # of groups in groups
-LONGEST_SHOWN = 80  # characters of a foreign name in a message
+MAX_DEPTH = 10  # nested groups
+LONGEST_SHOWN = 80  # characters of a foreign field name in a message
 PACKAGE = Path(__file__).parents[1]
-POSITIVE = (  # in every stage
+POSITIVE = (  # fields that every stage has
     "data.batch_size",
     "optimizer.learning_rate",
     "train.grad_accum_steps",
@@ -45,10 +48,25 @@ def preset_folder() -> Path:
 def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     """Returns the locked config of `FILE.py:PRESET`, with the `--config.a.b=value` overrides applied.
 
-    A shipped file (`configs/tokenizer.py:openmoji32`) is found from any working directory.
-    Raises UsageError for a missing file, an unknown preset, a misspelt field (with the nearest right one) or a value of
-    another type than the field's.
+    A shipped file (`configs/tokenizer.py:openmoji32`) is found from any working directory. Field names of earlier
+    versions are accepted, in overrides and in the file itself.
+
+    Raises:
+        UsageError: a missing file, an unknown preset, an unknown field (the message names the nearest one), or a value
+            of another type than the field's.
     """
+    module, preset = preset_module(spec)
+    config = module.get_config(preset)
+    stage = flatten(config).get("stage")
+    if _renamed(stage).keys() & flatten(config).keys():
+        config = ConfigDict(_tuples(upgraded(config.to_dict())))
+    for override in overrides:
+        _apply(config, override, _renamed(stage))
+    return config.lock()
+
+
+def preset_module(spec: str) -> tuple[ModuleType, str]:
+    """Returns (the file of `FILE.py:PRESET` as a module, the preset's name). Raises UsageError if one is unknown."""
     name, _, preset = spec.partition(":")
     file = _find_config_file(name)
     if file is None:
@@ -60,13 +78,7 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
         raise UsageError(
             f"--config={spec}: {name} has no preset {preset!r}; {hint}presets: {', '.join(module.PRESETS)}"
         )
-    config = module.get_config(preset)
-    stage = flatten(config).get("stage")
-    if _renamed(stage).keys() & flatten(config).keys():
-        config = ConfigDict(_tuples(upgraded(config.to_dict())))
-    for override in overrides:
-        _apply(config, override, _renamed(stage))
-    return config.lock()
+    return module, preset
 
 
 def preset_names(file: str) -> tuple[str, ...]:
@@ -85,7 +97,7 @@ def run_file(path: Path):
 
 
 def _find_config_file(name: str) -> Path | None:
-    """The file itself, or the shipped file of that name if the path leads nowhere or leaves out the folder."""
+    """Returns the file itself, or the shipped file of that name if `name` is `FILE.py`, `FILE` or `configs/FILE.py`."""
     path = Path(name)
     if path.is_file():
         return path
@@ -94,13 +106,13 @@ def _find_config_file(name: str) -> Path | None:
 
 
 def renamed_leaves(stage: str) -> Mapping[str, str]:
-    """Returns {today's beginning of a leaf's name in a state: its beginning in checkpoints of earlier versions}."""
+    """Returns {prefix of a leaf's name in a state today: its prefix in checkpoints of earlier versions}."""
     return _history().RENAMED_LEAVES.get(stage, {})
 
 
 @functools.cache
 def _history():
-    """The module of the fields of earlier versions; configs/ owns the names of all fields."""
+    """Returns the module with the field names of earlier versions; it lies in configs/, next to today's names."""
     return run_file(preset_folder() / "renamed_fields.py")
 
 
@@ -109,7 +121,7 @@ def _renamed(stage: object) -> Mapping[str, str]:
 
 
 def upgraded(fields: dict) -> dict:
-    """The fields of a config, nested, with the names that earlier versions gave them replaced by today's."""
+    """Returns a config's nested fields with earlier versions' names replaced and fields that they lacked added."""
     stage = fields.get("stage")
     flat = {_renamed(stage).get(name, name): value for name, value in flatten(fields).items()}
     return _nested(_history().ADDED.get(str(stage), {}) | flat)
@@ -156,7 +168,7 @@ def _apply(config: ConfigDict, override: str, renamed: Mapping[str, str]) -> Non
 
 
 def _parse(text: str, like):
-    """`text` as a value of the type of `like`, or None where it is none."""
+    """Returns `text` as a value of the type of `like`, or None if it is not one."""
     if isinstance(like, str):
         return text
     if isinstance(like, bool):
@@ -176,7 +188,7 @@ def _parse(text: str, like):
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
-    """{"a.b": value} of every field; lists (as JSON has them) become tuples."""
+    """Returns {"a.b": value} for every field; lists, which JSON has in place of tuples, become tuples."""
     fields = {}
     for name, value in config.items():
         if isinstance(value, Mapping | ConfigDict):
@@ -187,14 +199,12 @@ def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def save_config(config: ConfigDict, path: Path) -> None:
-    """Writes JSON beside its final name first, so that a kill leaves the old file or the new one."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    partial.replace(path)
+    """Writes a config as JSON."""
+    write_text(path, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def read_config(path: Path) -> ConfigDict:
-    """The config that a run saved. Raises UsageError when it is missing, no JSON object, or has no config's names."""
+    """Reads the config that a run saved. Raises UsageError if it is missing, or not a JSON object of config fields."""
     try:
         fields = read_json(path)
     except FileNotFoundError:
@@ -202,13 +212,13 @@ def read_config(path: Path) -> ConfigDict:
     except ValueError as error:
         raise UsageError(f"{path} is not a saved config: {error}") from None
     if not isinstance(fields, dict):
-        raise UsageError(f"{path} is not a saved config: it holds no JSON object")
+        raise UsageError(f"{path} is not a saved config: it is not a JSON object")
     _check_names(fields, path)
     return ConfigDict(_tuples(upgraded(fields))).lock()
 
 
 def _check_names(fields: dict, path: Path, depth: int = 0) -> None:
-    """Every field is an attribute of a ConfigDict, which has methods already and takes names apart at their dots."""
+    """Raises UsageError for names that cannot be attributes of a ConfigDict, such as its methods' names."""
     for name, value in fields.items():
         if not name.isidentifier() or name.startswith("__") or hasattr(ConfigDict, name) or depth > MAX_DEPTH:
             raise UsageError(f"{path} is not a saved config: it cannot have a field {name[:LONGEST_SHOWN]!r}")
@@ -223,7 +233,7 @@ def _tuples(value) -> Any:
 
 
 def differences(old: Mapping, new: Mapping, ignore: tuple[str, ...] = ()) -> list[str]:
-    """`name: old -> new` for every field that differs, apart from those that start with one of `ignore`."""
+    """Returns `name: old -> new` for every field that differs, except names that start with one of `ignore`."""
     old, new = flatten(old), flatten(new)
     return [
         f"{name}: {old.get(name, 'absent')!r} -> {new.get(name, 'absent')!r}"
@@ -233,7 +243,7 @@ def differences(old: Mapping, new: Mapping, ignore: tuple[str, ...] = ()) -> lis
 
 
 def check_choices(config: Mapping, choices: Mapping[str, tuple]) -> None:
-    """Raises UsageError for a field, under its dotted name, that is none of its `choices`."""
+    """Raises UsageError unless every field of `choices` (dotted name -> allowed values) has an allowed value."""
     fields = flatten(config)
     for name, allowed in choices.items():
         if fields[name] not in allowed:
@@ -241,7 +251,7 @@ def check_choices(config: Mapping, choices: Mapping[str, tuple]) -> None:
 
 
 def check_positive(config: Mapping, names: Iterable[str]) -> None:
-    """Raises UsageError for a field of `names`, or of those of every stage, that is not positive."""
+    """Raises UsageError unless the fields `names`, and those of POSITIVE, are positive."""
     fields = flatten(config)
     for name in (*names, *POSITIVE):
         if fields[name] <= 0:
@@ -249,7 +259,7 @@ def check_positive(config: Mapping, names: Iterable[str]) -> None:
 
 
 def check_seed_and_length(config: ConfigDict) -> None:
-    """Raises UsageError for a seed that is none, and for a run without steps."""
+    """Raises UsageError for a seed out of range, and for a run without steps."""
     if not 0 <= config.seed < 2**32:
         raise UsageError(f"seed={config.seed} is not in 0..2**32 - 1")
     if config.train.steps <= 0 and config.train.epochs <= 0:
