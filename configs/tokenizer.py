@@ -2,10 +2,10 @@
 
     python -m ibq_jax train --config=configs/tokenizer.py:imagenet256_16384 --workdir=runs/tok
 
-Every default of stage one stands in this file; the code reads `config.x` and knows no second default.
-Any field can be overridden on the command line, e.g. `--config.codebook.size=8192`. All make 16x16 codes of a picture.
+Every default of stage one is in this file and in common.py, nowhere else. Any field can be overridden on the
+command line, e.g. `--config.codebook.size=8192`. All presets turn an image into 16x16 codes.
 
-| preset | data | codes x dim | length | published (arXiv 2412.02692) | measured here |
+| preset | data | codebook size x dim | length | published (arXiv 2412.02692) | measured here |
 |---|---|---|---|---|---|
 | openmoji32 | openmoji, 32 px | 1,024 x 32 | 1,000 steps of 16 | - | README: 2 CPU cores |
 | openmoji64 | openmoji, 64 px | 1,024 x 32 | 4,000 steps of 16 | - | not measured |
@@ -21,122 +21,111 @@ The authors trained each ImageNet tokenizer for 4 to 7 days on 64 accelerators.
 
 from ml_collections import ConfigDict
 
+from ibq_jax.base.config import preset_folder, run_file
+
+common = run_file(preset_folder() / "common.py")
+
 
 def _imagenet256(codebook_size: int, epochs: int = 330, drop_epochs: tuple[int, ...] = (250, 300)) -> ConfigDict:
-    """The paper's recipe (arXiv 2412.02692, section 4.1) with the released code's settings."""
+    """Returns the paper's recipe (arXiv 2412.02692, section 4.1) with the released code's settings."""
     config = ConfigDict()
     config.stage = "tokenizer"
-    config.seed = 0
-    config.dtype = "bfloat16"  # of convolutions; the quantizer and the losses are float32 always
+    config.seed = 0  # of initial values, data order and crops
+    # Type of the convolutions, in the autoencoder, the discriminator and LPIPS. The quantizer and the losses are
+    # computed in float32 with JAX's default matmul precision.
+    config.dtype = "bfloat16"
+    _add_data_and_networks(config)
+    _add_quantizer(config, codebook_size)
+    _add_training(config, drop_epochs)
+    common.add_common_groups(config, epochs=epochs, images_every=2_500, best_metric="validation/psnr")
+    return config
 
+
+def _add_data_and_networks(config: ConfigDict) -> None:
     config.data = ConfigDict()
-    config.data.name = "imagenet2012"  # a TFDS data set under data.dir, made by `prepare` or by TFDS
+    config.data.name = "imagenet2012"  # a TFDS data set in data.dir, made by `prepare` or by TFDS
     config.data.dir = "data"
     config.data.train_split = "train"
     config.data.validation_split = "validation"
-    config.data.image_size = 256  # pixels; the side of the square crop
-    config.data.resize = 256  # pixels; the shorter side before cropping
-    config.data.batch_size = 256  # images a step, over all devices
-    config.data.num_workers = 8  # reader processes per host; 0 reads in threads of this process
-    config.data.num_threads = 2  # reader threads per process; each holds a batch
+    config.data.resize = 256  # pixels of the shorter side before cropping
+    config.data.image_size = 256  # pixels of the side of the square crop
+    config.data.batch_size = 256  # images per step, over all devices
+    config.data.num_workers = 8  # reader processes per host; 0: threads of the training process read
+    config.data.num_threads = 2  # reader threads per process; each holds one batch
 
-    config.model = ConfigDict()
-    config.model.resolution = 256  # pixels; attention levels are counted from it
-    config.model.channels = 128
-    config.model.channel_multipliers = (1, 1, 2, 2, 4)
-    config.model.num_res_blocks = 4
-    config.model.attention_resolutions = (16,)
-    config.model.z_channels = 256
-    config.model.remat = "none"  # or "blocks": insides of residual blocks are computed again, not kept
-
-    config.codebook = ConfigDict()
-    config.codebook.size = codebook_size
-    config.codebook.dim = 256  # of ibq, vq and simvq; of lfq and fsq the size decides
-    config.codebook.init_scale = 1.0  # ibq's standard deviation at the start, as released
-    config.codebook.block_size = 0  # codes a block of the streamed quantizer; 0 chooses by a memory budget
-    config.codebook.implementation = "streamed"  # or "dense", the plain form; of ibq and lfq
-
-    config.quantizer = ConfigDict()
-    config.quantizer.name = "ibq"  # or, to compare with it, "vq", "simvq", "lfq" (K a power of two) or "fsq"
-    config.quantizer.beta = 0.25
-    config.quantizer.beta_on = "codebook"  # as released; "commitment" is the paper's text, and what vq, simvq, lfq do
-    config.quantizer.double_loss = True  # of ibq; False: without the term that reaches every row
-    config.quantizer.l2_normalize = False  # of vq: latents and rows of length 1
-    config.quantizer.levels = ()  # of fsq, whose product is codebook.size, such as (8, 8, 8, 5); (): the usual ones
-    config.quantizer.entropy_temperature = 0.01  # this and the following: of ibq and lfq
-    config.quantizer.entropy_group_tokens = 1024  # tokens an average entropy is taken over; 0: the whole batch
-    config.quantizer.sample_entropy_weight = 1.0
-    config.quantizer.batch_entropy_weight = 1.0
+    config.model = ConfigDict()  # the autoencoder
+    config.model.resolution = 256  # pixels; attention_resolutions are counted down from it
+    config.model.channels = 128  # of the first level, at full resolution
+    config.model.channel_multipliers = (1, 1, 2, 2, 4)  # one per level; each level but the first halves the resolution
+    config.model.num_res_blocks = 4  # per level of the encoder; the decoder has one more
+    config.model.attention_resolutions = (16,)  # pixels; levels of these resolutions have attention
+    config.model.z_channels = 256  # encoder outputs, before they are projected to the codes' dimension
+    config.model.remat = "none"  # "blocks": the backward pass computes residual blocks again, to save memory
 
     config.discriminator = ConfigDict()
-    config.discriminator.channels = 64
-    config.discriminator.num_layers = 3
-    config.discriminator.norm_group = 4  # images a batch norm sees at once; 0: the whole batch
-    config.discriminator.start_step = 0  # before it neither network sees an adversarial loss
+    config.discriminator.channels = 64  # of the first layer
+    config.discriminator.num_layers = 3  # that halve the resolution
+    config.discriminator.norm_group = 4  # images that a batch norm sees together; 0: the whole batch
+    config.discriminator.start_step = 0  # steps before the adversarial losses of both networks set in
 
+
+def _add_quantizer(config: ConfigDict, codebook_size: int) -> None:
+    config.codebook = ConfigDict()
+    config.codebook.size = codebook_size  # number of codes
+    config.codebook.dim = 256  # dimensions of a code; lfq and fsq derive theirs from the size
+    config.codebook.init_scale = 1.0  # ibq: standard deviation of the initial codebook; 1 as released
+    config.codebook.block_size = 0  # codes per block of the streamed quantizer; 0: chosen by a memory budget
+    config.codebook.implementation = "streamed"  # or "dense", the plain form; for ibq and lfq
+
+    config.quantizer = ConfigDict()
+    config.quantizer.name = "ibq"  # or, for comparison, "vq", "simvq", "lfq" (size a power of two) or "fsq"
+    config.quantizer.beta = 0.25  # weight of the term that beta_on names
+    config.quantizer.beta_on = "codebook"  # as released; "commitment": as in the paper's text, vq, simvq and lfq
+    config.quantizer.double_loss = True  # ibq; False: without the term whose gradient reaches every code
+    config.quantizer.l2_normalize = False  # vq; True: latents and codes are divided by their lengths
+    config.quantizer.levels = ()  # fsq: their product is codebook.size, e.g. (8, 8, 8, 5); (): the usual ones
+    config.quantizer.entropy_temperature = 0.01  # ibq and lfq: divides the logits of the entropies
+    config.quantizer.entropy_group_tokens = 1024  # ibq and lfq: tokens per batch entropy; 0: the whole batch
+    config.quantizer.sample_entropy_weight = 1.0  # ibq and lfq: within loss.entropy_weight
+    config.quantizer.batch_entropy_weight = 1.0  # ibq and lfq: within loss.entropy_weight
+
+    config.codebook_monitor = ConfigDict()
+    config.codebook_monitor.window_tokens = 2**22  # a code counts as used if one of the last so many tokens chose it
+    config.codebook_monitor.usage_floor = 0.02  # the run stops if a smaller share of the codes is used
+    config.codebook_monitor.grace_steps = 2_000  # steps before usage_floor applies
+
+
+def _add_training(config: ConfigDict, drop_epochs: tuple[int, ...]) -> None:
     config.loss = ConfigDict()
     config.loss.quantizer_weight = 1.0
     config.loss.entropy_weight = 0.05
-    config.loss.perceptual_weight = 1.0
+    config.loss.perceptual_weight = 1.0  # of LPIPS; 0: off
     config.loss.perceptual_file = ""  # torchvision's VGG16; empty: $IBQ_VGG16, then ~/.cache/ibq_jax
-    config.loss.adversarial_weight = 0.1
-    config.loss.lecam_weight = 0.05
-    config.loss.lecam_decay = 0.999
+    config.loss.adversarial_weight = 0.1  # 0: no discriminator
+    config.loss.lecam_weight = 0.05  # regularises the discriminator
+    config.loss.lecam_decay = 0.999  # per step, of the averages that LeCAM uses
 
-    config.optimizer = ConfigDict()
+    config.optimizer = ConfigDict()  # Adam, for the tokenizer and for the discriminator
     config.optimizer.learning_rate = 1e-4
     config.optimizer.beta1 = 0.5
     config.optimizer.beta2 = 0.9
-    config.optimizer.warmup_steps = 0
-    config.optimizer.drop_epochs = drop_epochs  # the rate is multiplied by drop_factor after each
+    config.optimizer.warmup_steps = 0  # steps over which the learning rate rises from 0
+    config.optimizer.drop_epochs = drop_epochs  # after each, the learning rate is multiplied by drop_factor
     config.optimizer.drop_factor = 0.1
-    config.optimizer.gradient_clip = 0.0  # global norm; 0: none
-    config.optimizer.ema_decay = 0.999
-
-    config.train = ConfigDict()
-    config.train.epochs = epochs
-    config.train.steps = 0  # 0: epochs times the steps of an epoch
-    config.train.grad_accum_steps = 1  # micro-batches a step
-
-    config.mesh = ConfigDict()
-    config.mesh.data = -1  # -1: every device the other axes leave
-    config.mesh.fsdp = 1
-    config.mesh.codebook = 1
-
-    config.codebook_monitor = ConfigDict()
-    config.codebook_monitor.window_tokens = 2**22  # a code is in use if a token of this window chose it
-    config.codebook_monitor.usage_floor = 0.02  # a run whose usage falls under it after grace_steps is stopped
-    config.codebook_monitor.grace_steps = 2_000
-    config.watchdog = ConfigDict()
-    config.watchdog.slow_factor = (
-        10.0  # times its usual duration that a part of a step may take, before stacks are dumped
-    )
-    config.watchdog.slow_seconds = 60.0  # and at least so long
-    config.watchdog.hang_seconds = 3600.0  # after which the process ends, to be started again; 0: never
-
-    config.log = ConfigDict()
-    config.log.every = 50  # steps between scalars
-    config.log.images_every = 2_500
-    config.log.num_images = 8
+    config.optimizer.gradient_clip = 0.0  # global norm; 0: no clipping
+    config.optimizer.ema_decay = 0.999  # per step, of the averaged weights
 
     config.evaluate = ConfigDict()
     config.evaluate.every = 5_000  # steps between evaluations on the validation split
     config.evaluate.examples = 5_000  # images of it; 0: all
-    config.evaluate.batch_size = 256
+    config.evaluate.batch_size = 256  # images at a time, over all devices
     config.evaluate.protocol = "clean"  # or "seed_voken": see ibq_jax/evaluate/protocols.py
-    config.evaluate.feature_nets = ""  # nets that measure too, of "efficientnet,inception,vgg16,alexnet"
-
-    config.checkpoint = ConfigDict()
-    config.checkpoint.every = 2_500
-    config.checkpoint.keep_last = 3
-    config.checkpoint.keep_best = 1
-    config.checkpoint.best_metric = "validation/psnr"
-    return config
+    config.evaluate.feature_nets = ""  # nets for more metrics: any of "efficientnet,inception,vgg16,alexnet"
 
 
 def _pretrain256(codebook_size: int) -> ConfigDict:
     config = _imagenet256(codebook_size, epochs=0, drop_epochs=())
-    config.data.name = "pretrain"  # `prepare tar --name=pretrain` makes it from webdataset shards
+    config.data.name = "pretrain"  # made by `prepare tar --name=pretrain` from webdataset shards
     config.train.steps = 1_500_000
     return config
 
@@ -185,6 +174,7 @@ PRESETS = (
 
 
 def get_config(preset: str) -> ConfigDict:
+    """Returns the config of one of `PRESETS`."""
     family, _, size = preset.partition("_")
     if family == "imagenet256":
         if size == "8192":

@@ -1,4 +1,4 @@
-"""The public classes: a trained tokenizer, and a trained generator of its codes, in five lines.
+"""The public classes: a trained tokenizer, and a trained generator of its codes.
 
 from ibq_jax import Generator, Tokenizer
 tokenizer, generator = Tokenizer.load("runs/tok"), Generator.load("runs/ar")
@@ -18,7 +18,7 @@ import numpy as np
 
 from ibq_jax.autoregressive.generate import LogitFilter
 from ibq_jax.autoregressive.model import GeneratorModel
-from ibq_jax.autoregressive.sample import Guidance, Sampler, check_codes
+from ibq_jax.autoregressive.sample_codes import Guidance, Sampler, check_codes
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.data.preprocess import to_float
@@ -29,49 +29,67 @@ from ibq_jax.tokenizer.model import TokenizerModel
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Images to codes and back, with fixed weights. `params` is the generator's tree of arrays."""
+    """A trained tokenizer: turns images into codes and codes into images.
+
+    Attributes:
+        model: the network (a Flax module without state).
+        params: its weights, a nested dictionary of arrays.
+    """
 
     model: TokenizerModel
     params: Mapping
 
     @classmethod
     def load(cls, path: str | Path, use_ema: bool = True) -> "Tokenizer":
-        """From a run's folder (its newest whole checkpoint), one step's folder under its `checkpoints/`, a file of
-        weights (.ckpt, .pt, .safetensors) or the hub (hf://OWNER/NAME).
+        """Loads a tokenizer from wherever it is stored.
 
-        Averaged weights where there are any, unless `use_ema` is False. Raises UsageError when there is no tokenizer.
+        Args:
+            path: a run's folder (its newest intact checkpoint is read), one step's folder under its `checkpoints/`, a
+                file of weights (.ckpt, .pt, .pth, .safetensors), or hf://OWNER/NAME on the Hugging Face hub.
+            use_ema: load the averaged (EMA) weights, if there are any, instead of the raw ones.
+
+        Raises:
+            UsageError: `path` holds no tokenizer; the message says what it holds instead.
         """
         return cls(*load_tokenizer(path, use_ema))
 
     @classmethod
     def from_torch(cls, state_dict: Mapping[str, np.ndarray], config: Mapping, use_ema: bool = False) -> "Tokenizer":
-        """From tensors under the names of the published checkpoints, with a configuration as they have it.
+        """Builds a tokenizer from tensors under the names of the published checkpoints.
 
-        `config` needs "ddconfig", "n_embed" and "embed_dim". Strict: raises UsageError naming what is missing, unknown
-        or misshapen, and loads nothing then.
+        Args:
+            state_dict: {published name: array in PyTorch's layout}.
+            config: the configuration as published, with "ddconfig", "n_embed" and "embed_dim".
+            use_ema: take the averages stored under `model_ema.` instead of the raw weights.
+
+        Raises:
+            UsageError: a tensor is missing, unknown or of the wrong shape (all of them are named); nothing is loaded.
         """
         params = tokenizer_names.tokenizer_from_torch(state_dict, config, use_ema)
         return cls(TokenizerModel(**tokenizer_names.model_fields(config)), jax.tree.map(jnp.asarray, params))
 
     def to_torch(self) -> dict[str, np.ndarray]:
-        """The weights under their published names, in PyTorch's layouts. Raises UsageError for other quantizers."""
+        """Returns the weights under their published names, in PyTorch's layouts.
+
+        Raises UsageError for a quantizer other than IBQ's, for which no published names exist.
+        """
         tokenizer_names.check_quantizer(self.model.quantizer)
         return tokenizer_names.tokenizer_to_torch(self.params)
 
     @property
     def codebook_size(self) -> int:
-        """K, the number of codes."""
+        """The number of codes, K."""
         return self.model.codebook_size
 
     @property
     def num_codes(self) -> int:
-        """The earlier name of `codebook_size`."""
+        """An earlier name of `codebook_size`."""
         return self.codebook_size
 
     def encode(self, images: np.ndarray | jax.Array) -> jax.Array:
-        """uint8 [B, H, W, 3], or float in [-1, 1] -> codes int32 [B, h, w].
+        """Returns the codes int32 [B, h, w] of images [B, H, W, 3], either uint8 or float in [-1, 1].
 
-        Raises UsageError for another shape or type, or sides that are no multiples of the downsampling.
+        Raises UsageError for another shape or type, or if H or W is not a multiple of the downsampling factor.
         """
         images = jnp.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3:
@@ -81,9 +99,10 @@ class Tokenizer:
         return _encode(self.model, self.params, images)
 
     def decode(self, codes: np.ndarray | jax.Array) -> jax.Array:
-        """Codes int [B, h, w] -> images float32 [B, H, W, 3] in [-1, 1], but for the network's overshoot: clip to show.
+        """Returns the images float32 [B, H, W, 3] of codes int [B, h, w].
 
-        Raises UsageError for another shape or type, or a code outside 0..K-1.
+        Values may slightly exceed [-1, 1]; clip them before display. Raises UsageError for another shape or type, or a
+        code outside 0..K-1.
         """
         codes = np.asarray(codes)
         if codes.ndim != 3 or not np.issubdtype(codes.dtype, np.integer):
@@ -97,26 +116,36 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Generator:
-    """Classes to codes, with fixed weights. `params` is the model's tree of arrays."""
+    """A trained generator: draws the codes of images of given classes.
+
+    Attributes:
+        model: the network (a Flax module without state).
+        params: its weights, a nested dictionary of arrays.
+        prefix: the prefix of the tensor names that `to_torch` gives.
+    """
 
     model: GeneratorModel
     params: Mapping
-    prefix: str = generator_names.PREFIX  # of the published names, in `to_torch`
+    prefix: str = generator_names.PREFIX
 
     @classmethod
     def load(cls, path: str | Path, use_ema: bool = True) -> "Generator":
-        """From a run's folder, a checkpoint, a file or the hub, as `Tokenizer.load`.
+        """Loads a generator from a run, a checkpoint, a file or the hub; the arguments are those of `Tokenizer.load`.
 
-        Averaged weights where there are any, unless `use_ema` is False. Raises UsageError when there is no generator.
+        Raises UsageError if `path` holds no generator.
         """
         return cls(*load_generator(path, use_ema))
 
     @classmethod
     def from_torch(cls, state_dict: Mapping[str, np.ndarray], config: Mapping) -> "Generator":
-        """From tensors under the names of the published checkpoints, with a configuration as they have it.
+        """Builds a generator from tensors under the names of the published checkpoints.
 
-        `config` needs "vocab_size", "block_size", "n_layer", "n_head" and "n_embd". Names may do without "transformer."
-        in front. Strict: raises UsageError naming what is missing, unknown or misshapen, and loads nothing then.
+        Args:
+            state_dict: {published name, with or without the prefix "transformer.": array in PyTorch's layout}.
+            config: the configuration as published, with "vocab_size", "block_size", "n_layer", "n_head" and "n_embd".
+
+        Raises:
+            UsageError: a tensor is missing, unknown or of the wrong shape (all of them are named); nothing is loaded.
         """
         no_class = generator_names.has_no_class(state_dict, generator_names.model_fields(config)["num_classes"])
         model = generator_names.build(config, no_class)
@@ -124,7 +153,7 @@ class Generator:
         return cls(model, jax.tree.map(jnp.asarray, params), generator_names.name_prefix(state_dict))
 
     def to_torch(self) -> dict[str, np.ndarray]:
-        """The weights under their published names, in PyTorch's layouts."""
+        """Returns the weights under their published names, in PyTorch's layouts."""
         return generator_names.generator_to_torch(self.params, self.prefix)
 
     @cached_property
@@ -146,22 +175,25 @@ class Generator:
         prefix: np.ndarray | None = None,
         first: int = 0,
     ) -> jax.Array:
-        """Codes int32 [B, h, w] of pictures with `labels` [B], on one device.
+        """Returns the codes int32 [B, h, w] of new samples, one for each label, computed on one device.
 
-        Picture i is number `first` + i of `seed`, and the same however many are drawn with it.
+        A sample depends only on its label, the settings, `seed` and its number, `first` + its position in `labels`. It
+        is the same however many others are drawn in the same call.
 
         Args:
-            labels: classes, one a picture.
-            cfg_scale: of classifier-free guidance; 1 is none, at half the work.
-            temperature: divides the guided logits; 0 takes the likeliest code.
-            top_k: draw from the likeliest codes only; 0 or None: from all.
-            top_p: draw from the likeliest codes that together reach this probability; in (0, 1].
-            seed: of the drawing, 0..2**32 - 1.
-            cfg_schedule, cfg_power, cfg_interval: as in `ibq_jax.autoregressive.sample.Guidance`.
-            prefix: codes that are given, the first P of a picture row by row [B, P], or whole rows of it [B, rows, w].
-            first: number of the first picture.
+            labels: classes int [B], one per sample.
+            cfg_scale: scale of classifier-free guidance; 1 turns it off, which halves the work.
+            temperature: divisor of the guided logits; 0 takes the most likely code each time.
+            top_k: draw from the `top_k` most likely codes only; 0 or None draws from all.
+            top_p: draw from the smallest set of most likely codes that reaches this probability, in (0, 1].
+            seed: seed of the draws, 0..2**32 - 1.
+            cfg_schedule, cfg_power, cfg_interval: as in `ibq_jax.autoregressive.sample_codes.Guidance`.
+            prefix: known codes at the beginning: the first P of each sample in row order [B, P], or whole rows
+                [B, rows, w].
+            first: number of the first sample.
 
-        Raises UsageError for settings, labels or codes out of range.
+        Raises:
+            UsageError: a setting, a label or a code is out of range.
         """
         if prefix is not None and np.ndim(prefix) == 3:
             prefix = np.reshape(prefix, (len(prefix), -1))
@@ -177,9 +209,14 @@ class Generator:
         return jnp.asarray(codes)
 
     def logits(self, codes: np.ndarray, labels: np.ndarray) -> jax.Array:
-        """Teacher forced: codes [B, h, w] or [B, h w], labels [B] -> float32 [B, h w, vocabulary].
+        """Returns the logits float32 [B, h w, vocabulary] of every code given its class and the codes before it.
 
-        A label may be num_classes, "no class". Raises UsageError for other shapes or types, or values out of range.
+        Args:
+            codes: int [B, h, w] or [B, h w].
+            labels: classes int [B]; num_classes stands for "no class".
+
+        Raises:
+            UsageError: another shape or type, or a value out of range.
         """
         codes, labels = check_codes(self.model, codes, labels)
         return _logits(self.model, self.params, codes, labels)

@@ -1,11 +1,11 @@
-"""What can be wrong with a generator's config, said before anything is written or computed."""
+"""Checks a generator's config before anything is written or computed."""
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ibq_jax.autoregressive.generate import LogitFilter
 from ibq_jax.autoregressive.model import REMAT, check_layout
-from ibq_jax.autoregressive.sample import Guidance
+from ibq_jax.autoregressive.sample_codes import Guidance
 from ibq_jax.base.config import check_choices, check_positive, check_seed_and_length, flatten
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import check_batch
@@ -23,7 +23,7 @@ POSITIVE = (
     "model.num_kv_heads",
     "model.embed_dim",
 )
-SHARES = (
+FRACTIONS = (
     "model.dropout",
     "loss.class_dropout",
     "optimizer.beta1",
@@ -48,30 +48,30 @@ def check_config(config: ConfigDict, mesh: Mesh) -> None:
     check_positive(config, POSITIVE)
     check_seed_and_length(config)
     fields = flatten(config)
-    for name in SHARES:
+    for name in FRACTIONS:
         if not 0 <= fields[name] < 1:
-            raise UsageError(f"{name}={fields[name]} is not a share: at least 0, and below 1")
+            raise UsageError(f"{name}={fields[name]} is not a fraction of at least 0 and below 1")
     for name in NOT_NEGATIVE:
         if fields[name] < 0:
             raise UsageError(f"{name}={fields[name]} is negative")
     _check_model(config.model, mesh)
     if config.model.attention == "cudnn" and (mesh.devices.flat[0].platform != "gpu" or config.dtype != "bfloat16"):
-        raise UsageError("model.attention=cudnn is a kernel of NVIDIA GPUs for dtype=bfloat16; elsewhere it is xla")
+        raise UsageError("model.attention=cudnn is for NVIDIA GPUs and dtype=bfloat16; use xla otherwise")
     check_batch(config.data.batch_size, mesh, config.train.grad_accum_steps, "data.batch_size")
     check_batch(config.evaluate.batch_size, mesh, 1, "evaluate.batch_size")
     sample = config.sample
     Guidance(sample.cfg_scale)
     LogitFilter(sample.top_k, sample.top_p)
     if sample.temperature < 0:
-        raise UsageError(f"sample.temperature={sample.temperature} is negative; 0 takes the likeliest code")
+        raise UsageError(f"sample.temperature={sample.temperature} is negative; 0 takes the most likely code")
 
 
 def _check_model(model: ConfigDict, mesh: Mesh) -> None:
     grid = model.grid
     if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid) or grid == (1, 1):
-        raise UsageError(f"model.grid={grid} is not rows and columns of a picture's codes, such as (16, 16)")
+        raise UsageError(f"model.grid={grid} is not the rows and columns of an image's codes, such as (16, 16)")
     if model.num_classes < 0:
-        raise UsageError(f"model.num_classes={model.num_classes} is negative; 0 is a data set without classes")
+        raise UsageError(f"model.num_classes={model.num_classes} is negative; 0 is for a data set without classes")
     if model.use_pretrained_codebook and model.codebook_dim <= 0:
         raise UsageError(f"model.codebook_dim={model.codebook_dim} is not positive")
     check_layout(model.embed_dim, model.num_heads, model.num_kv_heads)

@@ -1,8 +1,10 @@
-"""The program that draws codes: a prefill, then one step a code with cached keys and values.
+"""The compiled loop that draws codes: a prefill, then one step per code with cached keys and values.
 
-Shapes: B pictures in a program, R rows of it (B, or 2 B under guidance: each with and then without its class), P codes
-of a given prefix, S codes of a picture, V vocabulary; C, L, H, G, D as in the model. Within a step activations are
-[C, R], channels first: few rows times a whole matrix then reads the matrix once, at the memory's speed.
+`sample_codes.py` calls it for any number of samples, on all devices; `sample_images.py` decodes the codes to images.
+
+Shapes: B samples per call in R rows (B, or 2 B under guidance: each sample with and then without its class), P codes
+of a given prefix, S codes per image, V vocabulary; C, L, H, G, D as in the model. Within a step activations are
+[C, R], channels first: multiplying few rows by a whole matrix then reads the matrix once, at the memory's speed.
 """
 
 import dataclasses
@@ -21,8 +23,13 @@ from ibq_jax.base.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class LogitFilter:
-    """What is kept of a distribution before drawing: the `top_k` likeliest codes (0: all), then every code before
-    which, from the likeliest on, no more than the probability `top_p` lies (1: all); `greedy` takes the likeliest."""
+    """Top-k and top-p (nucleus) filtering of logits before a code is drawn.
+
+    Attributes:
+        top_k: keeps the `top_k` most likely codes; 0 keeps all.
+        top_p: then keeps a code if those more likely than it have a total probability of at most `top_p`; 1 keeps all.
+        greedy: takes the most likely code instead of drawing one.
+    """
 
     top_k: int = 0
     top_p: float = 1.0
@@ -30,18 +37,18 @@ class LogitFilter:
 
     def __post_init__(self):
         if not isinstance(self.top_k, Integral) or self.top_k < 0:
-            raise UsageError(f"top_k={self.top_k} is not a whole number of at least 0; 0 keeps every code")
+            raise UsageError(f"top_k={self.top_k} is not an integer of at least 0; 0 keeps every code")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p={self.top_p} is not in (0, 1]; 1 keeps every code")
 
     def __call__(self, logits: jax.Array) -> jax.Array:
-        """Logits [B, V] with what is not kept at minus infinity."""
+        """Returns logits [B, V] in which those of the codes that are not kept are minus infinity."""
         if 0 < self.top_k < logits.shape[-1]:
             logits = jnp.where(logits < lax.top_k(logits, self.top_k)[0][:, -1:], -jnp.inf, logits)
         if self.top_p < 1:
             ordered = jnp.sort(logits, axis=-1, descending=True)
             probabilities = jax.nn.softmax(ordered, axis=-1)
-            # As released: a code goes when those likelier than it exceed top_p, so the likeliest always stays.
+            # As released: a code is dropped if those more likely than it exceed top_p, so the most likely always stays.
             kept = jnp.cumsum(probabilities, axis=-1) - probabilities <= self.top_p
             lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
             logits = jnp.where(logits < lowest, -jnp.inf, logits)
@@ -49,7 +56,7 @@ class LogitFilter:
 
 
 class LayerWeights(NamedTuple):
-    """One layer's matrices as a step multiplies them, [out, in]; norms [C, 1]."""
+    """One layer's matrices [out, in] and norms' scales [C, 1], in the form that a step uses."""
 
     attention_norm: jax.Array
     wqkv: jax.Array
@@ -61,7 +68,7 @@ class LayerWeights(NamedTuple):
 
 
 class StepWeights(NamedTuple):
-    """What every step reads besides token embeddings."""
+    """All weights that a step reads, except for the token embeddings."""
 
     layers: tuple[LayerWeights, ...]
     head_norm: jax.Array
@@ -69,7 +76,7 @@ class StepWeights(NamedTuple):
 
 
 def step_weights(model: GeneratorModel, params: Mapping) -> StepWeights:
-    """The matrices of `params` layer by layer, turned, and in the model's type: made once, read at every step."""
+    """Returns the matrices of `params` split by layer, transposed and in the model's type, to be computed once."""
     blocks = params["blocks"]
 
     def layer(i: int) -> LayerWeights:
@@ -92,7 +99,7 @@ def step_weights(model: GeneratorModel, params: Mapping) -> StepWeights:
 
 
 class Conditions(NamedTuple):
-    """What the classes of R rows do to every step: [L, 6, C, R] and [2, C, R]."""
+    """The modulations (adaLN) by the classes of R rows: of the layers [L, 6, C, R] and before the head [2, C, R]."""
 
     layers: jax.Array
     head: jax.Array
@@ -100,88 +107,100 @@ class Conditions(NamedTuple):
 
 def generate(
     model: GeneratorModel,
-    logit_filter: LogitFilter,
-    guided: bool,
     params: Mapping,
     weights: StepWeights,
+    *,
     labels: jax.Array,
     keys: jax.Array,
     prefix: jax.Array,
-    scales: jax.Array,
+    guidance_scales: jax.Array,
     temperature: jax.Array,
+    guided: bool,
+    logit_filter: LogitFilter,
 ) -> jax.Array:
-    """Completes pictures code by code -> codes int32 [B, S].
+    """Draws the codes of B samples one after another, int32 [B, S].
 
     Args:
-        model, logit_filter, guided: static; `guided` False never evaluates "no class", and `scales` is not read.
-        params, weights: the model's, and `step_weights` of them.
-        labels: [B].
-        keys: one random key a picture, [B]; position s draws with fold_in(key, s).
-        prefix: [B, P] codes that are given, P < S.
-        scales: of guidance, [S].
-        temperature: divides the guided logits; [].
+        model: the generator; static under jit, as are `guided` and `logit_filter`.
+        params: its parameters.
+        weights: `step_weights(model, params)`.
+        labels: the samples' classes, [B].
+        keys: one random key per sample, [B]; the code at position s is drawn with fold_in(key, s).
+        prefix: the first P < S codes, which are given, [B, P].
+        guidance_scales: the scale of classifier-free guidance at each position, [S]; not read unless `guided`.
+        temperature: divides the guided logits, [].
+        guided: if False, "no class" is never evaluated.
+        logit_filter: which codes may be drawn.
     """
     variables = {"params": params}
     given = prefix.shape[1]
-    no_class = jnp.full_like(labels, model.num_classes)
-    rows = jnp.stack((labels, no_class), axis=1).reshape(-1) if guided else labels
+    rows = _with_and_without_class(labels, model.num_classes) if guided else labels
 
-    def doubled(codes: jax.Array) -> jax.Array:
+    def per_row(codes: jax.Array) -> jax.Array:
         return jnp.repeat(codes, 2, axis=0) if guided else codes
 
     per_layer, head = model.apply(variables, rows, method="modulations")
     conditions = Conditions(per_layer.transpose(0, 2, 3, 1), head.transpose(1, 2, 0))
-    hidden, keys_values = model.apply(variables, doubled(prefix), rows, (per_layer, head), method="prefill")
-    caches = _grown(keys_values, model.positions)
+    hidden, keys_values = model.apply(variables, per_row(prefix), rows, (per_layer, head), method="prefill")
+    caches = _allocate_caches(keys_values, model.positions)
     cos, sin = rotary_angles(model.grid, model.head_channels)
 
     def draw(hidden: jax.Array, position: jax.Array) -> jax.Array:
         logits = _product(weights.head, hidden).T
         if guided:
             with_class, without = logits[::2], logits[1::2]
-            logits = without + (with_class - without) * scales[position]
-        if logit_filter.greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = logit_filter(logits / temperature)
-        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[1:]))(keys)
-        return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+            logits = without + (with_class - without) * guidance_scales[position]
+        return _draw(logits, logit_filter, temperature, keys, position)
 
     def step(carry, position):
-        """Feeds the code before `position`, which stands in the sequence at `position` itself, behind the class."""
+        """Draws the code at `position`; the code before it is at index `position` of the sequence, after the class."""
         codes, caches = carry
-        x = model.apply(variables, doubled(codes)[:, None], method="embed")[:, 0].T
-        turn = cos[position][None, None], sin[position][None, None]
-        layers = zip(weights.layers, conditions.layers, caches, strict=True)
-        moved = []
-        for layer, modulation, cache in layers:
-            x, cache = _layer_step(model, layer, modulation, cache, x, position, turn)
-            moved.append(cache)
+        x = model.apply(variables, per_row(codes)[:, None], method="embed")[:, 0].T
+        angles = cos[position][None, None], sin[position][None, None]
+        updated = []
+        for layer, modulation, cache in zip(weights.layers, conditions.layers, caches, strict=True):
+            x, cache = _layer_step(model, layer, modulation, cache, x, position, angles)
+            updated.append(cache)
         scale, shift = conditions.head
         drawn = draw(rms_norm(x, jnp.broadcast_to(weights.head_norm, x.shape), axis=0) * (1 + scale) + shift, position)
-        return (drawn, tuple(moved)), drawn
+        return (drawn, tuple(updated)), drawn
 
     first = draw(hidden.T, jnp.int32(given))
     _, others = lax.scan(step, (first, caches), jnp.arange(given + 1, model.positions, dtype=jnp.int32))
     return jnp.concatenate((prefix, first[:, None], others.T), axis=1)
 
 
-def _layer_step(model, weights: LayerWeights, modulation, cache, x, position, turn):
-    """One layer at one position, x [C, R] -> the same; cache: keys and values, each [R, G, S, D]."""
+def _with_and_without_class(labels: jax.Array, num_classes: int) -> jax.Array:
+    """Labels [B] -> [2 B], each followed by "no class"."""
+    return jnp.stack((labels, jnp.full_like(labels, num_classes)), axis=1).reshape(-1)
+
+
+def _draw(logits, logit_filter: LogitFilter, temperature, keys, position) -> jax.Array:
+    """Draws one code per sample from logits [B, V], int32 [B]."""
+    if logit_filter.greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logit_filter(logits / temperature)
+    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[1:]))(keys)
+    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+
+
+def _layer_step(model, weights: LayerWeights, modulation, cache, x, position, angles):
+    """Applies one layer at one position, x [C, R] -> ([C, R], cache); cache: keys and values, each [R, G, S, D]."""
     gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
     norm1, norm2 = (jnp.broadcast_to(scale, x.shape) for scale in (weights.attention_norm, weights.ffn_norm))
     y = rms_norm(x, norm1, axis=0) * (1 + scale1) + shift1
-    y, cache = _attend(model, _product(weights.wqkv, y), cache, position, turn)
+    y, cache = _attend(model, _product(weights.wqkv, y), cache, position, angles)
     x = x + gamma1 * _product(weights.wo, y)
     y = rms_norm(x, norm2, axis=0) * (1 + scale2) + shift2
     hidden = jax.nn.silu(_product(weights.w1, y)) * _product(weights.w3, y)
     return x + gamma2 * _product(weights.w2, hidden), cache
 
 
-def _attend(model, qkv: jax.Array, cache, position, turn):
-    """qkv [(H + 2 G) D, R] at `position` -> what every head gathers, [H D, R], and the cache with the position in."""
+def _attend(model, qkv: jax.Array, cache, position, angles):
+    """qkv [(H + 2 G) D, R] at `position` -> (the heads' outputs [H D, R], the cache with this position added)."""
     r, g, d = qkv.shape[1], model.num_kv_heads, model.head_channels
     query, key, value = jnp.split(qkv.T.reshape(r, -1, d), (model.num_heads, model.num_heads + g), axis=1)
-    query, key = (rotate(t, *turn).astype(model.dtype) for t in (query, key))
+    query, key = (rotate(t, *angles).astype(model.dtype) for t in (query, key))
     new = key, value.astype(model.dtype)
     keys, values = (
         lax.dynamic_update_slice_in_dim(c, n[:, :, None], position, 2) for c, n in zip(cache, new, strict=True)
@@ -195,21 +214,21 @@ def _attend(model, qkv: jax.Array, cache, position, turn):
 
 
 def _product(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    """[out, in] times [in, R], in the matrix's type -> float32.
+    """Multiplies [out, in] by [in, R] in the matrix's type -> float32.
 
-    Between barriers, since XLA would fold a neighbouring transpose into the product, whose other forms take 20 times as
-    long on a CPU.
+    The barriers keep XLA from folding a neighbouring transpose into the product: its other forms take 20 times as long
+    on a CPU.
     """
     x = lax.optimization_barrier(x.astype(matrix.dtype))
     return lax.optimization_barrier(jnp.einsum("oi,ir->or", matrix, x, preferred_element_type=jnp.float32))
 
 
-def _grown(keys_values: Any, positions: int) -> tuple:
-    """[L, R, T, G, D] of a prefill -> for every layer [R, G, S, D], zero behind T."""
+def _allocate_caches(keys_values: Any, positions: int) -> tuple:
+    """A prefill's keys and values [L, R, T, G, D] -> those of each layer [R, G, S, D], zero after position T."""
 
-    def grow(array):
+    def pad(array):
         missing = positions - array.shape[2]
         return jnp.pad(array.transpose(0, 1, 3, 2, 4), ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
 
-    keys, values = map(grow, keys_values)
+    keys, values = map(pad, keys_values)
     return tuple(zip(keys, values, strict=True))

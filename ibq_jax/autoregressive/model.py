@@ -1,8 +1,8 @@
-"""The generator: a Llama-like decoder over a tokenizer's codes, one class at a time (arXiv 2412.02692, section 3.3).
+"""The generator: a Llama-like, class-conditional decoder over a tokenizer's codes (arXiv 2412.02692, section 3.3).
 
-Shapes: codes int32 [B, h, w], read row by row; labels int32 [B], of which `num_classes` itself is "no class"; S = h w
-positions, the class token and all codes but the last; C width, V vocabulary, L layers, G key-value heads, D channels of
-a head.
+Shapes: codes int32 [B, h, w], read row by row; labels int32 [B], where `num_classes` stands for "no class"; S = h w
+positions: the class token and all codes but the last; C = embed_dim, V vocabulary, L layers, G key-value heads, D
+channels per head.
 """
 
 import math
@@ -14,7 +14,7 @@ from jax.nn.initializers import normal, zeros
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ibq_jax.autoregressive.layers import INITIAL_DEVIATION, Block, Modulation, RMSNorm, dense, rotary_angles
+from ibq_jax.autoregressive.layers import INITIAL_DEVIATION, Block, Kernel, Modulation, RMSNorm, dense, rotary_angles
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import batch_sharding
 from ibq_jax.ops import embedding_lookup
@@ -27,9 +27,10 @@ REMAT = {
 
 
 class TokenEmbedding(nn.Module):
-    """Codes [B, S] -> [B, S, C] float32: a learned table, or rows of the tokenizer's codebook and two layers on top.
+    """Token embeddings, codes [B, S] -> [B, S, C] float32: a learned table, or the tokenizer's codebook and two layers.
 
-    The codebook is trained on from where it starts: the released code means to freeze it, but misspells the flag.
+    The codebook is only an initial value and is trained further: the released code means to freeze it, but misspells
+    the flag.
     """
 
     vocab_size: int
@@ -51,11 +52,25 @@ class TokenEmbedding(nn.Module):
 
 
 class GeneratorModel(nn.Module):
-    """`num_heads` divides `embed_dim` into channels that are a multiple of 4; `num_kv_heads` divides `num_heads`.
+    """The generator's network.
 
-    `use_pretrained_codebook`: token embeddings are made from the tokenizer's codebook, rows of `codebook_dim`.
-    `no_class`: whether the class table has a row, its last, for pictures without a class.
-    `attention`: an implementation of jax.nn.dot_product_attention, "xla" or (on GPUs, in bfloat16) "cudnn".
+    Attributes:
+        vocab_size: V, the tokenizer's codebook size.
+        grid: (h, w), rows and columns of an image's codes.
+        num_classes: classes of the labels; 0 for data without classes.
+        num_layers: L.
+        num_heads: query heads; divides embed_dim, leaving a multiple of 4 channels per head.
+        num_kv_heads: G, key-value heads; divides num_heads.
+        embed_dim: C.
+        gamma_init: factor on the initial weights that produce the residual gates.
+        dropout: rate on embeddings, attention outputs and feed-forward outputs.
+        no_class: gives the table of classes one more row, its last, for "no class".
+        use_pretrained_codebook: makes token embeddings from the tokenizer's codebook, [vocab_size, codebook_dim].
+        codebook_dim: dimensions of that codebook.
+        attention: implementation of jax.nn.dot_product_attention, "xla" or (on GPUs, in bfloat16) "cudnn".
+        remat: what the backward pass computes again, a key of `REMAT`.
+        dtype: type that matrix products compute in.
+        mesh: the devices among which batch and vocabulary are split; None for no split.
     """
 
     vocab_size: int
@@ -70,19 +85,19 @@ class GeneratorModel(nn.Module):
     no_class: bool = True
     use_pretrained_codebook: bool = False
     codebook_dim: int = 256
-    attention: str = "xla"
+    attention: Kernel = "xla"
     remat: str = "none"
     dtype: jnp.dtype = jnp.float32
     mesh: Mesh | None = None
 
     @property
     def positions(self) -> int:
-        """S, which is also the number of codes of a picture."""
+        """S, which is also the number of codes per image."""
         return math.prod(self.grid)
 
     @property
     def head_channels(self) -> int:
-        """D."""
+        """D, the channels per head."""
         return self.embed_dim // self.num_heads
 
     def setup(self):
@@ -118,53 +133,56 @@ class GeneratorModel(nn.Module):
         self.head = self.param("head", head_init, (self.vocab_size, self.embed_dim), jnp.float32)
 
     def __call__(self, codes: jax.Array, labels: jax.Array) -> jax.Array:
-        """Logits float32 [B, S, V] of every code given its class and the codes before it (teacher forced)."""
+        """Returns logits float32 [B, S, V] of every code, given the class and the codes before it (teacher forced)."""
         return jnp.einsum(
             "bsc,vc->bsv", self.hidden(codes, labels).astype(self.dtype), self.head.astype(self.dtype),
             preferred_element_type=jnp.float32,
         )  # fmt: skip
 
     def hidden(self, codes: jax.Array, labels: jax.Array, train: bool = False) -> jax.Array:
-        """What the head is applied to, float32 [B, S, C]; `train` drops out (rng "dropout")."""
+        """Returns the input of the head, float32 [B, S, C]; `train` applies dropout (rng "dropout")."""
         known = codes.reshape(len(codes), -1)[:, :-1]
         return self._forward(known, labels, self.modulations(labels), train)[0]
 
     def prefill(self, prefix: jax.Array, labels: jax.Array, modulations: tuple[jax.Array, jax.Array]):
-        """Codes [B, P] behind the class token -> (what the head is applied to after the last of them, [B, C]; keys and
-        values, two arrays [L, B, 1 + P, G, D]). `modulations` are those of the labels."""
+        """Runs the class token and the first codes [B, P]; `modulations` are those of the labels.
+
+        Returns:
+            (the head's input at the last of them [B, C], (keys, values), each [L, B, 1 + P, G, D]).
+        """
         hidden, keys_values = self._forward(prefix, labels, modulations, train=False)
         return hidden[:, -1], keys_values
 
     def modulations(self, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """All that a class does to the network but being its first token: float32 [L, B, 6, C], and scale and shift
-        before the head, [B, 2, C]."""
+        """Returns the classes' modulations, float32: of the layers [L, B, 6, C]; scale and shift before the head
+        [B, 2, C]."""
         condition = nn.silu(self._class_rows(labels))
         _, per_layer = self.modulation(condition, None)
         head = self.head_modulation(condition).astype(jnp.float32)
         return per_layer, head.reshape(-1, 2, self.embed_dim)
 
     def embed(self, codes: jax.Array) -> jax.Array:
-        """Codes [B, T] -> [B, T, C] float32."""
+        """Returns the token embeddings of codes [B, T], float32 [B, T, C]."""
         return self.tok_emb(codes)
 
     def _forward(self, codes: jax.Array, labels: jax.Array, modulations: tuple[jax.Array, jax.Array], train: bool):
         per_layer, head = modulations
         x = jnp.concatenate((self._class_rows(labels)[:, None], self.tok_emb(codes)), axis=1)
-        x = self._on_the_batch(self.token_dropout(x, deterministic=not train))
+        x = self._constrain_batch(self.token_dropout(x, deterministic=not train))
         x, keys_values = self.blocks(x, per_layer, rotary_angles(self.grid, self.head_channels), train)
         scale, shift = head[:, :1], head[:, 1:]
-        return self._on_the_batch(self.head_norm(x) * (1 + scale) + shift), keys_values
+        return self._constrain_batch(self.head_norm(x) * (1 + scale) + shift), keys_values
 
     def _class_rows(self, labels: jax.Array) -> jax.Array:
-        known = jnp.where(labels < 0, self.num_classes, labels)  # below 0: of a data set without classes
-        return self._on_the_batch(jnp.take(self.class_emb, known, axis=0, mode="clip"))
+        known = jnp.where(labels < 0, self.num_classes, labels)  # a data set without classes has label -1
+        return self._constrain_batch(jnp.take(self.class_emb, known, axis=0, mode="clip"))
 
-    def _on_the_batch(self, x: jax.Array) -> jax.Array:
+    def _constrain_batch(self, x: jax.Array) -> jax.Array:
         return x if self.mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
 
 
 def check_layout(embed_dim: int, num_heads: int, num_kv_heads: int) -> None:
-    """Raises UsageError for heads that do not divide what they must."""
+    """Checks that num_heads divides embed_dim, and num_kv_heads num_heads. Raises UsageError if not."""
     if embed_dim % num_heads or embed_dim // num_heads % 4:
         raise UsageError(
             f"model.embed_dim={embed_dim} does not divide into model.num_heads={num_heads} of a multiple of 4 channels"
@@ -174,6 +192,9 @@ def check_layout(embed_dim: int, num_heads: int, num_kv_heads: int) -> None:
 
 
 def build_model(config: ConfigDict, mesh: Mesh | None = None) -> GeneratorModel:
-    """The model of a config from configs/autoregressive.py; on a `mesh`, vocabulary rows lie on its axis `codebook`."""
+    """Returns the model of a config from configs/autoregressive.py whose model sizes are all known.
+
+    A `mesh` splits the vocabulary's rows over its axis `codebook`.
+    """
     no_class = config.loss.class_dropout > 0 or not config.model.num_classes
     return GeneratorModel(**config.model, no_class=no_class, dtype=jnp.dtype(config.dtype), mesh=mesh)

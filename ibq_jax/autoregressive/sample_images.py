@@ -1,6 +1,6 @@
-"""From classes to pictures: a generator draws codes, its tokenizer decodes them, in rounds on all devices.
+"""Draws samples, that is images: a generator draws their codes (`sample_codes.py`), and its tokenizer decodes them.
 
-Shapes: N pictures, P codes of a given prefix, [H, W, 3] a picture.
+Shapes: N samples [H, W, 3], P codes of a given prefix.
 """
 
 from collections.abc import Mapping
@@ -11,15 +11,23 @@ from jax.sharding import Mesh
 
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.autoregressive.restore import TokenizerWeights
-from ibq_jax.autoregressive.sample import Sampler, pad_batch
+from ibq_jax.autoregressive.sample_codes import Sampler, pad_batch
 from ibq_jax.base.sharding import batch_sharding, replicated, to_host
 from ibq_jax.data.preprocess import to_float, to_uint8
 
 
 class ImageSampler:
-    """Draws pictures on the devices of `mesh`; `settings` are those of `Sampler.__call__`, the same for all pictures.
+    """Draws images on the devices of `mesh`.
 
-    A picture is the same to the last bit however many are drawn with it, as its codes are.
+    An image is the same bit for bit however many are drawn with it, as its codes are.
+
+    Args:
+        model: the generator.
+        params: its parameters.
+        tokenizer: the tokenizer of its codes.
+        mesh: the devices.
+        settings: arguments of `Sampler.__call__` that all samples share.
+        per_device_batch: as in `Sampler`.
     """
 
     def __init__(
@@ -45,16 +53,16 @@ class ImageSampler:
         self._decode, self._encode = jax.jit(decode, out_shardings=batch_sharding(mesh)), jax.jit(encode)
 
     def __call__(self, labels: np.ndarray, sample_ids: np.ndarray | None = None, prefix: np.ndarray | None = None):
-        """Labels [N], the pictures' sample_ids [N] and first codes [N, P] -> uint8 [N, H, W, 3].
+        """Labels [N], sample_ids [N] and the first codes of every sample [N, P] -> images uint8 [N, H, W, 3].
 
-        Raises UsageError for what is out of range.
+        Raises UsageError if one is out of range.
         """
         codes = self._sampler(labels, sample_ids=sample_ids, prefix=prefix, **self._settings)
-        size = self._sampler.round_size
-        rounds = [codes[start : start + size] for start in range(0, len(codes), size)]
-        pictures = [to_host(self._decode(self._weights, pad_batch(part, size, self._mesh))) for part in rounds]
-        return np.concatenate(pictures)[: len(codes)]
+        size = self._sampler.batch_size
+        batches = [codes[start : start + size] for start in range(0, len(codes), size)]
+        images = [to_host(self._decode(self._weights, pad_batch(batch, size, self._mesh))) for batch in batches]
+        return np.concatenate(images)[: len(codes)]
 
-    def codes_of(self, image: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] -> its codes int32 [h, w]."""
+    def encode(self, image: np.ndarray) -> np.ndarray:
+        """An image uint8 [H, W, 3] -> its codes int32 [h, w]."""
         return np.asarray(self._encode(self._weights, image[None]))[0]

@@ -1,6 +1,18 @@
-"""The generator's train state and its step, as pure functions (arXiv 2412.02692, section 3.3; recipe as released).
+"""The generator's train state and train step, as pure functions (arXiv 2412.02692, section 3.3; recipe as released).
 
-Shapes: B pictures of a step, in A micro-batches; codes int32 [B, h, w], labels int32 [B]; S = h w; losses in nats.
+Shapes: B images per step, in A micro-batches; codes int32 [B, h, w], labels int32 [B]; S = h w; losses in nats.
+
+Metrics of a step:
+
+| name | meaning |
+|---|---|
+| loss/total | mean of -log p over all codes, nats, with dropout |
+| loss/perplexity | its exponential |
+| optimizer/gradient_norm | global norm, before clipping |
+| optimizer/learning_rate, optimizer/weight_decay | of this step; a decayed weight shrinks by their product |
+
+Validation adds validation/loss (nats), validation/perplexity and validation/perplexity_by_position ([h, w]), without
+dropout.
 """
 
 from dataclasses import dataclass
@@ -16,7 +28,14 @@ from ml_collections import ConfigDict
 from ibq_jax.autoregressive.model import GeneratorModel, build_model
 from ibq_jax.base.saved_run import total_steps
 from ibq_jax.base.sharding import AXES, abstract_state, batch_sharding, jit_step
-from ibq_jax.base.state import AveragedWeights, adamw, cosine_schedule, moving_average, warmup_hold_decay_schedule
+from ibq_jax.base.state import (
+    AveragedWeights,
+    adamw,
+    apply_gradient,
+    cosine_schedule,
+    moving_average,
+    warmup_hold_decay_schedule,
+)
 from ibq_jax.ops import cross_entropy, weighted_cross_entropy
 
 UNDECAYED = ("scale", "bias")
@@ -24,7 +43,7 @@ UNDECAYED = ("scale", "bias")
 
 @flax.struct.dataclass
 class GeneratorState(AveragedWeights):
-    """Everything a step changes. `ema` is None where optimizer.ema_decay is 0."""
+    """Everything that a step changes. `ema` is None if optimizer.ema_decay is 0."""
 
     step: jax.Array
     params: dict
@@ -34,7 +53,10 @@ class GeneratorState(AveragedWeights):
 
 @dataclass(frozen=True)
 class GeneratorTrainer:
-    """The functions of one config on one mesh."""
+    """The generator's model, optimizer and step functions for one config on one mesh; its methods are pure functions.
+
+    The config is resolved: its model's vocabulary, grid and classes are known (`ibq_jax.autoregressive.token_sizes`).
+    """
 
     config: ConfigDict
     mesh: Mesh
@@ -78,9 +100,9 @@ class GeneratorTrainer:
         )
 
     def create_state(self, seed: int) -> GeneratorState:
-        """The state before the first step, its parameters boxed with their logical axis names."""
+        """Returns the state before the first step, its parameters boxed with their logical axis names."""
         model = self.config.model
-        params = build_model(self.config).init(  # without a mesh: one picture does not divide over devices
+        params = build_model(self.config).init(  # without a mesh: one image cannot be split over devices
             jax.random.key(seed), jnp.zeros((1, *model.grid), jnp.int32), jnp.zeros((1,), jnp.int32)
         )["params"]
         return GeneratorState(
@@ -91,14 +113,17 @@ class GeneratorTrainer:
         )
 
     def train_step(self, state: GeneratorState, codes: jax.Array, labels: jax.Array):
-        """One step: (state, metrics); metrics["finite"] is a bool. Randomness is a function of seed and step."""
+        """Takes one step. Its randomness is a function of config.seed and state.step.
+
+        Returns:
+            (state, metrics): the metrics of the module's table, float32 scalars, and "finite", a bool.
+        """
         config = self.config
         class_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
         dropped = jax.random.bernoulli(class_key, config.loss.class_dropout, labels.shape)
         labels = jnp.where(dropped, config.model.num_classes, labels)
         loss, gradient = self._gradient(state.params, codes, labels, dropout_key)
-        updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, optimizer = apply_gradient(self.optimizer, gradient, state.optimizer, state.params)
         norm = optax.tree.norm(gradient)
         metrics = {
             "loss/total": loss,
@@ -112,19 +137,24 @@ class GeneratorTrainer:
         return GeneratorState(step=state.step + 1, params=params, optimizer=optimizer, ema=ema), metrics
 
     def code_losses(self, params: dict, codes: jax.Array, labels: jax.Array) -> jax.Array:
-        """-log p of every code given its class and the codes before it, float32 [B, S]; nothing is dropped out."""
+        """Returns -log p of every code given its class and the codes before it, float32 [B, S], without dropout."""
         hidden = self.model.apply({"params": params}, codes, labels, method="hidden")
         return cross_entropy(*self._head_and_targets(hidden, params, codes), **self._loss_form).reshape(len(codes), -1)
 
     def mean_loss(self, params: dict, codes: jax.Array, labels: jax.Array, dropout_key: jax.Array) -> jax.Array:
-        """The mean of -log p over all codes, dropped out; its gradient takes a product less than that of their mean."""
+        """Returns the mean of -log p over all codes, with dropout.
+
+        Its gradient needs one matrix product fewer than that of the mean of `code_losses`.
+        """
         hidden = self.model.apply(
             {"params": params}, codes, labels, True, method="hidden", rngs={"dropout": dropout_key}
         )
         weights = jnp.full((codes.size,), 1.0 / codes.size)
         return weighted_cross_entropy(*self._head_and_targets(hidden, params, codes), weights, **self._loss_form)
 
-    def _head_and_targets(self, hidden: jax.Array, params: dict, codes: jax.Array) -> tuple:
+    def _head_and_targets(
+        self, hidden: jax.Array, params: dict, codes: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         flat = hidden.reshape(-1, hidden.shape[-1])
         return flat.astype(self.model.dtype), params["head"].astype(self.model.dtype), codes.reshape(-1)
 
@@ -134,7 +164,7 @@ class GeneratorTrainer:
         return {"block_size": loss.block_size, "implementation": loss.implementation, "mesh": self.mesh}
 
     def _gradient(self, params: dict, codes: jax.Array, labels: jax.Array, key: jax.Array):
-        """(mean loss, its gradient), over A micro-batches in turn, so that only one's activations are held."""
+        """Returns (mean loss, its gradient), from A micro-batches in turn: only one's activations are in memory."""
         count = self.config.train.grad_accum_steps
         if count == 1:
             return jax.value_and_grad(self.mean_loss)(params, codes, labels, key)
@@ -143,22 +173,22 @@ class GeneratorTrainer:
             jax.lax.with_sharding_constraint(x.reshape(count, -1, *x.shape[1:]), sharding) for x in (codes, labels)
         )
 
-        def one(total, batch):
+        def add_micro_batch(total, batch):
             return jax.tree.map(jnp.add, total, jax.value_and_grad(self.mean_loss)(params, *batch)), None
 
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        total, _ = jax.lax.scan(one, zeros, (codes, labels, jax.random.split(key, count)))
+        total, _ = jax.lax.scan(add_micro_batch, zeros, (codes, labels, jax.random.split(key, count)))
         return jax.tree.map(lambda leaf: leaf / count, total)
 
 
 def jit_train_step(trainer: GeneratorTrainer):
-    """`trainer.train_step(state, codes, labels)`, sharded over its mesh; the state is donated."""
+    """Returns `trainer.train_step(state, codes, labels)`, jitted and sharded over its mesh; it donates the state."""
     batch = batch_sharding(trainer.mesh)
     return jit_step(trainer.train_step, trainer.create_state, trainer.mesh, (batch, batch))
 
 
 def abstract_arguments(trainer: GeneratorTrainer) -> tuple:
-    """Shapes, types and shardings of the step's arguments."""
+    """Returns shapes, types and shardings of the step's arguments."""
     state, _ = abstract_state(trainer.create_state, trainer.mesh, 0)
     size, batch = trainer.config.data.batch_size, batch_sharding(trainer.mesh)
     codes = jax.ShapeDtypeStruct((size, *trainer.config.model.grid), jnp.int32, sharding=batch)

@@ -9,6 +9,7 @@ import jax
 
 from ibq_jax.autoregressive import check as autoregressive_check
 from ibq_jax.autoregressive import step as autoregressive
+from ibq_jax.autoregressive.token_sizes import preset_sizes, resolve_model
 from ibq_jax.base.config import PREFIX, load_config
 from ibq_jax.base.errors import Failed, UsageError
 from ibq_jax.base.sharding import make_mesh
@@ -63,6 +64,8 @@ def main(argv: list[str]) -> None:
     else:
         chip, devices = None, _cpu_devices(flags.cpu_devices)
     mesh = make_mesh(_mesh_sizes(flags.mesh) if flags.mesh else config.mesh, devices)
+    if config.stage == "autoregressive":
+        config = resolve_model(config, preset_sizes(flags.config))
     check_config(config, mesh)
     trainer = make_trainer(config, mesh, steps_per_epoch=1)
     try:

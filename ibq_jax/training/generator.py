@@ -1,4 +1,4 @@
-"""Trains a generator from its config: checks it, opens its codes, puts the stage together and fits it."""
+"""Trains a generator from a config: opens the token cache, resolves and checks the config, and runs the loop."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -10,8 +10,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ibq_jax.autoregressive.check import check_config
-from ibq_jax.autoregressive.restore import TokenizerWeights, check_fit, find_tokenizer
+from ibq_jax.autoregressive.restore import TokenizerWeights, find_tokenizer
 from ibq_jax.autoregressive.step import GeneratorState, GeneratorTrainer, jit_train_step
+from ibq_jax.autoregressive.token_sizes import cache_sizes, check_fit, resolve_model
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import resolve
 from ibq_jax.base.sharding import make_mesh, process_rows
@@ -52,13 +53,13 @@ FIELD_ROLES = FieldRoles(
         "model.gamma_init",
         "model.remat",
         "model.attention:",
-        "model.codebook_dim",  # where it is of the network, the shapes say so
+        "model.codebook_dim",  # if the network has that codebook, the shapes tell
     ),
 )
 
 
 class GeneratorStage:
-    """What the loop asks of the generator (`ibq_jax.base.loop.Stage`)."""
+    """The generator's part of the training loop (`ibq_jax.base.loop.Stage`)."""
 
     def __init__(self, trainer: GeneratorTrainer, manifest: Mapping, tokenizer: TokenizerWeights | None):
         config = trainer.config
@@ -74,7 +75,7 @@ class GeneratorStage:
         return self._compiled_step(state, batch["codes"], batch["label"])
 
     def examine(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A generator has no collapse to be watched for; what is not finite stops it in the loop."""
+        """Does nothing: a generator has no codebook to collapse, and the loop itself stops if a loss is not finite."""
 
     def describe(self, metrics: Mapping[str, float]) -> str:
         return (
@@ -97,19 +98,20 @@ class GeneratorStage:
 
 
 def train_generator(config: ConfigDict, workdir: Path, profile: range = range(0)) -> GeneratorState:
-    """Trains `config` in `workdir`, or continues what is there, to the end; returns the last state.
+    """Trains `config` in `workdir`, or continues the run there, to its last step; returns the last state.
 
+    The token cache provides the model's vocabulary, grid and classes; the run saves the config with them filled in.
     Raises UsageError (bad input), TrainingStopped or Interrupted (see `ibq_jax.base.loop`).
     """
     workdir = resolve(workdir)
     mesh = make_mesh(config.mesh)
+    source = _open_token_cache(config, workdir)
+    config = resolve_model(config, cache_sizes(source))
     check_config(config, mesh)
-    source = _open_codes(config, workdir)
+    check_fit(config, source)
     steps_per_epoch = len(source) // config.data.batch_size
     if not steps_per_epoch and not config.train.steps:
-        raise UsageError(
-            f"data.batch_size={config.data.batch_size} is more than the {len(source)} pictures of {source}"
-        )
+        raise UsageError(f"data.batch_size={config.data.batch_size} is more than the {len(source)} images of {source}")
     tokenizer = find_tokenizer(config.tokenizer, source.manifest, needed=config.model.use_pretrained_codebook)
     trainer = GeneratorTrainer(config, mesh, steps_per_epoch)
     stage = GeneratorStage(trainer, source.manifest, tokenizer)
@@ -145,22 +147,19 @@ def train_generator(config: ConfigDict, workdir: Path, profile: range = range(0)
     )
 
 
-def _open_codes(config: ConfigDict, workdir: Path) -> TokenCacheSplit:
-    """The training codes. Raises UsageError unless they are of the config's kind, and the run's if it has begun."""
+def _open_token_cache(config: ConfigDict, workdir: Path) -> TokenCacheSplit:
+    """Returns the training split. Raises UsageError if a run in `workdir` was trained on other codes."""
     if not config.token_cache:
         raise UsageError("config.token_cache is empty: give --config.token_cache=FOLDER, which tokenize wrote")
     source = open_token_cache(config.token_cache, "train")
-    check_fit(config, source)
-    before = find_run_manifest(workdir)
-    if (
-        before is not None and "imported" not in before
-    ):  # of an imported run's codes, only what the config says is known
-        check_manifest(source.manifest, _identity(before), where=config.token_cache, asker=f"the run in {workdir}")
+    previous = find_run_manifest(workdir)
+    if previous is not None and "imported" not in previous:  # an imported run knows no cache, only sizes
+        check_manifest(source.manifest, _identity(previous), where=config.token_cache, asker=f"the run in {workdir}")
     return source
 
 
 def _identity(manifest: Mapping) -> dict:
-    """What has to stay the same for a run to go on: not where the cache lies, nor how it was sharded."""
+    """Returns what must stay the same when a run is continued: not the cache's location, nor its number of shards."""
     data = manifest["data"]
     return {
         "tokenizer": {"fingerprint": manifest["tokenizer"]["fingerprint"]},
@@ -174,9 +173,10 @@ def _identity(manifest: Mapping) -> dict:
 
 
 def _codebook(config: ConfigDict, tokenizer: TokenizerWeights) -> jax.Array:
+    """Returns the tokenizer's codebook [K, D]. Raises UsageError if D is not model.codebook_dim."""
     model, params = tokenizer
-    of_quantizer = {name: jax.device_get(leaves) for name, leaves in params.items() if name == "quantize"}
-    codebook = model.apply({"params": of_quantizer}, method="code_rows")
+    quantizer_params = {name: jax.device_get(leaves) for name, leaves in params.items() if name == "quantize"}
+    codebook = model.apply({"params": quantizer_params}, method="code_rows")
     if codebook.shape[1] != config.model.codebook_dim:
         raise UsageError(
             f"model.codebook_dim={config.model.codebook_dim}, the tokenizer's codes have {codebook.shape[1]} dimensions"
@@ -185,11 +185,12 @@ def _codebook(config: ConfigDict, tokenizer: TokenizerWeights) -> jax.Array:
 
 
 def _with_codebook(state: GeneratorState, codebook: jax.Array) -> GeneratorState:
-    """`state` with token embeddings that start at the tokenizer's codebook, where the table was before."""
+    """Returns `state` with the tokenizer's codebook as initial token embeddings, in the same placement."""
 
-    def put(params: dict) -> dict:
+    def replace_table(params: dict) -> dict:
         table = params["tok_emb"]["embedding"]
         rows = jax.device_put(jnp.asarray(jax.device_get(codebook), table.dtype), table.sharding)
         return params | {"tok_emb": params["tok_emb"] | {"embedding": rows}}
 
-    return state.replace(params=put(state.params), ema=None if state.ema is None else put(state.ema))
+    ema = None if state.ema is None else replace_table(state.ema)
+    return state.replace(params=replace_table(state.params), ema=ema)

@@ -12,7 +12,7 @@ import pytest
 from ibq_jax import Generator
 from ibq_jax.autoregressive.generate import LogitFilter, generate, step_weights
 from ibq_jax.autoregressive.model import GeneratorModel
-from ibq_jax.autoregressive.sample import Guidance, Sampler
+from ibq_jax.autoregressive.sample_codes import Guidance, Sampler
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import AXES, make_mesh
 from ibq_jax.interop.generator_names import abstract_params

@@ -14,7 +14,7 @@ from support import released
 from support.partition_specs import partition_specs_text
 
 from ibq_jax.autoregressive.step import GeneratorState, GeneratorTrainer, abstract_arguments, jit_train_step
-from ibq_jax.base.config import load_config
+from ibq_jax.autoregressive.token_sizes import load_preset
 from ibq_jax.base.sharding import AXES, abstract_state, batch_sharding, make_mesh
 from ibq_jax.interop.generator_names import generator_to_torch
 
@@ -39,7 +39,7 @@ SMALL = (
 
 
 def config(*overrides: str, preset: str = "openmoji32"):
-    return load_config(f"{CONFIG}:{preset}", [f"--config.{field}" for field in overrides])
+    return load_preset(f"{CONFIG}:{preset}", [f"--config.{field}" for field in overrides])
 
 
 def make_trainer(*overrides: str, sizes: tuple[int, int, int] = ONE) -> GeneratorTrainer:

@@ -23,7 +23,7 @@ from torch_generator import torch_generator
 
 from ibq_jax.api import Generator
 from ibq_jax.autoregressive.step import GeneratorTrainer, jit_train_step
-from ibq_jax.base.config import load_config
+from ibq_jax.autoregressive.token_sizes import load_preset
 from ibq_jax.base.sharding import create_sharded, global_batch, make_mesh
 
 CONFIG = Path(__file__).parents[2] / "configs" / "autoregressive.py"
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--ours-only", action="store_true")
     arguments = parser.parse_args()
     overrides = ["dtype=float32", f"data.batch_size={arguments.batch_size}", *arguments.set]
-    config = load_config(f"{CONFIG}:imagenet256_B", [f"--config.{override}" for override in overrides])
+    config = load_preset(f"{CONFIG}:imagenet256_B", [f"--config.{override}" for override in overrides])
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     trainer = GeneratorTrainer(config, mesh, steps_per_epoch=1000)
     state = create_sharded(trainer.create_state, mesh, config.seed)

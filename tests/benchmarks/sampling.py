@@ -30,7 +30,7 @@ from ibq_jax.api import Generator
 from ibq_jax.autoregressive import generate as decode
 from ibq_jax.autoregressive.layers import rotary_angles
 from ibq_jax.autoregressive.model import GeneratorModel
-from ibq_jax.autoregressive.sample import Guidance, Sampler
+from ibq_jax.autoregressive.sample_codes import Guidance, Sampler
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.interop.generator_names import abstract_params
 

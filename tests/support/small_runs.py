@@ -70,8 +70,6 @@ def _save(workdir: Path, config, state) -> Path:
 
 SMALL_GENERATOR = (
     "data.batch_size=16",
-    "model.vocab_size=64",
-    "model.grid=(8, 8)",
     "model.num_layers=2",
     "model.num_heads=2",
     "model.num_kv_heads=2",

@@ -8,6 +8,7 @@ from support.partition_specs import partition_specs_text
 
 from ibq_jax.autoregressive.check import check_config as check_generator_config
 from ibq_jax.autoregressive.step import GeneratorTrainer
+from ibq_jax.autoregressive.token_sizes import load_preset
 from ibq_jax.base.config import load_config
 from ibq_jax.base.sharding import abstract_state, make_mesh
 from ibq_jax.tokenizer.check import check_config
@@ -64,7 +65,7 @@ def test_every_parameter_lies_where_the_golden_file_says_and_its_moments_beside_
 
 @pytest.mark.parametrize("preset", ["openmoji32", "openmoji64", *GENERATOR_PARAMETERS])
 def test_generator_preset_builds_its_state(preset):
-    config = load_config(f"{CONFIGS}/autoregressive.py:{preset}")
+    config = load_preset(f"{CONFIGS}/autoregressive.py:{preset}")
     mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
     check_generator_config(config, mesh)
     state, shardings = abstract_state(GeneratorTrainer(config, mesh, steps_per_epoch=1668).create_state, mesh, 0)
@@ -81,3 +82,10 @@ def test_the_table_of_generators_is_that_of_its_presets():
         model = load_config(f"{CONFIGS}/autoregressive.py:{preset}").model
         row = next(line for line in module_text.splitlines() if line.startswith(f"| {preset} "))
         assert f"| {model.num_layers}, {model.num_heads}, {model.embed_dim} | {count:,} |" in row
+
+
+@pytest.mark.parametrize("file", ["tokenizer.py", "autoregressive.py"])
+def test_a_copied_config_file_works_anywhere(file, tmp_path, monkeypatch):
+    (tmp_path / file).write_text((CONFIGS / file).read_text())
+    monkeypatch.chdir(tmp_path)
+    assert load_config(f"{file}:openmoji32") == load_config(f"{CONFIGS}/{file}:openmoji32")
