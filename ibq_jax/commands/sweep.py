@@ -1,4 +1,4 @@
-"""python -m ibq_jax sweep: trains a grid of configs, each in its own folder, and puts their numbers in one table."""
+"""`sweep`: trains a grid of configs, each in its own folder, and puts their results in one table."""
 
 import argparse
 import shlex
@@ -9,26 +9,29 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ibq_jax.base.config import PREFIX
-from ibq_jax.base.errors import Failed, UsageError
+from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import as_path
 from ibq_jax.commands.arguments import Parser, count, positive
 from ibq_jax.sweep.grid import Grid, parse_over, read_study
-from ibq_jax.sweep.plots import draw
-from ibq_jax.sweep.points import PointTrainer
-from ibq_jax.sweep.results import DONE, Point, Result, read_result, rows_of
-from ibq_jax.sweep.table import chosen_metrics, write_table
+from ibq_jax.sweep.sweep import Sweep
 
-EPILOG = f"""\
-Points lie in WORKDIR/FIELD=VALUE_..._seed=N. The same command again passes over those that are done or have stopped
-themselves, continues those in between, and tries again those that failed; then it writes table.md, table.csv,
-results.json and plots/. Ends with exit code 0 if all points are done, 1 if not. Fields of every point are overridden
-with {PREFIX}NAME=VALUE.
+NOTES = f"""\
+Each point is trained in WORKDIR/FIELD=VALUE_..._seed=N. Repeating the command skips the points that are done or have
+stopped by themselves, continues unfinished ones and retries failed ones; then it writes table.md, table.csv,
+results.json and plots/. The exit code is 0 if all points are done and 1 if not. {PREFIX}NAME=VALUE overrides a field
+in every point.
 
-One job a point: --list prints the points, --point=INDEX trains one of them, --table writes the table of what is there;
-launch/sweep.sh does that on Slurm. On several GPUs, hosts or a TPU pod, one point at a time:
-  --launcher="bash launch/local_gpus.sh --processes=8"
-  --launcher="bash launch/tpu_pod.sh --name=pod --zone=ZONE --type=v5litepod-64 run" --workdir=gs://BUCKET/sweep
+To run one job per point, --list prints the points, --point=INDEX trains one of them, and --table writes the table of
+the results so far; launch/sweep.sh does this with Slurm. To train each point on several GPUs, several hosts or a TPU
+pod, give a launch script as --launcher.
 """
+EXAMPLES = (
+    "--config=configs/tokenizer.py:openmoji32 --over codebook.size=256,1024,4096\n--seeds=2 --workdir=runs/sweep",
+    "--study=configs/studies/collapse.py --workdir=runs/collapse --list",
+    '--study=configs/studies/collapse.py --workdir=runs/collapse\n--launcher="bash launch/local_gpus.sh --processes=8"',
+    "--study=configs/studies/collapse.py --workdir=gs://BUCKET/collapse\n"
+    '--launcher="bash launch/tpu_pod.sh --name=pod --zone=ZONE --type=v5litepod-64 run"',
+)
 
 
 def main(argv: list[str]) -> None:
@@ -37,41 +40,89 @@ def main(argv: list[str]) -> None:
     Raises:
         UsageError: wrong flags, or a field or value that the config refuses; before anything is started.
         Failed: not every point is done.
-        Interrupted: a signal came; the point that ran has saved.
+        Interrupted: a signal came; the running point has saved its state.
     """
     flags, overrides = _flags(argv)
-    grid = _grid(flags, overrides)
-    points = grid.points()
-    if flags.point is not None and flags.point >= len(points):
-        raise UsageError(f"--point={flags.point}: the points are 0 to {len(points) - 1}; --list prints them")
+    sweep = Sweep(_grid(flags, overrides), flags.workdir)
+    points = sweep.points
     if flags.list:
-        for point in points:
-            print(f"{point.index}  {point.name}  {read_result(flags.workdir, point).status}")
+        for result in sweep.results():
+            print(f"{result.point.index}  {result.point.name}  {result.status}")
+        return
+    if flags.point is not None:
+        sweep.train_point(flags.point, flags.launcher)
         return
     if not flags.table:
-        asked = points if flags.point is None else [points[flags.point]]
-        PointTrainer(flags.workdir, grid.spec, flags.launcher).train(asked)
-    if flags.point is not None:
-        result = read_result(flags.workdir, points[flags.point])
-        if result.status != DONE:
-            raise Failed(f"{result.point.name} is {result.status}{': ' if result.reason else ''}{result.reason}")
-        return
-    results = _write(flags, points)
-    unfinished = [f"{result.point.name} is {result.status}" for result in results if result.status != DONE]
-    if unfinished and not flags.table:
-        where = flags.workdir / "table.md"
-        raise Failed(f"{len(unfinished)} of {len(points)} points are not done ({'; '.join(unfinished)}); see {where}")
+        sweep.train(flags.launcher)
+    table, plots = sweep.write_table(flags.metrics)
+    print(table)
+    print(f"wrote {flags.workdir}/ (table.md, table.csv, results.json, {plots} plots)")
+    print(f"next: python -m ibq_jax report --run={','.join(str(flags.workdir / point.name) for point in points[:2])}")
+    if not flags.table:
+        sweep.check_done()
 
 
-def _write(flags: Namespace, points: Sequence[Point]) -> list[Result]:
-    """The table and the plots of what is there."""
-    results = [read_result(flags.workdir, point) for point in points]
-    rows, metrics = rows_of(results), chosen_metrics(flags.metrics, results)
-    plots = draw(flags.workdir, rows, metrics)
-    print(write_table(flags.workdir, flags.workdir.name, rows, metrics, plots))
-    print(f"wrote {flags.workdir}/ (table.md, table.csv, results.json, {len(plots)} plots)")
-    print(f"next: python -m ibq_jax report --workdir={','.join(str(flags.workdir / p.name) for p in points[:2])}")
-    return results
+def parser() -> Parser:
+    """Returns the command's argument parser."""
+    parser = Parser(
+        "sweep",
+        "Trains a grid of configs, each in its own folder, and puts their results in one table.",
+        examples=EXAMPLES,
+        notes=NOTES,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE.py:PRESET",
+        help="The config to vary, such as configs/tokenizer.py:openmoji32. Default: the study's.",
+    )
+    parser.add_argument(
+        "--over",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE,VALUE",
+        help="A field to sweep and its values; repeat the flag for a grid of several fields. Commas in brackets are "
+        "part of a value: (1,2),(1,2,2). Default: none.",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=positive,
+        metavar="N",
+        help="Number of seeds: every setting is trained with the seeds 0 to N - 1. Default: 1, or as the study says.",
+    )
+    parser.add_argument(
+        "--study",
+        metavar="FILE.py",
+        help="Read CONFIG, OVER, SEEDS and OVERRIDES from this file. Default: none, use the flags above.",
+    )
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        type=as_path,
+        metavar="DIR",
+        help="The folder of the sweep, here or in a bucket (gs://...), created if it does not exist.",
+    )
+    parser.add_argument(
+        "--metrics",
+        type=_names,
+        default=(),
+        metavar="A,B",
+        help="Scalars of metrics.jsonl to tabulate and plot. Default: the usual validation and codebook scalars.",
+    )
+    parser.add_argument(
+        "--launcher",
+        type=_command,
+        default=[sys.executable, "-m", "ibq_jax"],
+        metavar="COMMAND",
+        help="The command that runs each point, given the arguments `train --config=... ...`; for example a script of "
+        "launch/. Default: python -m ibq_jax, a process on this machine.",
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--list", action="store_true", help="Print the index, name and status of each point, and exit.")
+    mode.add_argument(
+        "--point", type=count, metavar="INDEX", help="Train only the point of this index. Default: train all points."
+    )
+    mode.add_argument("--table", action="store_true", help="Train nothing; write the table and plots of all results.")
+    return parser
 
 
 def _grid(flags: Namespace, overrides: Sequence[str]) -> Grid:
@@ -80,59 +131,31 @@ def _grid(flags: Namespace, overrides: Sequence[str]) -> Grid:
     if flags.study is None:
         return Grid(flags.config, parse_over(flags.over), flags.seeds or 1, tuple(overrides))
     if flags.over:
-        raise UsageError(f"--over is stated by the study {flags.study}")
+        raise UsageError(f"--over cannot be combined with --study; {flags.study} states the fields to sweep")
     study = read_study(flags.study)
     return replace(study, seeds=flags.seeds or study.seeds, overrides=(*study.overrides, *overrides))
 
 
 def _flags(argv: list[str]) -> tuple[Namespace, list[str]]:
-    """(the flags, the overrides among them)."""
-    parser = Parser(
-        "sweep",
-        __doc__.partition(": ")[2],
-        notes=EPILOG,
-    )
-    parser.add_argument("--config", help="FILE.py:PRESET, such as configs/tokenizer.py:openmoji32")
-    parser.add_argument(
-        "--over",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE,VALUE",
-        help="a field to sweep; several make a product; a comma in brackets belongs to its value: (1,2),(1,2,2)",
-    )
-    parser.add_argument("--seeds", type=positive, metavar="N", help="each point with the seeds 0 to N - 1 (default: 1)")
-    parser.add_argument(
-        "--study", metavar="FILE.py", help="states CONFIG, OVER, SEEDS and OVERRIDES, for the flags above"
-    )
-    parser.add_argument("--workdir", required=True, type=as_path, help="folder of the sweep, made when it is not there")
-    parser.add_argument(
-        "--metrics", type=_names, default=(), metavar="A,B", help="of metrics.jsonl, for the table and plots"
-    )
-    parser.add_argument(
-        "--launcher",
-        type=_command,
-        default=[sys.executable, "-m", "ibq_jax"],
-        metavar="COMMAND",
-        help="what is given each point's `train --config=...`, such as a script of launch/ (default: a process here)",
-    )
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--list", action="store_true", help="print each point's index, name and status, and end")
-    only.add_argument("--point", type=count, metavar="INDEX", help="train that point alone, and write no table")
-    only.add_argument("--table", action="store_true", help="train nothing: the table and plots of what is there")
-    flags, rest = parser.parse_known_args(argv)
+    """Returns the flags, and the overrides of config fields among the arguments."""
+    command_line = parser()
+    flags, rest = command_line.parse_known_args(argv)
     for argument in rest:
         if not argument.startswith(PREFIX):
-            parser.error(f"unknown argument {argument}; fields of the config are overridden with {PREFIX}NAME=VALUE")
+            command_line.error(
+                f"unknown argument {argument}; fields of the config are overridden with {PREFIX}NAME=VALUE"
+            )
     return flags, rest
 
 
 def _names(text: str) -> tuple[str, ...]:
+    """argparse type: names separated by commas."""
     return tuple(name for name in text.split(",") if name)
 
 
 def _command(text: str) -> list[str]:
-    """argparse type: a command as a shell reads it."""
+    """argparse type: a command, split as a shell would."""
     words = shlex.split(text)
     if not words or shutil.which(words[0]) is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no command that is there")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a command on this machine")
     return words

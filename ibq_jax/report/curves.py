@@ -1,4 +1,4 @@
-"""Plots of a run as SVG: text stays text, colours suit a light page and a dark one."""
+"""Plots of runs as SVG: text stays text, and the colours suit light and dark pages."""
 
 import io
 import re
@@ -15,18 +15,19 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 
 from ibq_jax.report.history import History, Series
 
-INK = "#7a828c"  # stands for the page's own colour of text, which takes its place
+INK = "#7a828c"  # a placeholder that is replaced by the page's text colour
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#14b8a6", "#ec4899", "#84cc16")
 DASHES = ("-", "--", ":")
 SIZE = (4.2, 2.5)  # inches; the page scales it
-LEGEND_ROW, LEGEND_COLUMN = 0.18, 24  # inches, letters
-LONGEST = 52  # letters of a label
-RANKS_DRAWN = 400  # about one a pixel
-MOST_DRAWN = 600  # values of a line; more are drawn in groups
-FEW = 15  # values of a line, each of which is then marked
+LEGEND_ROW = 0.18  # height in inches
+LEGEND_COLUMN = 24  # labels up to this many characters fit in two columns
+MAX_LABEL = 52  # characters of a label; longer ones lose their beginning
+RANKS_DRAWN = 400  # about one per pixel
+MAX_POINTS = 600  # values of a line; more are drawn as groups
+FEW_POINTS = 15  # a line with fewer values has a marker at each
 STYLE = {
     "svg.fonttype": "none",  # text as text, in the page's font
-    "text.parse_math": False,  # a run may be called a$b$
+    "text.parse_math": False,  # a run may be named a$b$
     "font.size": 9,
     "text.color": INK,
     "axes.edgecolor": INK,
@@ -45,8 +46,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: what it shows, the scalars drawn in it, whether its axis is logarithmic, and whether it is about the
-    codebook."""
+    """One plot: its title, its scalars, whether its y axis is logarithmic, and whether it is about the codebook."""
 
     title: str
     names: tuple[str, ...]
@@ -58,36 +58,48 @@ PANELS = {
     "tokenizer": (
         Panel("PSNR on validation images, dB", ("validation/psnr",)),
         Panel("SSIM on validation images", ("validation/ssim",)),
-        Panel("Distance on validation images", ("validation/rFID", "validation/FD-EfficientNetLite0"), log=True),
-        Panel("Error of the pictures", ("loss/l1", "validation/l1", "loss/lpips"), log=True),
-        Panel("Loss of the quantizer", ("loss/quantizer",), log=True),
-        Panel("Norm of the gradients", ("optimizer/gradient_norm", "discriminator/gradient_norm"), log=True),
-        Panel("Discriminator's hinge loss (1: knows nothing)", ("discriminator/hinge",)),
-        Panel("Discriminator's answers", ("discriminator/logits_real", "discriminator/logits_fake")),
+        Panel(
+            "Fréchet distance on validation images", ("validation/rFID", "validation/FD-EfficientNetLite0"), log=True
+        ),
+        Panel("Reconstruction error", ("loss/l1", "validation/l1", "loss/lpips"), log=True),
+        Panel("Quantizer loss", ("loss/quantizer",), log=True),
+        Panel("Gradient norm", ("optimizer/gradient_norm", "discriminator/gradient_norm"), log=True),
+        Panel("Discriminator hinge loss (1: no better than chance)", ("discriminator/hinge",)),
+        Panel("Discriminator logits", ("discriminator/logits_real", "discriminator/logits_fake")),
         Panel("Learning rate", ("optimizer/learning_rate",)),
         Panel("Share of the codebook in use", ("codebook/usage", "validation/usage"), codebook=True),
-        Panel("Perplexity of the codes", ("codebook/perplexity", "validation/perplexity"), log=True, codebook=True),
-        Panel("Likeliest code's probability", ("codebook/max_probability",), codebook=True),
+        Panel("Codebook perplexity", ("codebook/perplexity", "validation/perplexity"), log=True, codebook=True),
+        Panel("Mean probability of the most likely code", ("codebook/max_probability",), codebook=True),
     ),
     "autoregressive": (
-        Panel("Loss, nats a code", ("loss/total", "validation/loss")),
+        Panel("Loss, nats per code", ("loss/total", "validation/loss")),
         Panel("Perplexity", ("loss/perplexity", "validation/perplexity"), log=True),
-        Panel("Norm of the gradients", ("optimizer/gradient_norm",), log=True),
+        Panel("Gradient norm", ("optimizer/gradient_norm",), log=True),
         Panel("Learning rate", ("optimizer/learning_rate",)),
     ),
 }
 
 
 def plot(panel: Panel, runs: Mapping[str, History], levels: Mapping[str, float] | None = None) -> str:
-    """A panel over training steps, as SVG; "" where no run has its scalars. Of one run its scalars have a colour each,
-    of several, by name, the runs have. `levels`: horizontal lines by name."""
+    """Draws a panel over training steps.
+
+    With one run, each scalar gets a colour; with several, each run does.
+
+    Args:
+        panel: what to draw.
+        runs: histories by name.
+        levels: horizontal lines by name.
+
+    Returns:
+        SVG; "" if no run has logged the panel's scalars.
+    """
     several = len(runs) > 1
     lines = [
         (f"{run} {name}" if several else name, history[name], COLOURS[i % len(COLOURS)], DASHES[j if several else 0])
         for row, (run, history) in enumerate(runs.items())
         for j, name in enumerate(panel.names)
         for i in (row if several else j,)
-        if name in history and history[name].values.any()  # a loss that is off is 0 all the time
+        if name in history and history[name].values.any()  # a loss that is off is logged as 0
     ]
     if not lines:
         return ""
@@ -98,7 +110,7 @@ def plot(panel: Panel, runs: Mapping[str, History], levels: Mapping[str, float] 
         figure, axes = titled_axes(panel.title, SIZE[1] + rows * LEGEND_ROW)
         drawn = []
         for _, series, colour, dash in lines:
-            marker = "o" if len(series.steps) < FEW else ""
+            marker = "o" if len(series.steps) < FEW_POINTS else ""
             style = {"color": colour, "linestyle": dash, "linewidth": 1.4, "marker": marker, "markersize": 2.5}
             steps, low, middle, high = _in_groups(series)
             drawn += axes.plot(steps, middle, **style)
@@ -106,23 +118,23 @@ def plot(panel: Panel, runs: Mapping[str, History], levels: Mapping[str, float] 
                 axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
         for i, (name, level) in enumerate(sorted((levels or {}).items(), key=lambda item: item[1])):
             axes.axhline(level, color=INK, linewidth=1, linestyle="--")
-            side = "bottom" if i else "top"  # the lowest one's name goes under its line, so that two stay apart
+            side = "bottom" if i else "top"  # below the lowest line, so that the labels of two lines stay apart
             axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va=side)
-        grouped = any(len(series.steps) > MOST_DRAWN for _, series, *_ in lines)
-        axes.set_xlabel("step; medians of neighbours, shaded: all of them" if grouped else "step")
+        grouped = any(len(series.steps) > MAX_POINTS for _, series, *_ in lines)
+        axes.set_xlabel("step; line: median of neighbouring values, shaded: their range" if grouped else "step")
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         lowest, highest = (f(f(series.values) for _, series, *_ in lines) for f in (min, max))
         scale(axes.yaxis, lowest, highest, log=panel.log and lowest > 0)
         if len(lines) > 1:
-            short = [label if len(label) <= LONGEST else f"…{label[-LONGEST:]}" for label in labels]
+            short = [label if len(label) <= MAX_LABEL else f"…{label[-MAX_LABEL:]}" for label in labels]
             figure.legend(drawn, short, loc="outside lower left", ncols=columns, fontsize=8, handlelength=1.6)
         return _svg(figure, panel.title)
 
 
 def plot_ranks(counts: np.ndarray) -> str:
-    """Codes by rank: how often each is chosen, counts float [K], the most frequent first; as SVG."""
-    title = "How often a code is chosen, by rank"
+    """Draws how often each code is used (counts float [K]), the most frequent first, as SVG."""
+    title = "Count of each code, by rank"
     counts = np.sort(counts[counts > 0])[::-1]
     with rc_context(STYLE | {"svg.hashsalt": title}):
         figure, axes = titled_axes(title)
@@ -137,7 +149,7 @@ def plot_ranks(counts: np.ndarray) -> str:
 
 
 def plot_grid(values: np.ndarray, title: str) -> str:
-    """A number [h, w] a place of the picture, as SVG."""
+    """Draws values [h, w], one per token position, as SVG."""
     with rc_context(STYLE | {"axes.grid": False, "svg.hashsalt": title}):
         figure, axes = titled_axes(title)
         figure.colorbar(axes.imshow(values, cmap="viridis"), ax=axes)
@@ -149,21 +161,21 @@ def plot_grid(values: np.ndarray, title: str) -> str:
 
 
 def colour_errors(errors: np.ndarray) -> np.ndarray:
-    """Errors in [0, 1], any shape -> uint8 [..., 3], dark where there is none."""
+    """Returns errors in [0, 1] of any shape as colours uint8 [..., 3]; no error is black."""
     return np.uint8(colormaps["inferno"](errors)[..., :3] * 255)
 
 
 def _in_groups(series: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(steps, least, median, greatest) of neighbouring values; of each value where there are few."""
-    if len(series.steps) <= MOST_DRAWN:
+    """Returns (steps, minimum, median, maximum) of groups of neighbouring values; short series are not grouped."""
+    if len(series.steps) <= MAX_POINTS:
         return series.steps, series.values, series.values, series.values
-    steps, groups = (np.array_split(array, MOST_DRAWN // 2) for array in (series.steps, series.values))
+    steps, groups = (np.array_split(array, MAX_POINTS // 2) for array in (series.steps, series.values))
     low, middle, high = (np.asarray([f(group) for group in groups]) for f in (np.min, np.median, np.max))
     return np.asarray([group[-1] for group in steps]), low, middle, high
 
 
 def titled_axes(title: str, height: float = SIZE[1]) -> tuple[Figure, Axes]:
-    """To be drawn in, inside an rc_context of STYLE."""
+    """Returns an empty figure with a title; call it inside rc_context(STYLE)."""
     figure = Figure((SIZE[0], height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=10)
@@ -171,7 +183,10 @@ def titled_axes(title: str, height: float = SIZE[1]) -> tuple[Figure, Axes]:
 
 
 def scale(axis: Axis, lowest: float, highest: float, log: bool) -> None:
-    """Numbers as one reads them, not as powers: inside a decade round ones, over some 1, 2 and 5."""
+    """Sets the scale of an axis, labelled with plain numbers, not powers of ten.
+
+    A logarithmic axis has round ticks inside a decade, ticks at 1, 2 and 5 over up to three, and at 1 over more.
+    """
     if log:
         axis.axes.set_yscale("log")
         decades = np.log10(highest / lowest) if highest > lowest else 0
@@ -182,12 +197,12 @@ def scale(axis: Axis, lowest: float, highest: float, log: bool) -> None:
 
 
 def plain(value: float, _position: int) -> str:
-    """A number at an axis."""
+    """Formats a number at an axis (a matplotlib tick formatter)."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
 def _svg(figure: Figure, label: str) -> str:
-    """With the same names inside for the same plot, and none twice in a page."""
+    """Returns a figure as SVG: the same text for the same plot, and no id that another plot of the page has."""
     FigureCanvasSVG(figure)
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Title": label})

@@ -1,6 +1,6 @@
-"""What a report shows of a run's weights: reconstructions and codes of a tokenizer, a generator's samples.
+"""Images for a report, made from a run's weights: a tokenizer's reconstructions and codes, a generator's samples.
 
-Shapes: an image [H, W, 3], its pictures uint8; K codes.
+Shapes: an image is uint8 [H, W, 3]; the codebook has K codes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,19 +17,30 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.data.preprocess import to_uint8
 from ibq_jax.evaluate.validation import class_samples, validation_evaluator
 from ibq_jax.report.curves import colour_errors, plot_ranks
-from ibq_jax.report.page import png_uri, shown
+from ibq_jax.report.page import figure, png_uri
 from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
 from ibq_jax.tokenizer.step import TokenizerTrainer
 
-PICTURES = 8  # originals with their reconstructions
-CODES_SHOWN = 16  # of the most used, and of the least
-CODES_AROUND = 5  # codes a side of the patch that a code is decoded in, so that the middle has no border near
-ERROR_FACTOR = 4
+NUM_IMAGES = 8  # shown with their reconstructions
+CODES_SHOWN = 16  # of the most used and of the least used codes each
+PATCH_CODES = 5  # side, in codes, of the square of one repeated code that is decoded; its middle is far from the border
+ERROR_FACTOR = 4  # errors are shown this many times larger
 
 
-def pictures_of(run: Path, stage: str) -> tuple[Restored, dict, list[str]]:
-    """Of a run's folder, or one of its checkpoints: what was restored; sections of a page ("strip" and "codes", or
-    "pictures"); and what cannot be shown, in words. Raises UsageError when nothing is saved yet."""
+def images_of(run: Path, stage: str) -> tuple[Restored, dict, list[str]]:
+    """Makes the images that a report shows.
+
+    Args:
+        run: the folder of a run, or of one of its checkpoints.
+        stage: of the run.
+
+    Returns:
+        the restored state; sections of the page ("strip" and "codes" of a tokenizer, "images" of a generator); and
+        sentences on what could not be made.
+
+    Raises:
+        UsageError: nothing is saved yet.
+    """
     return _of_tokenizer(run) if stage == "tokenizer" else _of_generator(run)
 
 
@@ -39,23 +50,23 @@ def _of_tokenizer(run: Path) -> tuple[Restored, dict, list[str]]:
         evaluator = validation_evaluator(trainer, trainer.config.evaluate.examples)
         params = restored.state.ema
         counts = evaluator.histogram(params)
-        strip = {"caption": _caption(), "uris": [png_uri(picture) for picture in _triples(trainer, evaluator, params)]}
+        strip = {"caption": _caption(), "uris": [png_uri(image) for image in _triples(trainer, evaluator, params)]}
     except UsageError as error:
-        return restored, {}, [f"no reconstructions and no use of codes: {error}"]
+        return restored, {}, [f"no reconstructions and no code frequencies: {error}"]
     return restored, {"strip": strip, "codes": _codes(trainer, params, counts)}, []
 
 
 def _caption() -> str:
     return (
-        "Validation images, spread evenly over the split; below each its reconstruction, and the mean absolute error "
-        f"of the three colours, {ERROR_FACTOR} times: black is none, the brightest is {255 // ERROR_FACTOR} grey "
-        "levels of 255 and more."
+        "Validation images, evenly spaced in the split. Below each are its reconstruction and the absolute error, "
+        f"averaged over the three colours: black is no error, the brightest is {255 // ERROR_FACTOR} of 255 grey "
+        "levels or more."
     )
 
 
 def _triples(trainer: TokenizerTrainer, evaluator, params: Mapping) -> Iterator[np.ndarray]:
-    """uint8 [3 H, W, 3] each: an image above its reconstruction above their difference."""
-    side, pairs = trainer.config.data.image_size, evaluator.picture(params, PICTURES)
+    """Yields uint8 [3 H, W, 3]: an image above its reconstruction above their difference."""
+    side, pairs = trainer.config.data.image_size, evaluator.comparison_grid(params, NUM_IMAGES)
     for left in range(0, pairs.shape[1], side):
         pair = pairs[:, left : left + side]
         if not pair.any():
@@ -65,15 +76,19 @@ def _triples(trainer: TokenizerTrainer, evaluator, params: Mapping) -> Iterator[
 
 
 def _codes(trainer: TokenizerTrainer, params: Mapping, counts: np.ndarray) -> dict:
-    """Which codes are used how often on validation images, and what the first and the last of them look like."""
+    """Returns the page's section on how often each code is used on validation images (`counts` [K]), with the most and
+    the least used codes decoded."""
     used = np.flatnonzero(counts)
     ranked = used[np.argsort(-counts[used], kind="stable")]
-    groups = {"The most used codes": ranked[:CODES_SHOWN], "The least used of those in use": ranked[-CODES_SHOWN:]}
+    groups = {
+        "The most used codes": ranked[:CODES_SHOWN],
+        "The least used codes, of those in use": ranked[-CODES_SHOWN:],
+    }
     patches = iter(_patches(trainer, params, np.concatenate(list(groups.values()))))
     words = (
-        f"{len(used):,} of {len(counts):,} codes are chosen by {int(counts.sum()):,} tokens of validation images. A "
-        f"code is shown as the middle of what {CODES_AROUND}x{CODES_AROUND} of it decode to, above its number and how "
-        "often it is chosen."
+        f"{len(used):,} of {len(counts):,} codes are used by the {int(counts.sum()):,} tokens of validation images. "
+        f"Each code is shown as the middle of a decoded {PATCH_CODES}x{PATCH_CODES} square of it, above its number and "
+        "its count."
     )
     return {
         "words": words,
@@ -92,13 +107,13 @@ def _codes(trainer: TokenizerTrainer, params: Mapping, counts: np.ndarray) -> di
 
 
 def _patches(trainer: TokenizerTrainer, params: Mapping, codes: np.ndarray) -> np.ndarray:
-    """uint8 [N, p, p, 3]: the middle of what a square of each code decodes to."""
+    """Returns uint8 [N, p, p, 3]: the middle of the image that a square of each of the N codes decodes to."""
     tokenizer = Tokenizer(trainer.model.clone(mesh=None), jax.device_get(params))
-    grid = np.broadcast_to(codes[:, None, None], (len(codes), CODES_AROUND, CODES_AROUND))
-    pictures = np.asarray(to_uint8(tokenizer.decode(grid)))
-    patch = pictures.shape[1] // CODES_AROUND
-    middle = slice(patch * (CODES_AROUND // 2), patch * (CODES_AROUND // 2 + 1))
-    return pictures[:, middle, middle]
+    grid = np.broadcast_to(codes[:, None, None], (len(codes), PATCH_CODES, PATCH_CODES))
+    images = np.asarray(to_uint8(tokenizer.decode(grid)))
+    patch = images.shape[1] // PATCH_CODES
+    middle = slice(patch * (PATCH_CODES // 2), patch * (PATCH_CODES // 2 + 1))
+    return images[:, middle, middle]
 
 
 def _of_generator(run: Path) -> tuple[Restored, dict, list[str]]:
@@ -110,6 +125,7 @@ def _of_generator(run: Path) -> tuple[Restored, dict, list[str]]:
     sheet = class_samples(trainer, restored.state.weights("ema"), manifest, tokenizer)
     sample = trainer.config.sample
     caption = (
-        f"Guidance {sample.cfg_scale:g}, temperature {sample.temperature:g}, seed {trainer.config.seed}, not chosen."
+        f"Guidance scale {sample.cfg_scale:g}, temperature {sample.temperature:g}, seed {trainer.config.seed}; not "
+        "selected by hand."
     )
-    return restored, {"pictures": [shown(sheet, caption, "Samples by class")]}, []
+    return restored, {"images": [figure(sheet, caption, "Samples by class")]}, []

@@ -1,4 +1,4 @@
-"""A report's page: one HTML file with everything in it, made from plain values by `page.html.jinja`."""
+"""The HTML page of a report: one file without external resources, rendered from plain values by page.html.jinja."""
 
 import base64
 import io
@@ -9,7 +9,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 TEMPLATE = "page.html.jinja"
-NOTHING_ELSE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # what the page may load and run
+# All that the page may load or run: images and styles inside itself.
+CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 SECTIONS = (
     "key",
     "missing",
@@ -21,7 +22,7 @@ SECTIONS = (
     "measured",
     "numbers",
     "strip",
-    "pictures",
+    "images",
     "plots",
     "codebook",
     "configs",
@@ -29,8 +30,14 @@ SECTIONS = (
 
 
 def render(title: str, subtitle: str, **sections) -> str:
-    """The page. `sections`: of SECTIONS, those that there is something for; whatever is in them is escaped, but for
-    the plots."""
+    """Returns the page as HTML.
+
+    Args:
+        title: the heading.
+        subtitle: the line under it.
+        **sections: content by its name in SECTIONS; absent ones are left out. All of it is escaped, except the plots,
+            which are SVG.
+    """
     unknown = sections.keys() - set(SECTIONS)
     if unknown:
         raise TypeError(f"a page has no section {', '.join(sorted(unknown))}")
@@ -43,16 +50,16 @@ def render(title: str, subtitle: str, **sections) -> str:
     )
     environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     given = dict.fromkeys(SECTIONS, ()) | sections
-    return environment.get_template(TEMPLATE).render(title=title, subtitle=subtitle, policy=NOTHING_ELSE, **given)
+    return environment.get_template(TEMPLATE).render(title=title, subtitle=subtitle, policy=CONTENT_POLICY, **given)
 
 
-def png_uri(picture: np.ndarray) -> str:
-    """uint8 [H, W, 3] as a data: address."""
+def png_uri(image: np.ndarray) -> str:
+    """Returns an image uint8 [H, W, 3] as a data: URI."""
     out = io.BytesIO()
-    Image.fromarray(picture).save(out, "PNG", optimize=True)
+    Image.fromarray(image).save(out, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def shown(picture: np.ndarray, caption: str, heading: str = "") -> dict:
-    """A picture uint8 [H, W, 3] for the section of that name."""
-    return {"uri": png_uri(picture), "width": picture.shape[1], "caption": caption, "heading": heading}
+def figure(image: np.ndarray, caption: str, heading: str = "") -> dict:
+    """Returns an image uint8 [H, W, 3] with its caption, for the section "images"."""
+    return {"uri": png_uri(image), "width": image.shape[1], "caption": caption, "heading": heading}

@@ -1,7 +1,7 @@
-"""Trains the points of a sweep, each in a process of its own, so that whatever ends one ends no other.
+"""Training of a sweep's points, each in its own process, so that the failure of one does not end the others.
 
-A point's process may be a launch script instead. Its output goes to log.txt in the point's folder; as long as it runs,
-that file is locked, be it that the sweep was killed meanwhile.
+The process may also be a launch script. Its output goes to log.txt in the point's folder. The process holds a lock on
+that file as long as it runs, even if the sweep is killed meanwhile.
 """
 
 import fcntl
@@ -17,23 +17,29 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from ibq_jax.base.errors import Interrupted, one_line
-from ibq_jax.base.files import PARTIAL, is_remote
+from ibq_jax.base.files import is_remote, write_text
 from ibq_jax.base.supervise import handling
 from ibq_jax.report.history import read_history, stopped_by_itself
-from ibq_jax.sweep.results import DONE, ENDED, FAILED, OUTCOME, STOPPED, Point, read_result
+from ibq_jax.sweep.grid import Point
+from ibq_jax.sweep.results import DONE, ENDED, FAILED, OUTCOME, STOPPED, read_result
 
 LOG = "log.txt"
-LOGS = Path("runs/logs")  # of a sweep in a bucket, where nothing can be appended to
-LONGEST_SHOWN = 60  # letters of its last line, while it goes on
-LAST_BYTES = 2**16  # of a log, in which its last words are
-# What __main__ says of an error, or the last line of a Python traceback.
-LAST_WORDS = re.compile(r"^(?:ibq_jax train: |(?=[\w.]*(?:Error|Exception)\b))(.+)$", re.MULTILINE)
+LOGS = Path("runs/logs")  # of a sweep in a bucket, whose files cannot be appended to
+MAX_SHOWN = 60  # characters of the log's last line, in the progress bar
+TAIL_BYTES = 2**16  # of a log, searched for the reason that a process ended
+# The line that __main__ prints for an error, or the last line of a Python traceback.
+ERROR_LINE = re.compile(r"^(?:ibq_jax train: |(?=[\w.]*(?:Error|Exception)\b))(.+)$", re.MULTILINE)
 
 
 class PointTrainer:
-    """Trains the points of `spec` (FILE.py:PRESET) in `folder` by `launcher`, which is given what follows `ibq_jax`.
+    """Trains points one after the other.
 
-    SIGTERM and Ctrl-C are passed on to the running point as SIGTERM, each of them, and no other point is started.
+    Every SIGTERM and Ctrl-C is passed on to the running point as SIGTERM, and no other point is started.
+
+    Attributes:
+        folder: of the sweep.
+        spec: the config, FILE.py:PRESET.
+        launcher: the command to run with the arguments that follow `python -m ibq_jax`.
     """
 
     def __init__(self, folder: Path, spec: str, launcher: Sequence[str]):
@@ -42,13 +48,17 @@ class PointTrainer:
         self._asked: int | None = None
 
     def train(self, points: Sequence[Point]) -> None:
-        """All that are not at their end, one after the other. Raises Interrupted."""
+        """Trains all points that have not ended.
+
+        Raises:
+            Interrupted: a signal came.
+        """
         handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._on_signal)
         with handling(handlers), tqdm(total=len(points), unit="point", disable=None, dynamic_ncols=True) as bar:
             for point in points:
                 status = read_result(self._folder, point).status
                 if status in ENDED:
-                    _say(f"{point.name}: {status} before")
+                    _say(f"{point.name}: {status} already")
                 elif self._asked is not None:
                     raise self._interrupted(f"{point.name} was not started")
                 else:
@@ -61,54 +71,52 @@ class PointTrainer:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child holds it too, through its output
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child inherits the lock with its output
             except BlockingIOError:
-                _say(f"{point.name}: another process trains it now")
+                _say(f"{point.name}: another process is training it")
                 return
-            _say(f"{point.name}: training, with its output in {log}")
+            _say(f"{point.name}: training; its output goes to {log}")
             (workdir / OUTCOME).unlink(missing_ok=True)
             begin = file.tell()
             code = self._run(point, file, log, bar)
             status, reason = self._outcome(code, workdir, _tail(log, begin))
-            partial = workdir / (OUTCOME + PARTIAL)
-            partial.write_text(json.dumps({"status": status, "reason": reason}) + "\n")
-            partial.replace(workdir / OUTCOME)
+            write_text(workdir / OUTCOME, json.dumps({"status": status, "reason": reason}) + "\n")
         _say(f"{point.name}: {status}{': ' if reason else ''}{reason}")
 
     def _log(self, point: Point) -> Path:
         return (LOGS / self._folder.name if is_remote(self._folder) else self._folder) / point.name / LOG
 
     def _run(self, point: Point, file: BinaryIO, log: Path, bar: tqdm) -> int:
-        """The exit code of its process."""
+        """Runs the process of a point and returns its exit code."""
         arguments = ["train", f"--config={self._spec}", f"--workdir={self._folder / point.name}", *point.overrides]
         self._child = subprocess.Popen(
             [*self._launcher, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C comes from here alone, once: a second one would not let it save
+            start_new_session=True,  # or Ctrl-C would reach it twice, and a second signal ends it without saving
         )
-        if self._asked is not None:  # in between
+        if self._asked is not None:  # a signal came before the child existed
             self._child.send_signal(signal.SIGTERM)
         while True:
             try:
                 return self._child.wait(timeout=1)
             except subprocess.TimeoutExpired:
                 if not bar.disable:
-                    bar.set_postfix_str(f"{point.name}: {_last_line(_tail(log))[:LONGEST_SHOWN]}")
+                    bar.set_postfix_str(f"{point.name}: {_last_line(_tail(log))[:MAX_SHOWN]}")
 
     def _outcome(self, code: int, workdir: Path, said: str) -> tuple[str, str]:
-        """(status, reason). Raises Interrupted for a process that a signal stopped with everything saved."""
+        """Returns (status, reason). Raises Interrupted if a signal stopped the process, with everything saved."""
         number = -code if code < 0 else code - 128
         if code == 0:
             return DONE, ""
         if number in (signal.SIGTERM, signal.SIGINT):
-            self._asked = self._asked or number  # by somebody else, such as Slurm
+            self._asked = self._asked or number  # sent by another program, such as Slurm
             raise self._interrupted(f"{workdir.name} was stopped")
         if number in {*signal.Signals}:
-            hint = ", as the system does when memory runs out" if number == signal.SIGKILL else ""
+            hint = ", possibly because memory ran out" if number == signal.SIGKILL else ""
             return FAILED, f"ended by {signal.Signals(number).name}{hint}"
-        words = LAST_WORDS.findall(said)
+        words = ERROR_LINE.findall(said)
         if words and words[-1] == stopped_by_itself(workdir, read_history(workdir / "metrics.jsonl").last_step):
             return STOPPED, words[-1]
         last = f"exit code {code}: {_last_line(said)}"
@@ -133,7 +141,7 @@ def _last_line(text: str) -> str:
 
 
 def _tail(log: Path, begin: int = 0) -> str:
-    """What a log says at its end, of what comes after `begin`."""
+    """Returns the end of a log, at most what follows byte `begin`."""
     with log.open("rb") as file:
-        file.seek(max(begin, log.stat().st_size - LAST_BYTES))
+        file.seek(max(begin, log.stat().st_size - TAIL_BYTES))
         return file.read().decode("utf-8", errors="replace")

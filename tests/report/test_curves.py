@@ -1,4 +1,4 @@
-"""Plots: whatever the runs are called and however much they logged, and the same page for the same numbers."""
+"""Plots: any run name, any amount of data, and the same SVG for the same numbers."""
 
 import re
 import xml.dom.minidom
@@ -21,13 +21,13 @@ def words(svg: str) -> list[str]:
     return [text.firstChild.data for text in texts]
 
 
-def test_a_panel_without_its_scalars_is_no_plot():
+def test_a_panel_without_its_scalars_is_empty():
     assert plot(LOG, {"run": history(1, 2, name="other")}) == ""
     assert plot(LOG, {"run": history(0, 0)}) == ""
 
 
 @pytest.mark.parametrize("name", ["_hidden", "a$\\foo$b", "<b>&"])
-def test_a_run_may_be_called_anything(name):
+def test_a_run_may_have_any_name(name):
     assert {f"{name} norm", "other norm"} <= set(words(plot(LOG, {name: history(1, 2), "other": history(2, 1)})))
 
 
@@ -37,7 +37,7 @@ def test_numbers_at_an_axis_are_plain(values):
     assert len(said) > 4 and not any("$" in word or "×" in word for word in said)
 
 
-def test_runs_have_a_colour_each_and_so_have_one_runs_scalars():
+def test_each_run_has_a_colour_or_each_scalar_of_a_single_run():
     panel = Panel("two", ("a", "b"))
     one = History(history(1, 2, name="a").series | history(2, 1, name="b").series, {})
     assert {COLOURS[0], COLOURS[1]} <= set(re.findall("#[0-9a-f]{6}", plot(panel, {"run": one})))
@@ -45,7 +45,7 @@ def test_runs_have_a_colour_each_and_so_have_one_runs_scalars():
     assert several & set(COLOURS) == set(COLOURS[:3])
 
 
-def test_a_long_run_is_drawn_small_and_keeps_its_extremes():
+def test_a_long_run_gives_a_small_plot_that_keeps_its_extremes():
     values = np.random.default_rng(0).uniform(1, 2, 30_000)
     calm = plot(LOG, {"run": history(*values)})
     values[12_345] = 100
@@ -53,13 +53,13 @@ def test_a_long_run_is_drawn_small_and_keeps_its_extremes():
     assert len(calm) < 50_000 and "100" in words(spiky) and "100" not in words(calm)
 
 
-def test_ranks_of_a_large_codebook_are_drawn_small():
+def test_ranks_of_a_large_codebook_give_a_small_plot():
     counts = np.arange(2.0**18)
     assert len(plot_ranks(counts)) < 50_000 and "100,000" in words(plot_ranks(counts))
     assert words(plot_ranks(np.asarray([5.0, 0, 1])))
 
 
-def test_the_same_numbers_are_the_same_plot_and_others_share_no_name():
+def test_the_same_numbers_give_the_same_plot_and_ids_are_unique():
     svg = plot(LOG, {"run": history(1, 2)})
     assert svg == plot(LOG, {"run": history(1, 2)})
     every = [svg, plot(PANELS["tokenizer"][0], {"run": history(1, 2, name="validation/psnr")})]

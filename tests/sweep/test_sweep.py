@@ -1,13 +1,15 @@
-"""Sweeps: which points a grid has, how each way that a point can end is told, and the table of what they logged."""
+"""Sweeps: the points of a grid, the status of each way that a point can end, and the tables of the results."""
 
 import csv
 import json
+import re
 import shlex
 import signal
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.jobs import ended, last_step, wait_for_step
 from support.small_runs import ROOT, SMALL, STEPS
@@ -19,8 +21,8 @@ from ibq_jax.sweep.grid import Grid, parse_over, read_study
 
 SPEC = f"{ROOT}/configs/tokenizer.py:openmoji32"
 
-# In the place of python -m ibq_jax: leaves what a run would, and ends as its codebook's size says. With a seed of 1 a
-# size of 4 waits until it is told to stop; a second signal would find no handler.
+# Stands in for python -m ibq_jax: writes what a run would, and ends as the codebook size selects. Size 4 with seed 1
+# waits for a signal; a second signal would find no handler.
 TRAIN = """
 import json, os, pathlib, signal, sys, time
 from ibq_jax.base.config import load_config, save_config
@@ -64,6 +66,11 @@ def launcher(tmp_path):
     return f"--launcher={shlex.join([sys.executable, str(tmp_path / 'train.py')])}"
 
 
+def unpadded(table: str) -> str:
+    """Returns a Markdown table without the spaces that align its columns."""
+    return re.sub(" +", " ", table).replace("| |", "|  |")
+
+
 def results(workdir: Path) -> dict[str, dict]:
     return {point["name"]: point for point in json.loads((workdir / "results.json").read_text())["points"]}
 
@@ -84,7 +91,7 @@ def test_points_are_a_product_with_readable_names():
     assert points[7].values["model.channel_multipliers"] == (1, 2, 2) and config.train.steps == 5
 
 
-def test_fields_that_end_alike_are_named_in_full_and_values_fit_a_folder():
+def test_fields_that_end_alike_keep_their_full_names_and_values_fit_a_folder_name():
     over = parse_over(["model.channels=32", "discriminator.channels=16,32", "data.dir=/data/my set"])
     first, _ = Grid(SPEC, over).points()
     assert first.name == "model.channels=32_discriminator.channels=16_dir=-data-my-set_seed=0"
@@ -105,7 +112,7 @@ WRONG = [
     (["--seeds=0"], "'0' is no whole number of at least 1"),
     (["--seeds=2", "--point=2"], "the points are 0 to 1"),
     (["--seeds=2", "--list", "--table"], "not allowed with argument"),
-    (["--seeds=2", "--launcher=no-such-command run"], "is no command that is there"),
+    (["--seeds=2", "--launcher=no-such-command run"], "is not a command on this machine"),
     (["--seeds=2", "--sizes=3"], "unknown argument --sizes=3"),
     (["--seeds=2", "--study=x.py"], "give either --config=FILE.py:PRESET with --over, or --study"),
 ]
@@ -126,7 +133,7 @@ OVERRIDES = {{"train.steps": 7}}
 """
 
 
-def test_a_study_states_what_the_flags_would(tmp_path, capsys):
+def test_a_study_defines_the_same_points_as_the_flags(tmp_path, capsys):
     study = tmp_path / "study.py"
     study.write_text(STUDY.format(spec=SPEC))
     over = parse_over(["codebook.size=256,1024", "model.channel_multipliers=(1,2),(1,2,2)"])
@@ -143,22 +150,22 @@ def test_a_study_states_what_the_flags_would(tmp_path, capsys):
     ("text", "message"),
     [
         ("OVERIDES = {}", "a study has no OVERIDES; did you mean OVERRIDES"),
-        ("OVER = {}", "CONFIG is missing, or no str"),
-        ("CONFIG = 'a.py:b'\nOVER = {'codebook.size': 8}", r"OVER\['codebook.size'\] is no list of values"),
+        ("OVER = {}", "CONFIG is missing or not of type str"),
+        ("CONFIG = 'a.py:b'\nOVER = {'codebook.size': 8}", r"OVER\['codebook.size'\] is not a list of values"),
         ("CONFIG = 'a.py:b'\nOVER = {}\nSEEDS = 0", "SEEDS=0"),
     ],
 )
-def test_a_study_that_is_none_is_told(tmp_path, text, message):
+def test_a_wrong_study_is_refused(tmp_path, text, message):
     (tmp_path / "study.py").write_text(text)
     with pytest.raises(UsageError, match=message):
         read_study(str(tmp_path / "study.py"))
 
 
-# Points, with a stand-in of `train`
+# Points, with a stand-in for `train`
 
 
-def test_every_end_of_a_point_is_told_and_the_rest_is_done(tmp_path, launcher, start):
-    """In a process whose devices are nowhere: only the points' processes may look for them."""
+def test_every_way_a_point_ends_is_reported_and_the_others_go_on(tmp_path, launcher, start):
+    """The sweep's own process has no devices: only the points' processes may use them."""
     workdir = tmp_path / "sweep"
     arguments = sweep(workdir, "3,5,6,7,8,9", launcher, "--metrics=validation/psnr,validation/absent")
     ((code, out),) = ended(start(arguments, JAX_PLATFORMS="nowhere"))
@@ -168,11 +175,11 @@ def test_every_end_of_a_point_is_told_and_the_rest_is_done(tmp_path, launcher, s
         ("done", ""),
         ("failed", "codebook.size=5 is not allowed"),
         ("stopped", "step 1: the codebook has collapsed"),
-        ("failed", "ended by SIGKILL, as the system does when memory runs out"),
+        ("failed", "ended by SIGKILL, possibly because memory ran out"),
         ("failed", "MemoryError: RESOURCE_EXHAUSTED: no room for 8 codes"),
         ("failed", "exit code 9: hosts.sh: what is this?"),
     ]
-    table = (workdir / "table.md").read_text()
+    table = unpadded((workdir / "table.md").read_text())
     assert "| 3 | done | 30.00 |" in table and "| 6 | stopped | 60.00 |" in table and "| 7 | failed |  |" in table
     assert "- size=6_seed=0: stopped at step 6 (validated at step 6): step 1: the codebook has collapsed\n" in table
     assert "- no point has logged validation/absent\n" in table
@@ -186,7 +193,7 @@ def test_every_end_of_a_point_is_told_and_the_rest_is_done(tmp_path, launcher, s
     assert [*started.values()] == [1, 2, 1, 2, 2, 2]  # what failed is tried again, what ended is not
 
 
-def test_ctrl_c_reaches_the_point_once_and_the_same_command_goes_on(tmp_path, launcher, start):
+def test_ctrl_c_reaches_the_point_once_and_the_same_command_continues(tmp_path, launcher, start):
     workdir = tmp_path / "sweep"
     arguments = sweep(workdir, "4,3", launcher, "--seeds=2")
     (process,) = start(arguments)
@@ -195,17 +202,17 @@ def test_ctrl_c_reaches_the_point_once_and_the_same_command_goes_on(tmp_path, la
         time.sleep(0.02)
     locked = sweep(workdir, "4,3", launcher, "--seeds=2", "--point=1")
     ((code, out),) = ended(start(locked))
-    assert code == 1 and "size=4_seed=1: another process trains it now" in out
+    assert code == 1 and "size=4_seed=1: another process is training it" in out
     process.send_signal(signal.SIGINT)
     ((code, out),) = ended([process])
     assert code == 130, out
     assert out.endswith("ibq_jax sweep: SIGINT: size=4_seed=1 was stopped; the same command continues\n")
     assert "size=3" not in out
     ((code, out),) = ended(start(arguments))
-    assert code == 0 and "size=4_seed=0: done before" in out and "| 4 | 2 done | 40.00 |" in out
+    assert code == 0 and "size=4_seed=0: done already" in out and "| 4 | 2 done | 40.00 |" in unpadded(out)
 
 
-def test_points_may_be_trained_one_by_one(tmp_path, launcher, capsys):
+def test_points_can_be_trained_one_by_one(tmp_path, launcher, capsys):
     workdir = tmp_path / "sweep"
     assert main(sweep(workdir, "2,3,7", launcher, "--point=1")) == 0
     assert main(sweep(workdir, "2,3,7", launcher, "--point=2")) == 1
@@ -232,7 +239,7 @@ def fabricate(workdir: Path, size: int, seed: int, rows: list[dict], status: str
     (point / "outcome.json").write_text(json.dumps({"status": status, "reason": "" if status == "done" else "why"}))
 
 
-def test_the_spread_is_of_the_seeds_that_came_to_an_end(tmp_path, capsys):
+def test_the_spread_covers_the_seeds_that_ended(tmp_path, capsys):
     workdir = tmp_path / "sweep"
     for seed, psnr in enumerate([20.0, 21.0, 25.0]):
         early = {"step": 100, "validation/psnr": 1.0, "codebook/usage": 0.5}
@@ -257,21 +264,65 @@ def test_the_spread_is_of_the_seeds_that_came_to_an_end(tmp_path, capsys):
     assert [float(small[column]) for column in columns] == [22.0, 20.0, 25.0]
     assert [float(large[column]) for column in columns] == [18.0, 12.0, 24.0]
     assert large["status"] == "1 done, 1 stopped, 1 failed" and large["validation/usage"] == ""
-    table = (workdir / "table.md").read_text()
+    table = unpadded((workdir / "table.md").read_text())
     assert "| 256 | 3 done | 22.00 (20.00..25.00) | 25.0% | 50.0% | 200 |" in table
     assert "mean (least..greatest) over the seeds" in table and "![plots/validation_psnr_over_size.png]" in table
-    assert table.partition("\n![")[0] in capsys.readouterr().out
+    assert table.partition("\n![")[0] in unpadded(capsys.readouterr().out)
     found = results(workdir)
     assert found["size=1024_seed=2"]["metrics"]["validation/psnr"] == {"step": 150, "value": 99.0}
     clocked = found["size=1024_seed=0"]
     assert clocked["seconds"] == 26.0 and clocked["images_per_second"] == 16 * (20 + 10) / (4.0 + 1.0)
 
 
-# For real
+def test_the_tables_have_the_means_and_ranges_of_what_was_logged(tmp_path):
+    """Against plain Python on the same rows; in three files, of which two state numbers in full."""
+    workdir, draws = tmp_path / "sweep", np.random.default_rng(0)
+    logged = {size: draws.uniform(15, 25, 3).tolist() for size in (256, 1024)}
+    for size, values in logged.items():
+        for seed, value in enumerate(values):
+            row = {"step": 100 + seed, "validation/psnr": value, **({"loss/l1": value / 100} if seed else {})}
+            fabricate(workdir, size, seed, [row])
+    metrics = "--metrics=validation/psnr,loss/l1"
+    assert main(sweep(workdir, "256,1024", "--seeds=3", "--table", metrics)) == 0
+    found = json.loads((workdir / "results.json").read_text())
+    table = unpadded((workdir / "table.md").read_text()).splitlines()
+    assert len(found["points"]) == 6 and len(found["rows"]) == 2
+    for line, row in zip(csv.DictReader((workdir / "table.csv").open()), found["rows"], strict=True):
+        psnr = logged[row["values"]["codebook.size"]]
+        l1 = [value / 100 for value in psnr[1:]]
+        for name, values in {"validation/psnr": psnr, "loss/l1": l1, "steps": [100, 101, 102]}.items():
+            expected = [sum(values) / len(values), min(values), max(values)]
+            columns = [name, f"{name} least", f"{name} greatest"]
+            np.testing.assert_allclose([float(line[column]) for column in columns], expected, rtol=1e-14)
+            if name != "steps":
+                spread = row["metrics"][name]
+                np.testing.assert_allclose([spread[key] for key in ("mean", "low", "high")], expected, rtol=1e-14)
+                assert spread["seeds"] == len(values)
+        words = f"{sum(psnr) / 3:.2f} ({min(psnr):.2f}..{max(psnr):.2f})"
+        assert any(text.startswith(f"| {line['codebook.size']} | 3 done | {words} |") for text in table)
+        assert row["statuses"] == {"done": 3} and line["images_per_second"] == ""
+
+
+def test_a_sweep_over_seeds_alone_has_one_row(tmp_path):
+    workdir = tmp_path / "sweep"
+    for seed in range(2):
+        point = workdir / f"seed={seed}"
+        point.mkdir(parents=True)
+        save_config(load_config(SPEC, [f"{PREFIX}seed={seed}"]), point / "config.json")
+        (point / "metrics.jsonl").write_text(json.dumps({"step": 9, "validation/psnr": 20.0 + seed}) + "\n")
+        (point / "outcome.json").write_text(json.dumps({"status": "done", "reason": ""}))
+    flags = ["sweep", f"--config={SPEC}", "--seeds=2", "--table", f"--workdir={workdir}"]
+    assert main(flags) == 0
+    table = unpadded((workdir / "table.md").read_text())
+    assert "\n| 2 done | 20.50 (20.00..21.00) | 9 |" in table
+    assert {path.name for path in (workdir / "plots").iterdir()} == {"validation_psnr_over_steps.png"}
+
+
+# A real sweep
 
 
 @pytest.mark.slow
-def test_a_sweep_is_stopped_goes_on_and_tells_what_its_runs_logged(tmp_path, data_dir, start):
+def test_a_stopped_sweep_continues_and_its_table_has_what_its_runs_logged(tmp_path, data_dir, start):
     workdir = tmp_path / "sweep"
     fields = [f"{PREFIX}{field}" for field in (*SMALL, "codebook_monitor.grace_steps=0", f"data.dir={data_dir}")]
     arguments = [

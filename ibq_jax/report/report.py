@@ -1,0 +1,44 @@
+"""The report: one self-contained HTML page of a run, or of several runs of one stage side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.base.files import write_text
+from ibq_jax.report.comparison import comparison_page
+from ibq_jax.report.run import read_run
+from ibq_jax.report.single_run import single_run_page
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page that was written to `path`, and sentences on what it could not show (`missing`)."""
+
+    path: Path
+    missing: list[str]
+
+
+def write_report(folders: Sequence[Path], out: Path | None = None, overwrite: bool = False) -> Report:
+    """Writes the page of the runs in `folders`.
+
+    Args:
+        folders: a run's folder, or several; one of their checkpoints' folders selects that step.
+        out: the HTML file; by default report.html in the first run.
+        overwrite: replace the file if it exists.
+
+    Raises:
+        UsageError: a folder is not a run, the runs cannot be compared, or the file exists.
+    """
+    runs = [read_run(folder) for folder in folders]
+    names = ", ".join(map(str, folders))
+    if len({run.stage for run in runs}) > 1:
+        raise UsageError(f"{names}: tokenizers and generators have no numbers in common; report on them separately")
+    if len({run.saved.workdir for run in runs}) < len(runs):
+        raise UsageError(f"{names}: a run is named twice; name every run once")
+    out = out or runs[0].saved.workdir / "report.html"
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out={out} exists already; give --overwrite to replace it")
+    html, missing = single_run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)
+    write_text(out, html.encode("utf-8", "replace").decode())  # a path may hold bytes that are not text
+    return Report(out, missing)
