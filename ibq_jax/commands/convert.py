@@ -1,39 +1,29 @@
-"""python -m ibq_jax convert: weights from PyTorch and to PyTorch, and runs of another codebook size."""
+"""python -m ibq_jax convert: reads weights from PyTorch, writes weights for PyTorch, and resizes codebooks."""
 
-import copy
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
-
-from ibq_jax.base.checkpoint import Checkpoints
-from ibq_jax.base.config import PREFIX, save_config
-from ibq_jax.base.errors import UsageError
-from ibq_jax.base.files import atomic_folder
+from ibq_jax.base.config import PREFIX
+from ibq_jax.base.errors import Failed, UsageError
 from ibq_jax.commands.arguments import Parser, positive, share
-from ibq_jax.commands.verification import print_verification
-from ibq_jax.evaluate.validation import validation_evaluator
 from ibq_jax.interop.from_file import import_file
 from ibq_jax.interop.hub import download_if_hub
 from ibq_jax.interop.hub_layout import write_hub_folder
 from ibq_jax.interop.load import is_weights_file
-from ibq_jax.interop.to_file import WEIGHTS, export_run, relabel_file
+from ibq_jax.interop.resize_run import INDEX_MAP, resize_run
+from ibq_jax.interop.to_file import WEIGHTS, export
 from ibq_jax.pretrained.tensor_files import PICKLED, write_tensors
-from ibq_jax.tokenizer.check import check_config
-from ibq_jax.tokenizer.quantizers import check_trained_rows
-from ibq_jax.tokenizer.resize_codebook import grow_index_map, prune_index_map, resize_codebook
-from ibq_jax.tokenizer.restore import restore_whole_run
 
-INDEX_MAP = "index_map.npy"
 FILES = (".safetensors", *PICKLED)
+SHOWN = 5  # differences that --verify prints
 
 
 def main(argv: list[str]) -> None:
     """Runs the command; `argv` is what follows the word "convert".
 
     Raises:
-        UsageError: wrong flags; no such run, file or repository; one that is not whole, or of other tensors than a
-            tokenizer or a generator has; an --out that exists; a size that the codebook cannot get.
+        UsageError: wrong flags; no such run, file or repository; one that is incomplete, or has other tensors than a
+            tokenizer or a generator; an --out that exists; a size that the codebook cannot get.
         Failed: with --verify, PyTorch computes something else.
     """
     command_line = parser()
@@ -47,12 +37,11 @@ def main(argv: list[str]) -> None:
     if flags.out is not None and flags.out.exists():
         raise UsageError(f"--out={flags.out} exists already; name one that does not")
     source = download_if_hub(flags.input)
-    from_file = is_weights_file(source)
     if flags.codebook_size or flags.prune:
         _resize(flags, source)
     elif flags.out is not None and (flags.hub or flags.out.suffix in FILES):
-        _write_weights(flags, source, from_file)
-    elif flags.out is not None and from_file:
+        _export(flags, source)
+    elif flags.out is not None and is_weights_file(source):
         words = import_file(source, flags.out, flags.config, overrides, flags.tokenizer)
         print(f"wrote {flags.out}/: {source} holds {words}")
     elif flags.out is not None:
@@ -61,12 +50,11 @@ def main(argv: list[str]) -> None:
             "--codebook-size or --prune another run"
         )
     if flags.verify:
-        written = flags.out if flags.out is not None and flags.out.suffix in FILES else None
-        print_verification(source, written, flags)
+        _verify(flags, source)
 
 
-def _write_weights(flags: Namespace, source: Path, from_file: bool) -> None:
-    tensors, about = relabel_file(source) if from_file else export_run(source, flags.weights)
+def _export(flags: Namespace, source: Path) -> None:
+    tensors, about = export(source, flags.weights)
     if flags.hub:
         write_hub_folder(flags.out, tensors, about)
         print(f"wrote {flags.out}/: model.safetensors, config.json, README.md (the model card) and torch_model.py")
@@ -77,67 +65,135 @@ def _write_weights(flags: Namespace, source: Path, from_file: bool) -> None:
 
 
 def _resize(flags: Namespace, source: Path) -> None:
-    """A run of another codebook size."""
-    trainer, restored = restore_whole_run(source)
-    check_trained_rows(trainer.model.quantizer, "a codebook of another size")
-    codes = trainer.config.codebook.size
-    if flags.prune:
-        counts = validation_evaluator(trainer, examples=0).histogram(restored.state.ema)
-        index_map = prune_index_map(counts, flags.multiple_of)
-    else:
-        index_map = grow_index_map(codes, flags.codebook_size)
-    config = copy.deepcopy(trainer.config).unlock()
-    config.codebook.size = len(index_map)
-    check_config(config.lock(), trainer.mesh)
-    state = resize_codebook(restored.state, index_map, flags.spread, config.seed)
-    with atomic_folder(flags.out) as partial:
-        save_config(config, partial / "config.json")
-        np.save(partial / INDEX_MAP, index_map)
-        checkpoints = Checkpoints(partial / "checkpoints")
-        checkpoints.save(restored.step, state, restored.metadata | {"config": config.to_dict()})
-        checkpoints.close()
-    print(f"wrote {flags.out}/: step {restored.step} with {len(index_map):,} codes instead of {codes:,}")
-    print(f"      {flags.out}/{INDEX_MAP}: the code before of every code now, int32 [{len(index_map)}]")
+    if flags.out is None:
+        raise UsageError("--codebook-size and --prune write another run: name it with --out=FOLDER")
+    done = resize_run(
+        source,
+        flags.out,
+        codebook_size=None if flags.prune else flags.codebook_size,
+        multiple_of=flags.multiple_of,
+        spread=flags.spread,
+    )
+    print(f"wrote {flags.out}/: step {done.step} with {done.after:,} codes instead of {done.before:,}")
+    print(f"      {flags.out}/{INDEX_MAP}: the old index of every new code, int32 [{done.after}]")
     print(
-        f"next: python -m ibq_jax train --config=... --config.codebook.size={len(index_map)} --workdir={flags.out}, "
-        f"with the config of {flags.input} and train.steps over {restored.step}"
+        f"next: python -m ibq_jax train --config=... --config.codebook.size={done.after} --workdir={flags.out}, with "
+        f"the config of {flags.input} and train.steps over {done.step}"
     )
 
 
+def _verify(flags: Namespace, source: Path) -> None:
+    try:
+        from ibq_jax.interop import verify
+    except ImportError as error:
+        raise UsageError("--verify needs PyTorch: pip install -r requirements-torch.txt") from error
+    written = flags.out if flags.out is not None and flags.out.suffix in FILES else None
+    report = verify.verify(source, written, flags.weights, flags.images)
+    print(f"{report.agreeing:,} of {report.codes:,} {report.origin} are the same in PyTorch and in JAX")
+    print(f"{len(report.differences):,} tensors compared; largest differences, relative to the tensor's magnitude:")
+    for difference in sorted(report.differences, key=lambda difference: -difference.relative)[:SHOWN]:
+        print(
+            f"  {difference.name}: {difference.relative:.1e} ({difference.largest:.1e} of {difference.magnitude:.3g})"
+        )
+    first = report.first_beyond
+    if first is not None:
+        raise Failed(
+            f"PyTorch computes something else: {first.name} is the first to differ by more than {verify.TOLERANCE:g} "
+            f"of its largest magnitude, by {first.relative:.1e}"
+        )
+
+
 def parser() -> Parser:
+    """Returns the parser of the command's flags."""
     parser = Parser(
         "convert",
-        "Weights from PyTorch and to PyTorch, and runs of another codebook size.",
-        notes=f"A file becomes a run, a run a file. Fields of a new run are overridden with {PREFIX}NAME=VALUE.",
+        "Reads weights from PyTorch, writes weights for PyTorch, and makes runs with another codebook size.",
+        examples=[
+            "--in=imagenet256_16384.ckpt --out=runs/imported",
+            "--in=hf://TencentARC/IBQ-AR-B --out=runs/B --tokenizer=runs/imported",
+            "--in=runs/tokenizer --out=tokenizer.safetensors --verify",
+            "--in=runs/tokenizer --out=hub --hub",
+            "--in=runs/codes1024 --out=runs/codes8192 --codebook-size=8192",
+        ],
+        notes=(
+            "The kind of --out decides: from a file of weights, a folder becomes a run; from a run, a file gets its\n"
+            f"weights. {PREFIX}NAME=VALUE overrides a field of the new run's config."
+        ),
     )
     parser.add_argument(
         "--in",
         dest="input",
         required=True,
-        metavar="PLACE",
-        help="a run's folder, a checkpoint, a file of weights (.ckpt .pt .pth .safetensors), or hf://OWNER/NAME",
+        metavar="SOURCE",
+        help="what to read: a run's folder, a step's folder under its checkpoints/, a file of weights (.safetensors, "
+        ".ckpt, .pt, .pth) or hf://OWNER/NAME (required)",
     )
-    parser.add_argument("--out", type=Path, metavar="PATH", help="a folder for a run, or a .ckpt, .pt or .safetensors")
     parser.add_argument(
-        "--weights", choices=WEIGHTS, default="all", help="of a tokenizer's run: all a published file has (default)"
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="what to write: the folder of a new run, or a .safetensors, .ckpt, .pt or .pth file; it must not exist "
+        "(default: nothing, with --verify)",
     )
-    parser.add_argument("--hub", action="store_true", help="write the folder --out as the Hugging Face hub has it")
-    parser.add_argument("--verify", action="store_true", help="compare PyTorch with JAX, layer by layer")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="of --verify; default: some of the embedded ones")
-    parser.add_argument("--config", default="", metavar="FILE:PRESET", help="of a new run, what a file does not tell")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="RUN", help="of a new generator's run, what decodes its codes"
+        "--weights",
+        choices=WEIGHTS,
+        default="all",
+        help="weights of a tokenizer's run to write: all that a published file holds, only the averaged (ema), or only "
+        "the raw ones (default: all)",
+    )
+    parser.add_argument(
+        "--hub",
+        action="store_true",
+        help="write --out as a folder for the Hugging Face hub, with a model card (default: off)",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare what PyTorch and JAX compute, layer by layer; needs PyTorch (default: off)",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder of images that --verify uses for a tokenizer (default: images of the embedded data set)",
+    )
+    parser.add_argument(
+        "--config",
+        default="",
+        metavar="FILE:PRESET",
+        help="preset that gives a new run the fields which a file does not say (default: the preset of its size)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="RUN",
+        help="tokenizer's run that decodes the codes of a new generator's run (default: the one in the file, if any)",
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--codebook-size", type=positive, metavar="N", help="split codes, until there are N")
-    size.add_argument("--prune", action="store_true", help="drop the codes that the validation split does not use")
+    size.add_argument(
+        "--codebook-size",
+        type=positive,
+        metavar="N",
+        help="write a run whose codebook has N codes, more than now, by splitting codes (default: unchanged)",
+    )
+    size.add_argument(
+        "--prune",
+        action="store_true",
+        help="write a run without the codes that the validation split does not use (default: off)",
+    )
     parser.add_argument(
-        "--multiple-of", type=positive, default=64, metavar="N", help="of which --prune keeps the size (default: 64)"
+        "--multiple-of",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="the size that --prune reaches is a multiple of N codes (default: 64)",
     )
     parser.add_argument(
         "--spread",
         type=share,
         default=0.02,
-        help="how far children lie from their code, in root mean squares of the codebook (default: 0.02)",
+        help="distance of the copies of a split code from it, relative to the root mean square of the codebook "
+        "(default: 0.02)",
     )
     return parser

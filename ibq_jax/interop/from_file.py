@@ -1,10 +1,10 @@
-"""A run made of a file of weights: what the authors published, and what `convert` writes.
+"""Makes a run of a file of weights: one that the authors published, or one that `convert` wrote.
 
-Tensors are read one after another, straight to where they lie on the mesh. The run's only checkpoint holds weights
-alone, with the averages and the discriminator where the file has them; training begins there with new moments.
+Tensors are read one at a time, directly to their devices. The run's only checkpoint holds weights, including the
+averages and the discriminator if the file has them, but no optimizer state: training continues with new moments.
 
-run/imported.json       where the weights come from, and what the file says of itself
-run/carried.safetensors what the file holds beside them, under its published names: handed on when the run is exported
+run/imported.json        where the weights come from, and the file's metadata
+run/carried.safetensors  the file's other tensors under their published names; exporting the run hands them on
 """
 
 import json
@@ -17,40 +17,46 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ibq_jax.autoregressive.restore import CODES
 from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.base.checkpoint import WEIGHTS_ONLY, Checkpoints
 from ibq_jax.base.config import save_config
 from ibq_jax.base.files import atomic_folder
 from ibq_jax.base.saved_run import IMPORTED
 from ibq_jax.base.sharding import abstract_state, make_mesh
-from ibq_jax.data.token_cache import VERSION
+from ibq_jax.data.token_cache import VERSION, write_run_manifest
 from ibq_jax.interop import generator_names, tokenizer_names
-from ibq_jax.interop.recognize import GENERATOR, TOKENIZER, Contents, architecture, check, recognize, run_config
-from ibq_jax.interop.tokenizer_names import Put, Read
+from ibq_jax.interop.recognize import GENERATOR, TOKENIZER, Contents, check, recognize, run_config
+from ibq_jax.interop.tokenizer_names import PlaceLeaf, ReadTensor
 from ibq_jax.pretrained.tensor_files import TensorFile, open_tensors, write_tensors
 from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
 from ibq_jax.tokenizer.step import TokenizerTrainer
 from ibq_jax.tokenizer.tokenize import fingerprint
 
 CARRIED = "carried.safetensors"
-OF_TOKENIZER = generator_names.TOKENIZER_PREFIX
 
 
 def import_file(
     path: Path, out: Path, spec: str = "", overrides: Sequence[str] = (), tokenizer: Path | None = None
 ) -> str:
-    """Makes the run `out` of a file; returns what it holds, in words.
+    """Makes the run `out` of a file and returns a description of what it holds.
 
-    `spec` and `overrides`: of what the file does not tell, as `load_config` takes them. `tokenizer`: for a generator,
-    the run that decodes its codes; a file that holds a tokenizer beside it becomes two runs, the second in
-    `out`/tokenizer. Raises UsageError naming every tensor that is missing, unknown or misshapen, and for whatever else
-    is wrong with the file; nothing is written then.
+    A file that holds a tokenizer beside a generator becomes two runs, the tokenizer's in `out`/tokenizer.
+
+    Args:
+        path: the file of weights.
+        out: the folder of the new run, which must not exist.
+        spec: a preset, FILE.py:PRESET, for what the file does not say; "" picks one (`recognize.run_config`).
+        overrides: `--config.NAME=VALUE`, as `load_config` takes them.
+        tokenizer: for a generator, the run that decodes its codes.
+
+    Raises:
+        UsageError: the file is not of weights, or a tensor is missing, unknown or of the wrong shape (all are named);
+            nothing is written then.
     """
     file = open_tensors(path)
     contents = recognize(file.shapes, file.about, str(path))
     config, words = run_config(contents, path.stem, spec, overrides, file.about.get("config", ""))
-    contents = Contents(contents.stage, architecture(config))
+    contents = Contents.from_config(config)
     trainer = _trainer(config)
     check(file.shapes, contents)
     with atomic_folder(out) as partial:
@@ -74,8 +80,7 @@ def import_file(
         if carried:
             write_tensors(partial / CARRIED, carried, {})
         if contents.stage == GENERATOR:
-            manifest = _manifest(config, path, _decoder(carried, partial, out, tokenizer))
-            (partial / CODES).write_text(json.dumps(manifest, indent=2) + "\n")
+            write_run_manifest(partial, _manifest(config, path, _decoder(carried, partial, out, tokenizer)))
         checkpoints = Checkpoints(partial / "checkpoints")
         checkpoints.save(0, state, {"config": config.to_dict(), WEIGHTS_ONLY: True})
         checkpoints.close()
@@ -88,8 +93,8 @@ def _trainer(config: ConfigDict) -> TokenizerTrainer | GeneratorTrainer:
 
 
 @contextmanager
-def _reading(file: TensorFile) -> Iterator[Read]:
-    """`file.read`, with a progress bar."""
+def _reading(file: TensorFile) -> Iterator[ReadTensor]:
+    """Gives `file.read` with a progress bar."""
     elements = sum(int(np.prod(shape)) for shape in file.shapes.values())
     with tqdm(total=elements, unit=" numbers", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
 
@@ -101,46 +106,45 @@ def _reading(file: TensorFile) -> Iterator[Read]:
         yield read
 
 
-def _state(read: Read, shapes: Mapping, contents: Contents, trainer) -> dict:
-    """The weights of a train state, as nested dictionaries of arrays on the trainer's mesh."""
+def _state(read: ReadTensor, shapes: Mapping, contents: Contents, trainer) -> dict:
+    """Returns the weights of a training state as nested dictionaries of arrays on the trainer's mesh."""
     like, _ = abstract_state(trainer.create_state, trainer.mesh, trainer.config.seed)
     if contents.stage == GENERATOR:
         model = generator_names.build(contents.architecture)
         params = generator_names.read_generator(read, generator_names.name_prefix(shapes), model, _placing(like.params))
         return {"step": np.int32(0), "params": params} | ({} if like.ema is None else {"ema": params})
-    published, put = contents.architecture, _placing(like.params)
-    params = tokenizer_names.read_tokenizer(read, published, put=put)
+    published, place = contents.architecture, _placing(like.params)
+    params = tokenizer_names.read_tokenizer(read, published, place=place)
     averaged = (
-        tokenizer_names.read_tokenizer(read, published, averaged=True, put=put)
+        tokenizer_names.read_tokenizer(read, published, averaged=True, place=place)
         if tokenizer_names.has_averages(shapes)
         else params
     )
     state = {"step": np.int32(0), "params": params, "ema": averaged}
     if tokenizer_names.has_discriminator(shapes) and like.discriminator is not None:
         variables = {"params": like.discriminator.params, "batch_stats": like.discriminator.batch_stats}
-        state["discriminator"] = tokenizer_names.read_discriminator(read, published, put=_placing(variables))
+        state["discriminator"] = tokenizer_names.read_discriminator(read, published, place=_placing(variables))
     return state
 
 
-def _placing(like: Mapping) -> Put:
-    """Puts a leaf where `like` has it."""
+def _placing(like: Mapping) -> PlaceLeaf:
+    """Returns a function that moves each leaf to the devices where `like` has it."""
 
-    def put(path: tuple[str, ...], array: np.ndarray) -> jax.Array:
+    def place(path: tuple[str, ...], array: np.ndarray) -> jax.Array:
         leaf = like
         for part in path:
             leaf = leaf[part]
         return jax.block_until_ready(jax.device_put(array, leaf.sharding))
 
-    return put
+    return place
 
 
 def _decoder(carried: dict, partial: Path, out: Path, tokenizer: Path | None) -> dict:
-    """What the manifest of a generator's codes says of the tokenizer that made them, as far as it is known."""
-    beside = {
-        name.removeprefix(OF_TOKENIZER): array for name, array in carried.items() if name.startswith(OF_TOKENIZER)
-    }
-    if tokenizer is None and beside:
-        write_tensors(partial / "tokenizer.safetensors", beside, {})
+    """Returns what is known about the tokenizer of a generator's codes, for the run's manifest."""
+    prefix = generator_names.TOKENIZER_PREFIX
+    enclosed = {name.removeprefix(prefix): array for name, array in carried.items() if name.startswith(prefix)}
+    if tokenizer is None and enclosed:
+        write_tensors(partial / "tokenizer.safetensors", enclosed, {})
         import_file(partial / "tokenizer.safetensors", partial / "tokenizer")
         (partial / "tokenizer.safetensors").unlink()
         return _describe_tokenizer(partial / "tokenizer", (out / "tokenizer").resolve())
@@ -159,12 +163,12 @@ def _describe_tokenizer(run: Path, path: Path) -> dict:
 
 
 def _manifest(config: ConfigDict, path: Path, decoder: dict) -> dict:
-    """As far as it is known, what `codes.json` says in a run that was trained here."""
+    """Returns what is known of the manifest's fields in a run that was trained here."""
     return {
         "version": VERSION,
         "imported": str(path.resolve()),
         **decoder,
         "data": {"class_names": [str(label) for label in range(config.model.num_classes)]},
-        "codes": config.model.vocab_size,
+        "codebook_size": config.model.vocab_size,
         "grid": list(config.model.grid),
     }

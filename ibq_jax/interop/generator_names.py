@@ -1,9 +1,8 @@
-"""The one table between the generator's parameter tree and the tensor names of the published PyTorch checkpoints.
+"""The mapping between the generator's parameter tree and the tensor names of the published PyTorch checkpoints.
 
-A published generator file (arXiv 2412.02692, TencentARC/SEED-Voken) holds the transformer's tensors, each under
-`transformer.`, and the tokenizer's under `first_stage_model.`, which are left alone here. A state dict of the
-transformer alone may do without the prefix. Layers are stacked here and numbered there; matrices are [in, out] here and
-[out, in] there.
+A published generator file (arXiv 2412.02692, github.com/TencentARC/SEED-Voken) holds the transformer's tensors under
+`transformer.` and the tokenizer's under `first_stage_model.`, which this module ignores. A file of the transformer
+alone may omit the prefix. Layers are stacked here and numbered there; matrices are [in, out] here and [out, in] there.
 """
 
 import math
@@ -19,18 +18,18 @@ from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.base.errors import UsageError
 from ibq_jax.interop.tokenizer_names import (
     Path,
-    Put,
-    Read,
+    PlaceLeaf,
+    ReadTensor,
     Shapes,
     check_tensors,
     keep_on_host,
     shapes_of,
-    to_host_async,
+    to_torch_arrays,
 )
 
 PREFIX, TOKENIZER_PREFIX = "transformer.", "first_stage_model."
 
-# Ours -> theirs; {} is the layer.
+# Our paths -> the published names; {} is the layer's number.
 TABLE: dict[Path, str] = {
     ("tok_emb", "embedding"): "tok_emb.weight",
     ("tok_emb", "fc1", "kernel"): "embedding_projection.fc1.weight",
@@ -69,21 +68,27 @@ SUPPORTED = {
 
 
 def model_fields(published: Mapping) -> dict:
-    """The fields of `GeneratorModel` for a published configuration ("vocab_size", "block_size", "n_layer", "n_head",
-    "n_embd", and what differs from the released code's defaults).
+    """Returns the fields of `GeneratorModel` for a published configuration.
 
-    Raises UsageError for a key that is missing or a value that this architecture does not have.
+    Args:
+        published: the configuration, with "vocab_size", "block_size", "n_layer", "n_head", "n_embd", and whatever
+            differs from the released code's defaults.
+
+    Raises:
+        UsageError: a key is missing, or a value is one that this architecture does not support.
     """
     missing = [key for key in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd") if key not in published]
     if missing:
         raise UsageError(f"configuration of the generator: {', '.join(missing)} missing")
     for key, supported in (SUPPORTED | {"cond_dim": published["n_embd"]}).items():
         if key in published and published[key] != supported:
-            raise UsageError(f"configuration of the generator: {key} is {published[key]!r}, only {supported!r} exists")
+            raise UsageError(
+                f"configuration of the generator: {key} is {published[key]!r}, only {supported!r} is supported"
+            )
     side = math.isqrt(published["block_size"])
     grid = tuple(published.get("grid", (side, side)))
     if math.prod(grid) != published["block_size"]:
-        raise UsageError(f"configuration of the generator: block_size is {published['block_size']}, which is no square")
+        raise UsageError(f"configuration of the generator: block_size is {published['block_size']}, not a square")
     settings = DEFAULTS | dict(published)
     return {
         "vocab_size": settings["vocab_size"],
@@ -100,14 +105,18 @@ def model_fields(published: Mapping) -> dict:
 
 
 def build(published: Mapping, no_class: bool = True) -> GeneratorModel:
-    """The model of a published configuration; `no_class` where that does not say whether its table has the row."""
+    """Returns the model of a published configuration.
+
+    `no_class` says whether the class table has a row for "no class", if the configuration does not.
+    """
     return GeneratorModel(**model_fields(published), no_class=published.get("no_class", no_class))
 
 
-def architecture(config: Mapping) -> dict:
-    """The configuration, as the published ones are written, of a generator's config from configs/autoregressive.py.
+def published_architecture(config: Mapping) -> dict:
+    """Returns the architecture of a generator's config in the format of the published configurations.
 
-    "grid" and "no_class" are ours: theirs are square, and always have the row.
+    "grid" and "no_class" are additions: published grids are square, and published class tables always have a row for
+    "no class".
     """
     model = config["model"]
     return {
@@ -127,7 +136,7 @@ def architecture(config: Mapping) -> dict:
 
 
 def published_tensors(params: Mapping, prefix: str = PREFIX) -> dict:
-    """The parameters, layer by layer, under their published names and transposed as there; whatever kind of array."""
+    """Returns the parameters by published name, layer by layer, in PyTorch's layout; any kind of array is accepted."""
     tensors = {}
     for path, leaf in flatten_dict(params).items():
         leaf = leaf.swapaxes(-1, -2) if path[-1] == "kernel" else leaf
@@ -137,14 +146,14 @@ def published_tensors(params: Mapping, prefix: str = PREFIX) -> dict:
 
 
 def generator_to_torch(params: Mapping, prefix: str = PREFIX) -> dict[str, np.ndarray]:
-    """The parameters under their published names, in PyTorch's layouts."""
-    return to_host_async(published_tensors(params, prefix))
+    """Returns the parameters under their published names, in PyTorch's layouts."""
+    return to_torch_arrays(published_tensors(params, prefix))
 
 
 def generator_from_torch(state_dict: Mapping[str, np.ndarray], model: GeneratorModel) -> dict:
-    """The parameters of `model`, from tensors with or without the prefix `transformer.`.
+    """Returns the parameters of `model` from tensors with or without the prefix `transformer.`.
 
-    Raises UsageError naming every missing, unknown or misshapen tensor, and loads nothing then.
+    Raises UsageError that names every missing, unknown or misshapen tensor; nothing is loaded then.
     """
     shapes = shapes_of(state_dict)
     check_generator(shapes, model)
@@ -152,27 +161,30 @@ def generator_from_torch(state_dict: Mapping[str, np.ndarray], model: GeneratorM
 
 
 def check_generator(shapes: Shapes, model: GeneratorModel) -> None:
-    """Raises UsageError naming whatever is missing, unknown or misshapen; a tokenizer's tensors are not looked at."""
+    """Checks the tensors of a file against `model`; the tokenizer's tensors are ignored.
+
+    Raises UsageError that names every tensor that is missing, unknown or of the wrong shape.
+    """
     prefix = name_prefix(shapes)
     own = {name: shape for name, shape in shapes.items() if not name.startswith(TOKENIZER_PREFIX)}
     known = {prefix + name: shape for name, shape in published_shapes(model).items()}
     check_tensors(own, {"generator": known}, wanted="generator")
 
 
-def read_generator(read: Read, prefix: str, model: GeneratorModel, put: Put = keep_on_host) -> dict:
-    """The parameters of `model`, one after another from a file that has been checked, each `put` in place.
+def read_generator(read: ReadTensor, prefix: str, model: GeneratorModel, place: PlaceLeaf = keep_on_host) -> dict:
+    """Reads the parameters of `model` from a checked file, one leaf at a time, and places each with `place`.
 
-    The largest come first: one is held twice while it is put in place, and by then little else is there.
+    The largest leaves come first: a leaf is in memory twice while it is placed, and then little else is.
     """
     leaves = {}
     like = flatten_dict(abstract_params(model))
     for path, leaf in sorted(like.items(), key=lambda item: -math.prod(item[1].shape)):
-        leaves[path] = put(path, _stacked(read, prefix + TABLE[path], leaf, transposed=path[-1] == "kernel"))
+        leaves[path] = place(path, _stacked(read, prefix + TABLE[path], leaf, transposed=path[-1] == "kernel"))
     return unflatten_dict(leaves)
 
 
-def _stacked(read: Read, name: str, leaf: jax.ShapeDtypeStruct, transposed: bool) -> np.ndarray:
-    """One leaf, of as many tensors as it has layers."""
+def _stacked(read: ReadTensor, name: str, leaf: jax.ShapeDtypeStruct, transposed: bool) -> np.ndarray:
+    """Returns one leaf, stacked from one tensor per layer if its name is numbered."""
     array = np.empty(leaf.shape, leaf.dtype)
     for i, layer in enumerate(array if "{}" in name else [array]):
         tensor = read(name.format(i))
@@ -181,12 +193,12 @@ def _stacked(read: Read, name: str, leaf: jax.ShapeDtypeStruct, transposed: bool
 
 
 def name_prefix(names: Iterable[str]) -> str:
-    """What stands before the transformer's names: "transformer.", or nothing."""
+    """Returns the prefix of the transformer's tensor names: "transformer." or nothing."""
     return PREFIX if any(name.startswith(PREFIX) for name in names) else ""
 
 
 def published_shapes(model: GeneratorModel) -> Shapes:
-    """Name, without a prefix, and PyTorch shape of every tensor of the model's file."""
+    """Returns {name without prefix: PyTorch shape} of every tensor of the model's file."""
     shapes = {}
     for path, leaf in flatten_dict(abstract_params(model)).items():
         layers, shape = (leaf.shape[0], leaf.shape[1:]) if "{}" in TABLE[path] else (1, leaf.shape)
@@ -196,13 +208,13 @@ def published_shapes(model: GeneratorModel) -> Shapes:
 
 
 def has_no_class(state_dict: Mapping[str, np.ndarray], num_classes: int) -> bool:
-    """Whether the class table has a row more than there are classes."""
+    """Returns whether the class table has a row for "no class" after those of the classes."""
     table = state_dict.get(name_prefix(state_dict) + TABLE["class_emb",])
     return table is None or len(table) != num_classes
 
 
 def abstract_params(model: GeneratorModel) -> dict:
-    """Shapes and types of the model's parameters."""
+    """Returns the shapes and types of the model's parameters."""
     codes = jax.ShapeDtypeStruct((1, *model.grid), jnp.int32)
     labels = jax.ShapeDtypeStruct((1,), jnp.int32)
     return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), codes, labels))["params"]

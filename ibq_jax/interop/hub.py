@@ -1,12 +1,13 @@
-"""Weights from the Hugging Face hub: hf://OWNER/NAME, with the package huggingface_hub (requirements-hub.txt).
+"""Downloads of weights from the Hugging Face hub, hf://OWNER/NAME, with the package huggingface_hub.
 
-HF_ENDPOINT names another server, HF_TOKEN opens private repositories, HF_HOME is where files are kept.
+The environment variable HF_ENDPOINT selects another server, HF_TOKEN gives access to private repositories, and HF_HOME
+is the folder of the downloaded files.
 """
 
 import os
 from pathlib import Path
 
-from ibq_jax.base.errors import UsageError
+from ibq_jax.base.errors import UsageError, one_line
 
 SCHEME = "hf://"
 
@@ -27,9 +28,9 @@ OURS = "model.safetensors"  # what `convert --hub` writes
 
 
 def download_if_hub(source: str | Path) -> Path:
-    """`place` itself, or where it is hf://OWNER/NAME[/FILE][@REVISION] the file, downloaded unless it is kept already.
+    """Returns `source` as a path; if it is hf://OWNER/NAME[/FILE][@REVISION], the file, downloaded if necessary.
 
-    Raises UsageError for another form, without the package, and for whatever the download ends with.
+    Raises UsageError if the address has another form, the package is not installed, or the download fails.
     """
     text = str(source)
     if not text.startswith(SCHEME):
@@ -49,9 +50,4 @@ def download_if_hub(source: str | Path) -> Path:
         endpoint = os.environ.get("HF_ENDPOINT")  # the package itself looks only when it is imported
         return Path(hf_hub_download(repository, named, revision=revision or None, endpoint=endpoint))
     except Exception as error:  # of the network, of the hub, of the disk: each library underneath has its own
-        raise UsageError(f"{text}: not downloaded ({_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+        raise UsageError(f"{text}: not downloaded ({one_line(error)})") from error

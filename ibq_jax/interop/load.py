@@ -1,4 +1,4 @@
-"""Networks with their weights, from wherever they are: a run's folder, a file of weights, or the hub."""
+"""Loads networks with their weights from a run's folder, a file of weights, or the hub."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,25 +18,33 @@ from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
 
 
 def is_weights_file(path: Path) -> bool:
-    """Rather than a run's folder."""
+    """Returns whether `path` is a file of weights, by its suffix, and not a run's folder."""
     return path.suffix in SUFFIXES and not path.is_dir()
 
 
 def stage_of(path: Path) -> str:
-    """Of what a file holds."""
+    """Returns the stage of the network in a file of weights."""
     file = open_tensors(path)
     return recognize(file.shapes, file.about, str(path)).stage
 
 
 def load_tokenizer(source: str | Path, use_ema: bool) -> tuple[TokenizerModel, Mapping]:
-    """(model, parameters): averaged ones with `use_ema`, where the file has them.
+    """Loads a tokenizer.
 
-    Raises UsageError for whatever is wrong with the source, the file or its tensors.
+    Args:
+        source: a run's folder, one step's folder, a file of weights, or hf://OWNER/NAME.
+        use_ema: load the averaged weights, if there are any, instead of the raw ones.
+
+    Returns:
+        the model and its parameters.
+
+    Raises:
+        UsageError: there is no such source, or it holds no tokenizer, or not all of one.
     """
     path = download_if_hub(source)
     if not is_weights_file(path):
         trainer, restored = restore_tokenizer(path)
-        return trainer.model, restored.state.ema if use_ema else restored.state.params
+        return trainer.model, restored.state.weights("ema" if use_ema else "raw")
     file, published = _open(path, TOKENIZER)
     averaged = use_ema and tokenizer_names.has_averages(file.shapes)
     params = tokenizer_names.read_tokenizer(file.read, published, averaged)
@@ -44,11 +52,14 @@ def load_tokenizer(source: str | Path, use_ema: bool) -> tuple[TokenizerModel, M
 
 
 def load_generator(source: str | Path, use_ema: bool) -> tuple[GeneratorModel, Mapping, str]:
-    """(model, parameters, what stands before its tensors' published names); otherwise as `load_tokenizer`."""
+    """Loads a generator: the model, its parameters, and the prefix of its published tensor names.
+
+    Arguments and errors are those of `load_tokenizer`.
+    """
     path = download_if_hub(source)
     if not is_weights_file(path):
         trainer, restored, _ = restore_generator(path)
-        params = restored.state.averaged if use_ema else restored.state.params
+        params = restored.state.weights("ema" if use_ema else "raw")
         return trainer.model.clone(mesh=None), params, generator_names.PREFIX
     file, published = _open(path, GENERATOR)
     model, prefix = generator_names.build(published), generator_names.name_prefix(file.shapes)

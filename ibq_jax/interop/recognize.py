@@ -1,8 +1,9 @@
-"""What a file of tensors holds, told by their names and shapes, and the config that makes the same networks here.
+"""Recognizes what a file of weights holds by the names and shapes of its tensors, and makes the config of a run of it.
 
-Configurations ("architectures") are written as the published ones are. Two things leave no trace in shapes: how many
-heads a generator has, and for how large pictures a network was made. Where neither the file nor the caller says them, a
-picture has 16x16 codes and heads 64 channels, or there are as many as layers: all of that holds for all published ones.
+An "architecture" is a configuration in the format of the published ones. Two facts leave no trace in the shapes: the
+number of attention heads of a generator, and the image size that a network was made for. If neither the file nor the
+caller gives them, an image has 16x16 codes, and a head has 64 channels or there are as many heads as layers. That is
+right for all published files.
 """
 
 import json
@@ -12,69 +13,82 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
-from ibq_jax.base.config import PREFIX, flatten, load_config, preset_folder, preset_names
+from ibq_jax.autoregressive.token_sizes import load_preset
+from ibq_jax.base.config import flatten, load_config, overridden_names, preset_folder, preset_names, upgraded
 from ibq_jax.base.errors import UsageError
 from ibq_jax.interop import generator_names, tokenizer_names
 
 TOKENIZER, GENERATOR = "tokenizer", "autoregressive"
 STAGES = {TOKENIZER: "a tokenizer", GENERATOR: "a generator"}
 CONFIGS = preset_folder()
-CODES_A_SIDE, HEAD_CHANNELS = 16, 64
-ANYWHERE = {TOKENIZER: "encoder.conv_in.weight", GENERATOR: "blocks.0.attention.wqkv.weight"}
+GRID_SIDE, HEAD_CHANNELS = 16, 64
+EVIDENCE = {TOKENIZER: "encoder.conv_in.weight", GENERATOR: "blocks.0.attention.wqkv.weight"}
 
-PRESETS = {
+DEFAULT_PRESETS = {
     TOKENIZER: ("imagenet256_16384", "tokenizer.py"),
     GENERATOR: ("imagenet256_B", "autoregressive.py"),
-}  # whose other fields a network of sizes of its own gets
+}  # give the other fields of a network that has no preset's size
 
-UNTOLD = frozenset(("model.num_heads", "model.num_kv_heads", "model.grid"))
+NOT_IN_SHAPES = frozenset(("model.num_heads", "model.num_kv_heads", "model.grid"))
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Of what `stage` the networks of a file are, and how large."""
+    """The networks of a file or a run: their stage, and their sizes in the format of the published configurations."""
 
     stage: str
     architecture: dict
 
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "Contents":
+        """Returns the networks of a run. Raises UsageError for a tokenizer whose quantizer is not IBQ's."""
+        names = tokenizer_names if config.stage == TOKENIZER else generator_names
+        return cls(config.stage, names.published_architecture(config))
+
 
 def recognize(shapes: Mapping[str, Shape], about: Mapping[str, str], where: str) -> Contents:
-    """From names and shapes, and from what a file of `convert` says `about` itself.
+    """Returns what a file holds.
 
-    Raises UsageError for a file that holds neither network.
+    Args:
+        shapes: the shape of every tensor, by name.
+        about: the file's metadata; a file of `convert` has its architecture there.
+        where: the file's name, for error messages.
+
+    Raises:
+        UsageError: the file holds neither a tokenizer nor a generator, or not all of one.
     """
     prefix = generator_names.name_prefix(shapes)
-    if prefix + ANYWHERE[GENERATOR] in shapes:
-        stage, infer = GENERATOR, _generator
+    if prefix + EVIDENCE[GENERATOR] in shapes:
+        stage, infer = GENERATOR, _generator_architecture
         shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
-    elif ANYWHERE[TOKENIZER] in shapes:
-        stage, infer = TOKENIZER, _tokenizer
+    elif EVIDENCE[TOKENIZER] in shapes:
+        stage, infer = TOKENIZER, _tokenizer_architecture
     else:
         raise UsageError(
-            f"{where} holds neither a tokenizer ({ANYWHERE[TOKENIZER]}) nor a generator ({ANYWHERE[GENERATOR]})"
+            f"{where} holds neither a tokenizer ({EVIDENCE[TOKENIZER]}) nor a generator ({EVIDENCE[GENERATOR]})"
         )
     try:
         architecture = json.loads(about["architecture"]) if "architecture" in about else infer(shapes)
     except KeyError as error:
         raise UsageError(f"{where} holds {STAGES[stage]} without its tensor {error.args[0]}") from error
     except (ValueError, IndexError) as error:
-        raise UsageError(f"{where}: its sizes cannot be told ({error})") from error
+        raise UsageError(f"{where}: the sizes of its networks cannot be determined ({error})") from error
     return Contents(stage, architecture)
 
 
 def check(shapes: Mapping[str, tuple[int, ...]], contents: Contents) -> None:
-    """Raises UsageError naming every tensor that is missing, unknown or misshapen."""
+    """Checks a file's tensors; raises UsageError that names every one that is missing, unknown or misshapen."""
     if contents.stage == TOKENIZER:
         tokenizer_names.check_tokenizer(shapes, contents.architecture)
     else:
         generator_names.check_generator(shapes, generator_names.build(contents.architecture))
 
 
-def _tokenizer(shapes: Mapping[str, Shape]) -> dict:
-    channels, levels = shapes[ANYWHERE[TOKENIZER]][0], _count(shapes, r"encoder\.down\.(\d+)\.")
-    resolution = CODES_A_SIDE * 2 ** (levels - 1)
+def _tokenizer_architecture(shapes: Mapping[str, Shape]) -> dict:
+    channels, levels = shapes[EVIDENCE[TOKENIZER]][0], _count(shapes, r"encoder\.down\.(\d+)\.")
+    resolution = GRID_SIDE * 2 ** (levels - 1)
     widths = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
     attending = [i for i in range(levels) if f"encoder.down.{i}.attn.0.norm.weight" in shapes]
     codes, dim = shapes["quantize.embedding.weight"]
@@ -98,12 +112,12 @@ def _tokenizer(shapes: Mapping[str, Shape]) -> dict:
     return architecture
 
 
-def _generator(shapes: Mapping[str, Shape]) -> dict:
+def _generator_architecture(shapes: Mapping[str, Shape]) -> dict:
     vocabulary, width = shapes["head.weight"]
     layers = _count(shapes, r"blocks\.(\d+)\.")
     architecture = {
         "vocab_size": vocabulary,
-        "block_size": CODES_A_SIDE**2,
+        "block_size": GRID_SIDE**2,
         "n_layer": layers,
         "n_head": _heads(width, layers),
         "n_embd": width,
@@ -121,7 +135,7 @@ def _heads(width: int, layers: int) -> int:
 
 
 def _count(tensors: Iterable[str], pattern: str) -> int:
-    """How many numbers the pattern's group takes in the names, which all begin with it."""
+    """Returns how many different numbers the pattern's group matches at the beginnings of the names."""
     return len({match[1] for match in (re.match(pattern, name) for name in tensors) if match})
 
 
@@ -131,26 +145,34 @@ def _count(tensors: Iterable[str], pattern: str) -> int:
 def run_config(
     contents: Contents, source: str, spec: str = "", overrides: Sequence[str] = (), own: str = ""
 ) -> tuple[ConfigDict, str]:
-    """The config of a run with these networks, and in words what they are.
+    """Returns the config of a run with these networks, and a description of them.
 
-    Sizes are the networks'. All else is of the preset `spec`, FILE.py:PRESET; where that is empty, as the file's `own`
-    config (JSON) has it; without one, of the first preset of the same sizes (of several, one that has as much of
-    "pretrain" in its name as `source`), or if there is none of a usual one. `overrides`, as `load_config` takes them,
-    also say what leaves no trace in shapes. Raises UsageError where there is no such file or preset.
+    The fields that decide the networks' sizes come from the file. All other fields come from the first of these that
+    exists:
+
+    1. `spec`, a preset as FILE.py:PRESET;
+    2. `own`, the config (JSON) that the file stores;
+    3. the preset of the same sizes; of several, one for pretraining if and only if `source` contains "pretrain";
+    4. the stage's default preset.
+
+    `overrides` (`--config.NAME=VALUE`) then replace those fields, and give what the shapes do not show.
+
+    Raises:
+        UsageError: there is no such file or preset, or a field or a value is wrong.
     """
     what, sizes = STAGES[contents.stage], describe(contents)
-    said = {override.removeprefix(PREFIX).partition("=")[0] for override in overrides}
-    fields = {name: value for name, value in _fields(contents).items() if name not in said & UNTOLD}
-    usual, file = PRESETS[contents.stage]
+    given = overridden_names(overrides, contents.stage)
+    fields = {name: value for name, value in _fields(contents).items() if name not in given & NOT_IN_SHAPES}
+    default, file = DEFAULT_PRESETS[contents.stage]
     if spec:
         words = f"{what}, {sizes}; other fields as in {spec}"
     elif own:
-        spec, words = f"{CONFIGS / file}:{usual}", f"{what}, {sizes}; other fields as in the run that it was made of"
-        fields = _known(own, load_config(spec)) | fields
-        fields = {name: value for name, value in fields.items() if name not in said}
+        spec, words = f"{CONFIGS / file}:{default}", f"{what}, {sizes}; other fields as in the run that it was made of"
+        fields = _known_fields(own, load_config(spec)) | fields
+        fields = {name: value for name, value in fields.items() if name not in given}
     else:
         same = sorted(same_presets(contents), key=lambda name: ("pretrain" in name) != ("pretrain" in source.lower()))
-        spec = f"{CONFIGS / file}:{(same or [usual])[0]}"
+        spec = f"{CONFIGS / file}:{(same or [default])[0]}"
         others = f" (or {' or '.join(same[1:])})" if same[1:] else ""
         words = f"{what}, preset {same[0]}{others}, {sizes}" if same else f"{what} of no preset's size, {sizes}"
     config = load_config(spec, overrides)
@@ -159,32 +181,28 @@ def run_config(
     return _with(config, fields), words
 
 
-def _known(own: str, like: ConfigDict) -> dict[str, object]:
-    """Of a config as JSON, the fields that `like` has too, with values of the same types."""
+def _known_fields(own: str, like: ConfigDict) -> dict[str, object]:
+    """Returns the fields of a config (JSON, of any version) that `like` has too, with values of the same types."""
     try:
-        fields, known = flatten(json.loads(own)), flatten(like)
-    except (ValueError, AttributeError):
+        fields, known = flatten(upgraded(json.loads(own))), flatten(like)
+    except (ValueError, TypeError, AttributeError):  # not a config
         return {}
     return {name: value for name, value in fields.items() if name in known and type(value) is type(known[name])}
 
 
-def architecture(config: ConfigDict) -> dict:
-    """Of a run's networks, as the published configurations are written."""
-    return tokenizer_names.architecture(config) if config.stage == TOKENIZER else generator_names.architecture(config)
-
-
 def same_presets(contents: Contents) -> list[str]:
-    """The presets of these sizes; none where the presets' file is not there."""
-    file, fields = CONFIGS / PRESETS[contents.stage][1], _fields(contents)
+    """Returns the names of the presets of these sizes; none if the file of presets is absent."""
+    file, fields = CONFIGS / DEFAULT_PRESETS[contents.stage][1], _fields(contents)
     named = preset_names(str(file)) if file.is_file() else ()
-    return [name for name in named if _agrees(load_config(f"{file}:{name}"), fields)]
+    load = load_preset if contents.stage == GENERATOR else load_config
+    return [name for name in named if _agrees(load(f"{file}:{name}"), fields)]
 
 
 def _fields(contents: Contents) -> dict[str, object]:
-    """Names of config fields that the networks fix, and their values."""
+    """Returns the config fields that the networks decide, with their values."""
     if contents.stage == GENERATOR:
         fields = generator_names.model_fields(contents.architecture)
-        del fields["gamma_init"]  # of the first step only
+        del fields["gamma_init"]  # matters before the first step only
         no_class = contents.architecture.get("no_class", True)
         return {f"model.{name}": value for name, value in fields.items()} | (
             {} if no_class else {"loss.class_dropout": 0.0}
@@ -212,11 +230,11 @@ def _with(config: ConfigDict, fields: Mapping[str, object]) -> ConfigDict:
 
 
 def describe(contents: Contents) -> str:
-    """The sizes, in words."""
+    """Returns the sizes in words."""
     sizes = contents.architecture
     if contents.stage == TOKENIZER:
         factor = 2 ** (len(sizes["ddconfig"]["ch_mult"]) - 1)
-        return f"{sizes['n_embed']:,} codes of {sizes['embed_dim']} dimensions, one for {factor}x{factor} pixels"
+        return f"{sizes['n_embed']:,} codes of {sizes['embed_dim']} dimensions, one code per {factor}x{factor} pixels"
     return (
         f"{sizes['n_layer']} layers of width {sizes['n_embd']}, {sizes['n_head']} heads, "
         f"{sizes['vocab_size']:,} codes, {sizes['class_num']:,} classes"

@@ -1,15 +1,16 @@
-"""The one table between our parameter trees and the tensor names of the published PyTorch checkpoints.
+"""The mapping between the tokenizer's parameter tree and the tensor names of the published PyTorch checkpoints.
 
-A published tokenizer file (arXiv 2412.02692, TencentARC/SEED-Voken) has up to five groups of tensors:
+A published tokenizer file (arXiv 2412.02692, github.com/TencentARC/SEED-Voken) has up to five groups of tensors:
 
-    encoder.* decoder.* quantize.* quant_conv.* post_quant_conv.*    the generator
+    encoder.* decoder.* quantize.* quant_conv.* post_quant_conv.*    the autoencoder and the codebook
     loss.discriminator.main.N.*                                      the discriminator with its BatchNorm buffers
     loss.perceptual_loss.*                                           LPIPS, frozen
     model_ema.*                                                      averages of both networks, names without their dots
-    model_ema.decay, model_ema.num_updates                           the averages' settings
+    model_ema.decay, model_ema.num_updates                           the settings of the averages
 
-Each group but the wanted one may be absent as a whole. Loading is strict in all of them: every missing, unknown or
-misshapen tensor is named, and then nothing is loaded. Convolutions are [out, in, h, w] there and [h, w, in, out] here.
+Every group except the one asked for may be absent as a whole. Loading is strict in all groups: an error names every
+tensor that is missing, unknown or of the wrong shape, and nothing is loaded. Convolution kernels are [out, in, h, w]
+there and [h, w, in, out] here.
 """
 
 import re
@@ -28,10 +29,10 @@ from ibq_jax.tokenizer.model import TokenizerModel
 
 Path = tuple[str, ...]
 Shapes = Mapping[str, tuple[int, ...]]
-Read = Callable[[str], np.ndarray]  # a tensor by its published name
-Put = Callable[[Path, np.ndarray], object]  # a leaf by its path in our tree, to where it will lie
+ReadTensor = Callable[[str], np.ndarray]  # reads a tensor by its published name
+PlaceLeaf = Callable[[Path, np.ndarray], object]  # moves a leaf, given by its path in our tree, to where it will stay
 
-# Our module and parameter names, where the published ones differ; {} is the number after the underscore.
+# Our names of modules and parameters -> the published ones, if they differ; {} is the number after the underscore.
 NAMES = {
     "middle": "mid",
     "first_block": "block_1",
@@ -56,7 +57,7 @@ NUMBERED_NAMES = {
     "downsample": "down.{}.downsample.conv",
     "upsample": "up.{}.upsample.conv",
 }
-GENERATOR_CONFIG = {
+AUTOENCODER_FIELDS = {  # ours -> the published ones, in "ddconfig"
     "channels": "ch",
     "channel_multipliers": "ch_mult",
     "num_res_blocks": "num_res_blocks",
@@ -65,11 +66,11 @@ GENERATOR_CONFIG = {
     "resolution": "resolution",
 }
 SUPPORTED = {"double_z": False, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
-RELEASED_DISCRIMINATOR = {"disc_ndf": 64, "disc_num_layers": 3}  # where a configuration is silent
+RELEASED_DISCRIMINATOR = {"disc_ndf": 64, "disc_num_layers": 3}  # if the configuration does not say
 
 
 def keep_on_host(path: Path, array: np.ndarray) -> np.ndarray:
-    """A `Put` that leaves arrays on the host."""
+    """Leaves an array where it is (a `PlaceLeaf`)."""
     return array
 
 
@@ -77,34 +78,40 @@ def keep_on_host(path: Path, array: np.ndarray) -> np.ndarray:
 
 
 def model_fields(published: Mapping) -> dict:
-    """The architecture fields of `TokenizerModel` for a published configuration ("ddconfig", "n_embed", "embed_dim").
+    """Returns the architecture fields of `TokenizerModel` for a published configuration.
 
-    Raises UsageError for a key that is missing or a value that this architecture does not have.
+    Args:
+        published: the configuration, with "ddconfig", "n_embed" and "embed_dim".
+
+    Raises:
+        UsageError: a key is missing, or a value is one that this architecture does not support.
     """
     layout = _value(published, "ddconfig")
     for key, supported in SUPPORTED.items():
         if key in layout and layout[key] != supported:
             raise UsageError(
-                f"configuration of the tokenizer: ddconfig.{key} is {layout[key]!r}, only {supported!r} exists"
+                f"configuration of the tokenizer: ddconfig.{key} is {layout[key]!r}, only {supported!r} is supported"
             )
-    fields = {ours: _value(layout, theirs, "ddconfig.") for ours, theirs in GENERATOR_CONFIG.items()}
+    fields = {ours: _value(layout, theirs, "ddconfig.") for ours, theirs in AUTOENCODER_FIELDS.items()}
     fields |= {"codebook_size": _value(published, "n_embed"), "code_dim": _value(published, "embed_dim")}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def check_quantizer(name: str) -> None:
-    """Raises UsageError where no published file could hold such a tokenizer."""
+    """Checks that the quantizer `name` has published tensor names; raises UsageError otherwise."""
     if name != "ibq":
-        raise UsageError(f"published names and PyTorch's model are IBQ's tokenizer; the quantizer here is {name}")
+        raise UsageError(
+            f"only IBQ's tokenizer has published names and a model in PyTorch; the quantizer here is {name}"
+        )
 
 
-def architecture(config: Mapping) -> dict:
-    """The configuration, as the published ones are written, of a tokenizer's config from configs/tokenizer.py.
+def published_architecture(config: Mapping) -> dict:
+    """Returns the architecture of a tokenizer's config in the format of the published configurations.
 
-    Raises UsageError for one of another quantizer.
+    Raises UsageError for a quantizer other than IBQ's.
     """
     check_quantizer(config["quantizer"]["name"])
-    layout = {theirs: config["model"][ours] for ours, theirs in GENERATOR_CONFIG.items()}
+    layout = {theirs: config["model"][ours] for ours, theirs in AUTOENCODER_FIELDS.items()}
     return {
         "ddconfig": SUPPORTED
         | {key: list(value) if isinstance(value, tuple) else value for key, value in layout.items()},
@@ -118,7 +125,7 @@ def architecture(config: Mapping) -> dict:
 
 
 def discriminator_fields(published: Mapping) -> dict:
-    """The fields `channels` and `num_layers` of `PatchDiscriminator` for a published configuration."""
+    """Returns the fields `channels` and `num_layers` of `PatchDiscriminator` for a published configuration."""
     sizes = RELEASED_DISCRIMINATOR | dict(published.get("loss", {}))
     return {"channels": sizes["disc_ndf"], "num_layers": sizes["disc_num_layers"]}
 
@@ -135,10 +142,14 @@ def _value(mapping: Mapping, key: str, where: str = ""):
 def published_tensors(
     params: Mapping, ema: Mapping | None = None, discriminator: Mapping | None = None, stand_in: bool = True
 ) -> dict:
-    """Every tensor that a published file has of these trees, under its name and turned as there, of any kind of array.
+    """Returns the tensors of a published file, {name: array}, in PyTorch's layout; any kind of array is accepted.
 
-    `ema`: the averages of `params`. `discriminator`: {"params", "batch_stats"}; beside averages its weights `stand_in`
-    for its own averages, of which none are kept here: nothing but a strict load looks for them.
+    Args:
+        params: the autoencoder's parameters.
+        ema: their averages.
+        discriminator: the discriminator's {"params", "batch_stats"}.
+        stand_in: together with `ema`, also write the discriminator's weights under the names of its averages. No such
+            averages are kept here, but PyTorch's strict loading looks for them.
     """
     tensors = _renamed(params, published_name)
     if ema is not None:
@@ -152,27 +163,17 @@ def published_tensors(
 
 
 def tokenizer_to_torch(params: Mapping) -> dict[str, np.ndarray]:
-    """The generator's parameters under their published names, in PyTorch's layouts."""
-    return to_host_async(published_tensors(params))
+    """Returns the autoencoder's parameters under their published names, in PyTorch's layouts."""
+    return to_torch_arrays(published_tensors(params))
 
 
-def ema_to_torch(params: Mapping) -> dict[str, np.ndarray]:
-    """The generator's averaged parameters as the published checkpoints keep them, beside the others."""
-    return to_host_async(_renamed(params, lambda path: _ema_name(published_name(path))))
-
-
-def discriminator_to_torch(variables: Mapping) -> dict[str, np.ndarray]:
-    """The discriminator's {"params", "batch_stats"} under their published names, in PyTorch's layouts."""
-    return to_host_async(_renamed(variables, _discriminator_name))
-
-
-def to_host_async(tensors: Mapping) -> dict[str, np.ndarray]:
-    """As contiguous NumPy arrays of the types that PyTorch has them in."""
+def to_torch_arrays(tensors: Mapping) -> dict[str, np.ndarray]:
+    """Returns tensors as contiguous NumPy arrays of the types that PyTorch gives them."""
     return {name: np.array(tensor, dtype=torch_type(tensor.dtype), order="C") for name, tensor in tensors.items()}
 
 
 def torch_type(dtype: np.dtype) -> np.dtype:
-    """Counts are 64 bits wide there."""
+    """Returns the type that PyTorch gives such a tensor: counts are int64 there and int32 here."""
     return np.dtype(np.int64) if dtype == np.int32 else np.dtype(dtype)
 
 
@@ -187,61 +188,68 @@ def _renamed(tree: Mapping, name_of: Callable[[Path], str]) -> dict:
 
 
 def tokenizer_from_torch(state_dict: Mapping[str, np.ndarray], published: Mapping, use_ema: bool) -> dict:
-    """The generator's parameters, as stored or (`use_ema`) their averages, for the configuration `published`.
+    """Returns the autoencoder's parameters for the configuration `published`, raw or (`use_ema`) averaged.
 
-    Raises UsageError as described above, and for `use_ema` where there are no averages.
+    Raises UsageError if a tensor is missing, unknown or of the wrong shape, or there are no averages to use.
     """
     if use_ema and not has_averages(state_dict):
         raise UsageError("the checkpoint has no averaged weights (model_ema.*); load it with use_ema=False")
-    check_tokenizer(shapes_of(state_dict), published, wanted="averages" if use_ema else "generator")
+    check_tokenizer(shapes_of(state_dict), published, wanted="averages" if use_ema else "autoencoder")
     return read_tokenizer(state_dict.__getitem__, published, averaged=use_ema)
 
 
-def discriminator_from_torch(state_dict: Mapping[str, np.ndarray], published: Mapping) -> dict:
-    """The discriminator's {"params", "batch_stats"} for the configuration `published`; raises UsageError likewise."""
-    check_tokenizer(shapes_of(state_dict), published, wanted="discriminator")
-    return read_discriminator(state_dict.__getitem__, published)
+def check_tokenizer(shapes: Shapes, published: Mapping, wanted: str = "autoencoder") -> None:
+    """Checks the tensors of a file against the configuration `published`.
 
-
-def check_tokenizer(shapes: Shapes, published: Mapping, wanted: str = "generator") -> None:
-    """Raises UsageError naming whatever is missing, unknown or misshapen."""
+    Raises UsageError that names every tensor that is missing, unknown or of the wrong shape. Every group of tensors
+    except `wanted` (see `_published_shapes`) may be absent as a whole.
+    """
     check_tensors(shapes, _published_shapes(published), wanted)
 
 
 def has_averages(names: Iterable[str]) -> bool:
+    """Returns whether a file with these tensors holds averaged weights."""
     return any(name.startswith("model_ema.") for name in names)
 
 
 def has_discriminator(names: Iterable[str]) -> bool:
+    """Returns whether a file with these tensors holds the discriminator."""
     return any(name.startswith("loss.discriminator.") for name in names)
 
 
-def read_tokenizer(read: Read, published: Mapping, averaged: bool = False, put: Put = keep_on_host) -> dict:
-    """The generator's parameters, one tensor after another from a file that has been checked, each `put` in place."""
+def read_tokenizer(
+    read: ReadTensor, published: Mapping, averaged: bool = False, place: PlaceLeaf = keep_on_host
+) -> dict:
+    """Reads the autoencoder's parameters from a checked file, one tensor at a time, and places each with `place`."""
     rename = _ema_name if averaged else str
-    return _read(read, _abstract_generator(published), lambda path: rename(published_name(path)), put)
+    return _read(read, _abstract_autoencoder(published), lambda path: rename(published_name(path)), place)
 
 
-def read_discriminator(read: Read, published: Mapping, put: Put = keep_on_host) -> dict:
-    """The discriminator's {"params", "batch_stats"} likewise."""
-    return _read(read, _abstract_discriminator(published), _discriminator_name, put)
+def read_discriminator(read: ReadTensor, published: Mapping, place: PlaceLeaf = keep_on_host) -> dict:
+    """Reads the discriminator's {"params", "batch_stats"} in the same way."""
+    return _read(read, _abstract_discriminator(published), _discriminator_name, place)
 
 
-def _read(read: Read, like: Mapping, name_of: Callable[[Path], str], put: Put) -> dict:
+def _read(read: ReadTensor, like: Mapping, name_of: Callable[[Path], str], place: PlaceLeaf) -> dict:
     leaves = {}
     for path, leaf in flatten_dict(like).items():
         array = np.asarray(read(name_of(path)))
         array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
-        leaves[path] = put(path, np.array(array, dtype=leaf.dtype, order="C"))
+        leaves[path] = place(path, np.array(array, dtype=leaf.dtype, order="C"))
     return unflatten_dict(leaves)
 
 
 def shapes_of(state_dict: Mapping[str, np.ndarray]) -> Shapes:
+    """Returns the shape of every tensor."""
     return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
 
 
 def check_tensors(shapes: Shapes, groups: Mapping[str, Shapes], wanted: str) -> None:
-    """Raises UsageError unless every tensor is known and well-shaped, and `wanted` and every group present whole."""
+    """Checks the shapes of a file's tensors against those of `groups`.
+
+    Raises UsageError that names every tensor that is unknown or of the wrong shape, and every one that is missing from
+    the group `wanted` or from a group that is present in part.
+    """
     known = {name: shape for group in groups.values() for name, shape in group.items()}
     wrong = []
     for title, group in groups.items():
@@ -257,19 +265,19 @@ def check_tensors(shapes: Shapes, groups: Mapping[str, Shapes], wanted: str) -> 
 
 
 def _published_shapes(published: Mapping) -> dict[str, Shapes]:
-    """Name and PyTorch shape of every tensor that a published file may hold, by group."""
+    """Returns {group: {name: PyTorch shape}} of every tensor that a published file may hold."""
 
     def shapes(tree: Mapping, name_of: Callable[[Path], str]) -> Shapes:
         return {name_of(path): _torch_shape(leaf.shape) for path, leaf in flatten_dict(tree).items()}
 
-    generator = shapes(_abstract_generator(published), published_name)
+    autoencoder = shapes(_abstract_autoencoder(published), published_name)
     discriminator = _abstract_discriminator(published)
     weights = shapes({"params": discriminator["params"]}, _discriminator_name)
     return {
-        "generator": generator,
+        "autoencoder": autoencoder,
         "discriminator": shapes(discriminator, _discriminator_name),
         "perceptual": _perceptual_shapes(),
-        "averages": {_ema_name(name): shape for name, shape in generator.items()},
+        "averages": {_ema_name(name): shape for name, shape in autoencoder.items()},
         "discriminator's averages": {_ema_name(name): shape for name, shape in weights.items()},
         "averages' settings": {"model_ema.decay": (), "model_ema.num_updates": ()},
     }
@@ -295,7 +303,7 @@ def _perceptual_shapes() -> Shapes:
 
 
 def published_name(path: Path) -> str:
-    """Of a parameter or a module of the generator."""
+    """Returns the published name of a parameter or a module of the autoencoder."""
     return ".".join(_published_part(part) for part in path)
 
 
@@ -307,7 +315,10 @@ def _published_part(part: str) -> str:
 
 
 def _discriminator_name(path: Path) -> str:
-    """The published network is one sequence: convolution, activation, then (convolution, norm, activation) repeated."""
+    """Returns the published name of a discriminator's parameter.
+
+    The published network is one sequence: convolution, activation, then (convolution, norm, activation) repeated.
+    """
     _, module, leaf = path
     kind, number = module.split("_")
     position = 3 * int(number) if kind == "norm" else max(0, 3 * int(number) - 1)
@@ -318,7 +329,7 @@ def _ema_name(name: str) -> str:
     return "model_ema." + name.replace(".", "")
 
 
-def _abstract_generator(published: Mapping) -> dict:
+def _abstract_autoencoder(published: Mapping) -> dict:
     model = TokenizerModel(**model_fields(published))
     side = 2 ** (len(model.channel_multipliers) - 1)
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)

@@ -1,4 +1,4 @@
-"""What a file holds is told by names and shapes alone: all ten published checkpoints, and files that hold neither."""
+"""A file's contents follow from names and shapes alone: all ten published checkpoints, and files that hold neither."""
 
 import json
 
@@ -11,7 +11,7 @@ from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import abstract_state, make_mesh
 from ibq_jax.interop import generator_names, tokenizer_names
-from ibq_jax.interop.recognize import Contents, architecture, check, recognize, run_config, same_presets
+from ibq_jax.interop.recognize import Contents, check, recognize, run_config, same_presets
 from ibq_jax.tokenizer.step import TokenizerTrainer
 
 TOKENIZERS = json.loads((released.GOLDEN / "published_tokenizers.json").read_text())
@@ -58,11 +58,11 @@ def test_each_published_file_is_known_by_its_shapes(name):
     contents = recognize(shapes, {}, "a file")
     module = generator_names if name in GENERATORS else tokenizer_names
     ours, theirs = module.model_fields(contents.architecture), module.model_fields(published)
-    theirs["gamma_init"] = ours.get("gamma_init")  # of the first step only: it leaves no trace
+    theirs["gamma_init"] = ours.get("gamma_init")  # matters before the first step only and leaves no trace
     assert {**ours, "gamma_init": None} == {**theirs, "gamma_init": None}
     config, words = run_config(contents, file)
     assert f"preset {preset}" in words and preset in same_presets(contents)
-    check(shapes, Contents(contents.stage, architecture(config)))
+    check(shapes, Contents.from_config(config))
     with pytest.raises(UsageError, match="is missing"):
         check(dict(list(shapes.items())[1:]), contents)
 
@@ -95,7 +95,10 @@ def test_the_abstract_state_of_a_preset_has_exactly_the_published_names_shapes_a
         ({}, "neither a tokenizer"),
         ({"encoder.conv_in.weight": (128, 3, 3, 3)}, "holds a tokenizer without its tensor"),
         ({"transformer.blocks.0.attention.wqkv.weight": (96, 32)}, "holds a generator without its tensor head.weight"),
-        ({"blocks.0.attention.wqkv.weight": (96, 32), "head.weight": (1,)}, "its sizes cannot be told"),
+        (
+            {"blocks.0.attention.wqkv.weight": (96, 32), "head.weight": (1,)},
+            "the sizes of its networks cannot be determined",
+        ),
     ],
 )
 def test_what_is_neither_is_refused(shapes, complaint):
@@ -106,7 +109,7 @@ def test_what_is_neither_is_refused(shapes, complaint):
 def test_what_a_file_says_of_itself_comes_first():
     said = {"architecture": json.dumps(GENERATORS["IBQ-AR-B"]["config"] | {"n_head": 8})}
     assert recognize(published_shapes("IBQ-AR-B"), said, "a file").architecture["n_head"] == 8
-    with pytest.raises(UsageError, match="cannot be told"):
+    with pytest.raises(UsageError, match="cannot be determined"):
         recognize(published_shapes("IBQ-AR-B"), {"architecture": "{"}, "a file")
 
 

@@ -1,4 +1,4 @@
-"""The table of names: against every tensor of the published checkpoints, there and back, and its complaints."""
+"""The tokenizer's tensor names: those of every published checkpoint, round trips, and errors for what does not fit."""
 
 import json
 import re
@@ -7,13 +7,11 @@ import jax
 import numpy as np
 import pytest
 from support import released
+from support.published_names import discriminator_from_torch, discriminator_to_torch, ema_to_torch
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.interop.tokenizer_names import (
     discriminator_fields,
-    discriminator_from_torch,
-    discriminator_to_torch,
-    ema_to_torch,
     model_fields,
     tokenizer_from_torch,
     tokenizer_to_torch,
@@ -29,7 +27,7 @@ def small() -> tuple[dict[str, np.ndarray], dict]:
 
 
 def published_tokenizer(codes: int) -> tuple[dict[str, np.ndarray], dict]:
-    """A state dict with every published name and shape, one value a tensor, and its configuration."""
+    """Returns a state dict with every published name and shape, one value per tensor, and its configuration."""
     random = np.random.default_rng(0)
     state_dict = {}
     for name, shape in PUBLISHED["tensors"].items():
@@ -59,7 +57,7 @@ def test_every_published_name_is_exported_with_its_own_tensor():
         assert np.all(tensor == state_dict[name].flat[0]), name
 
 
-def test_round_trip_is_exact_to_the_bit(small):
+def test_a_round_trip_is_exact_bit_for_bit(small):
     state_dict, published = small
     exported = tokenizer_to_torch(tokenizer_from_torch(state_dict, published, use_ema=False))
     exported |= discriminator_to_torch(discriminator_from_torch(state_dict, published))
@@ -82,7 +80,7 @@ def test_layouts(small):
     assert discriminator_from_torch(state_dict, published)["params"]["conv_1"]["kernel"].shape == (4, 4, 8, 16)
 
 
-def test_the_generator_alone_is_enough(small):
+def test_the_autoencoder_alone_is_enough(small):
     state_dict, published = small
     alone = {name: tensor for name, tensor in state_dict.items() if not name.startswith(("loss.", "model_ema."))}
     params = tokenizer_from_torch(alone, published, use_ema=False)

@@ -28,6 +28,7 @@ from ibq_jax.interop import tokenizer_names
 from ibq_jax.pretrained.lpips import load_weights
 from ibq_jax.tokenizer.step import TokenizerTrainer
 from support import released
+from support.published_names import discriminator_from_torch, discriminator_to_torch, ema_to_torch
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -73,7 +74,7 @@ def take(steps: int = 4) -> tuple[list[dict], dict[str, np.ndarray], dict[str, n
     config = config_of(published, recorded)
     trainer = TokenizerTrainer(config, make_mesh({}, jax.devices()[:1]), steps_per_epoch=1)
     state = create_sharded(trainer.create_state, trainer.mesh, 0)
-    discriminator = tokenizer_names.discriminator_from_torch(tensors, published)
+    discriminator = discriminator_from_torch(tensors, published)
     state = state.replace(
         params=tokenizer_names.tokenizer_from_torch(tensors, published, use_ema=False),
         ema=tokenizer_names.tokenizer_from_torch(tensors, published, use_ema=True),
@@ -91,8 +92,8 @@ def take(steps: int = 4) -> tuple[list[dict], dict[str, np.ndarray], dict[str, n
             first_moments = jax.tree.map(lambda moment: moment / (1 - config.optimizer.beta1), state.optimizer[0].mu)
             gradients = tokenizer_names.tokenizer_to_torch(first_moments)
     end = state.discriminator
-    final = tokenizer_names.tokenizer_to_torch(state.params) | tokenizer_names.ema_to_torch(state.ema)
-    final |= tokenizer_names.discriminator_to_torch({"params": end.params, "batch_stats": end.batch_stats})
+    final = tokenizer_names.tokenizer_to_torch(state.params) | ema_to_torch(state.ema)
+    final |= discriminator_to_torch({"params": end.params, "batch_stats": end.batch_stats})
     return logs, gradients, final | {"lecam_real": np.asarray(end.lecam.real), "lecam_fake": np.asarray(end.lecam.fake)}
 
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import released
+from support.published_names import discriminator_from_torch
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.interop.tokenizer_names import discriminator_fields, discriminator_from_torch
+from ibq_jax.interop.tokenizer_names import discriminator_fields
 from ibq_jax.tokenizer.discriminator import PatchDiscriminator
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from support import released
+from support.published_names import discriminator_from_torch
 
 from ibq_jax.interop.tokenizer_names import (
     discriminator_fields,
-    discriminator_from_torch,
     model_fields,
     tokenizer_from_torch,
 )
