@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from support import four_steps, released
 
@@ -32,16 +33,16 @@ LOGGED = {
     "train/logits_fake": "discriminator/logits_fake",
 }
 
-LOSSES = ("loss/", "discriminator/")
-
 CPU = Path("/proc/cpuinfo")
-# Measured on an AMD EPYC with AVX2: gradients 1.2e-4 off; the entropy loss 3e-5 off on eight devices, 5e-5 in
-# micro-batches.
-rounds_worse_without_avx512 = pytest.mark.xfail(
-    CPU.exists() and "avx512f" not in CPU.read_text(),
-    reason="float32 on this CPU rounds worse than asked",
-    strict=False,
-)
+# Float32 gradients of the first step, against the released code in float64, as a share of each tensor's largest value.
+# Measured: 6e-5 with AVX-512; without it 6.4e-5 on one AMD EPYC and 1.2e-4 on another. The float64 test below holds
+# the same gradients to 1e-7 on every machine.
+GRADIENT_TOLERANCE = 2e-4 if CPU.exists() and "avx512f" not in CPU.read_text() else 1e-4
+
+# Rounding differs between machines and meshes. At larger rates Adam's first steps amplify it, because each gradient is
+# divided by its own size, so that rounding decides the sign of the smallest ones. At this rate the losses of three
+# steps differ by 2.4e-7 at most and all scalars by 1e-5 (one device against eight, an AMD EPYC without AVX-512).
+CALM = "--config.optimizer.learning_rate=1e-5"
 
 
 def assert_logged(ours: dict, theirs: dict, tolerance: float) -> None:
@@ -50,15 +51,23 @@ def assert_logged(ours: dict, theirs: dict, tolerance: float) -> None:
         assert error <= tolerance * max(1.0, abs(theirs[their_name])), f"{name}: off by {error:.1e}"
 
 
-def assert_same(logs: list[dict], others: list[dict], beginnings: str | tuple[str, ...] = "") -> None:
-    """Of every step the scalars whose names begin so, to 1e-5."""
+def assert_same(logs: list[dict], others: list[dict]) -> None:
+    """Checks that two runs logged the same scalars at every step: to 1e-5, gradient norms to 1e-4."""
     for ours, theirs in zip(logs, others, strict=True):
+        assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
-            if name.startswith(beginnings):
-                assert abs(ours[name] - value) <= 1e-5 * max(1.0, abs(value)), name
+            tolerance = 1e-4 if name.endswith("gradient_norm") else 1e-5
+            assert abs(ours[name] - value) <= tolerance * max(1.0, abs(value)), name
 
 
-@rounds_worse_without_avx512
+def assert_same_gradients(state, other) -> None:
+    """Checks that Adam's first moments of the two networks agree to 1e-4 of each network's norm."""
+    for ours, theirs in ((state, other), (state.discriminator, other.discriminator)):
+        first, second = jax.device_get((ours.optimizer[0].mu, theirs.optimizer[0].mu))
+        difference = jax.tree.map(np.subtract, first, second)
+        assert optax.tree.norm(difference) <= 1e-4 * optax.tree.norm(second)
+
+
 def test_first_float32_step_is_the_released_one():
     expected, exact = released.load("train_steps"), released.load("train_steps_float64")
     logs, gradients, _ = four_steps.take(steps=1)
@@ -67,7 +76,7 @@ def test_first_float32_step_is_the_released_one():
     assert len(names) == 9
     for name in names:
         # The golden ones are rounded too: both are held to what the released code computes in float64.
-        released.assert_close(gradients[name.removeprefix("grad0/")], exact[name], 1e-4)
+        released.assert_close(gradients[name.removeprefix("grad0/")], exact[name], GRADIENT_TOLERANCE)
 
 
 @pytest.mark.slow
@@ -135,14 +144,14 @@ def run_steps(axes: dict[str, int], devices: int, *overrides: str, steps: int = 
 
 @pytest.fixture(scope="module")
 def on_one_device():
-    return run_steps({"data": 1}, 1)
+    return run_steps({"data": 1}, 1, CALM)
 
 
-@rounds_worse_without_avx512
 @pytest.mark.parametrize("axes", [{"data": 2, "codebook": 4}, {"data": 8}, {"data": 2, "fsdp": 2, "codebook": 2}])
 def test_eight_devices_log_what_one_logs(on_one_device, axes):
-    state, logs = run_steps(axes, 8)
-    assert_same(logs, on_one_device[1], LOSSES)
+    state, logs = run_steps(axes, 8, CALM)
+    assert_same(logs, on_one_device[1])
+    assert_same_gradients(state, on_one_device[0])
     sharding = state.params["quantize"]["codebook"].sharding
     assert sharding.shard_shape((64, 8)) == (64 // axes.get("codebook", 1), 8)
     assert state.ema["quantize"]["codebook"].sharding == sharding
@@ -151,36 +160,35 @@ def test_eight_devices_log_what_one_logs(on_one_device, axes):
 
 @pytest.mark.parametrize("name", ["vq", "simvq", "lfq", "fsq"])
 @pytest.mark.parametrize(
-    ("fields", "compared"),
+    "fields",
     [
-        pytest.param(("optimizer.learning_rate=1e-4",), LOSSES, marks=rounds_worse_without_avx512, id="whole"),
-        pytest.param(("loss.adversarial_weight=0.0", "model.channel_multipliers=(1,)"), "", id="small"),
+        pytest.param((), id="whole"),
+        pytest.param(("loss.adversarial_weight=0.0", "model.channel_multipliers=(1,)"), id="small"),
     ],
 )
-def test_eight_devices_log_what_one_logs_of_other_quantizers(name, fields, compared):
-    overrides = [f"--config.{field}" for field in (f"quantizer.name={name}", *fields)]
+def test_eight_devices_log_what_one_logs_of_other_quantizers(name, fields):
+    overrides = [CALM, *(f"--config.{field}" for field in (f"quantizer.name={name}", *fields))]
     state, logs = run_steps({"data": 2, "codebook": 4}, 8, *overrides, steps=2)
     _, on_one_device = run_steps({"data": 1}, 1, *overrides, steps=2)
-    assert_same(logs, on_one_device, compared)
-    assert [log.keys() for log in logs] == [log.keys() for log in on_one_device]
+    assert_same(logs, on_one_device)
     if "codebook" in state.params.get("quantize", {}):
         assert state.params["quantize"]["codebook"].sharding.shard_shape((64, 8)) == (16, 8)
 
 
-@rounds_worse_without_avx512
 def test_micro_batches_log_what_the_whole_batch_logs(on_one_device):
     # Groups of batch norm (4 images) and entropy (256 tokens, 4 images) lie inside a micro-batch of 8 images.
-    _, logs = run_steps({"data": 1}, 1, "--config.train.grad_accum_steps=2")
-    assert_same(logs, on_one_device[1], LOSSES)
+    state, logs = run_steps({"data": 1}, 1, CALM, "--config.train.grad_accum_steps=2")
+    assert_same(logs, on_one_device[1])
+    assert_same_gradients(state, on_one_device[0])
 
 
 def test_bfloat16_keeps_parameters_and_losses_in_float32(on_one_device):
-    state, logs = run_steps({"data": 1}, 1, "--config.dtype=bfloat16", steps=1)
+    state, logs = run_steps({"data": 1}, 1, CALM, "--config.dtype=bfloat16", steps=1)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
     assert 1e-6 < abs(logs[0]["loss/l1"] - on_one_device[1][0]["loss/l1"]) < 1e-2
 
 
-def test_before_its_start_the_adversary_changes_nothing():
+def test_before_its_start_the_discriminator_changes_nothing():
     state, logs = run_steps({"data": 1}, 1, "--config.discriminator.start_step=2", "--config.train.steps=9")
     before = create_sharded(
         TokenizerTrainer(small_config(), make_mesh({"data": 1}, jax.devices()[:1]), steps_per_epoch=1).create_state,
