@@ -1,4 +1,4 @@
-"""What the commands' argument parsers share."""
+"""The argument parser of every command, and the types of its flags."""
 
 import argparse
 import sys
@@ -11,10 +11,18 @@ from ibq_jax.base.errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser for one command, whose help ends with examples and whose errors are UsageErrors of one line.
+    """An ArgumentParser whose help ends with examples and whose errors are UsageErrors of one line.
 
-    Flags are declared and shown with dashes; "_" for "-" is understood too (--data_dir). Overrides of config fields,
-    such as --config.data.image_size=64, pass unchanged.
+    Flags are declared and shown with dashes; underscores are accepted too (--data_dir). Overrides of config fields,
+    such as --config.data.image_size=64, are left as they are.
+
+    Args:
+        command: the word after `python -m ibq_jax`.
+        description: sentences at the top of the help.
+        examples: the arguments of example commands; a line break continues the command on the next line.
+        notes: paragraphs between the flags and the examples.
+        prog: used instead of `command` by argparse's subparsers.
+        **options: passed on to ArgumentParser.
     """
 
     def __init__(
@@ -24,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         examples: Sequence[str] = (),
         notes: str = "",
         *,
-        prog: str = "",  # of a command's part, as argparse's subparsers give it
+        prog: str = "",
         **options,
     ):
         lines = [f"  python -m ibq_jax {command} {example}".replace("\n", " \\\n      ") for example in examples]
@@ -38,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args=None, namespace=None):
-        """Parses `args`, with "_" in the names of flags read as "-"."""
+        """Parses `args`, reading "_" in the names of flags as "-"."""
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([_dashed(argument) for argument in args], namespace)
 
@@ -55,48 +63,48 @@ def _dashed(argument: str) -> str:
 
 
 def count(text: str) -> int:
-    """argparse type: a whole number, at least 0."""
+    """argparse type: an integer of at least 0."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 0")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """argparse type: a whole number, at least 1."""
+    """argparse type: an integer of at least 1."""
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return int(text)
 
 
 def share(text: str) -> float:
-    """argparse type: a number of at least 0, and below 1."""
+    """argparse type: a fraction, at least 0 and below 1."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no fraction: at least 0, and below 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction of at least 0 and below 1")
     return value
 
 
 def numbers(kind: Callable[[str], float]) -> Callable[[str], tuple]:
-    """argparse type: numbers of a `kind`, int or float, separated by commas."""
+    """Returns an argparse type: numbers of a `kind` (int or float), separated by commas."""
 
     def parse(text: str) -> tuple:
         try:
             return tuple(kind(part) for part in text.split(","))
         except ValueError:
-            words = "whole numbers" if kind is int else "numbers"
+            words = "integers" if kind is int else "numbers"
             raise argparse.ArgumentTypeError(f"{text!r} is not {words} separated by commas") from None
 
     return parse
 
 
 def output_file(text: str) -> Path:
-    """argparse type: a file to write, in a folder that exists; known before hours of work, not after."""
+    """argparse type: a file to write, whose folder must exist; checked before hours of work, not after."""
     path = Path(text)
     if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+        raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder, not a file")
     return path

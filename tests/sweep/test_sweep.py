@@ -109,7 +109,7 @@ WRONG = [
     (["--seeds=2", "--config.seed=1"], "seed is swept by --seeds=N"),
     (["--over=codebook.size=8", "--config.codebook.size=9"], "codebook.size is both swept and overridden"),
     ([], "nothing is swept"),
-    (["--seeds=0"], "'0' is no whole number of at least 1"),
+    (["--seeds=0"], "'0' is not an integer of at least 1"),
     (["--seeds=2", "--point=2"], "the points are 0 to 1"),
     (["--seeds=2", "--list", "--table"], "not allowed with argument"),
     (["--seeds=2", "--launcher=no-such-command run"], "is not a command on this machine"),
