@@ -1,175 +1,194 @@
-"""python -m ibq_jax evaluate: measures a tokenizer, a generator's likelihood, or generated pictures."""
+"""python -m ibq_jax evaluate: measures a tokenizer's reconstructions, a generator's likelihood, or samples."""
 
-import copy
-import math
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
-import jax
-import numpy as np
-from ml_collections import ConfigDict
-from PIL import Image
-
-from ibq_jax.autoregressive.restore import check_fit
-from ibq_jax.autoregressive.restore import restore_run as restore_generator
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import as_path
 from ibq_jax.base.saved_run import SavedRun
 from ibq_jax.commands.arguments import Parser, count, output_file, positive
-from ibq_jax.commands.generation import evaluate_drawn, evaluate_set
-from ibq_jax.data.pipeline import open_split
-from ibq_jax.data.token_cache import open_token_cache
-from ibq_jax.evaluate import likelihood
-from ibq_jax.evaluate.feature_nets import KINDS, few_images, find_feature_nets
+from ibq_jax.evaluate.evaluate_run import evaluate_likelihood, evaluate_tokenizer, perplexity_by_row
+from ibq_jax.evaluate.evaluate_samples import evaluate_generator_samples, evaluate_samples
 from ibq_jax.evaluate.protocols import PROTOCOLS
-from ibq_jax.evaluate.records import record, save, show
-from ibq_jax.evaluate.validation import likelihood_evaluator, validation_evaluator
-from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
+from ibq_jax.evaluate.records import print_record, save_record
 
-SMALLEST_SHOWN = 96  # pixels of an image's side in a picture; smaller ones are enlarged a whole number of times
+WEIGHT_FILES = {  # kind of feature net: how its file is called in the help
+    "inception": "pytorch-fid's Inception-v3, for FID, sFID, Inception Score, precision and recall",
+    "vgg16": "torchvision's VGG16, for LPIPS",
+    "alexnet": "torchvision's AlexNet, for LPIPS",
+}
 
 
 def main(argv: list[str]) -> None:
     """Runs the command; `argv` is what follows the word "evaluate".
 
     Raises:
-        UsageError: wrong flags, no run or nothing saved in it, its data, codes or pictures are not on this machine, or
-            a file of weights or of references is not what it should be.
+        UsageError: wrong flags, no run or nothing saved in it, its data, token cache or samples are not on this
+            machine, or a file of weights or of references is not what it should be.
     """
     flags = parser().parse_args(argv)
     if (flags.run is None) == (flags.samples is None):
         raise UsageError("give either --run=RUN or --samples=FILE.npz with --reference=FILE.npz")
     if flags.samples is not None:
-        evaluate_set(flags)
+        _evaluate_samples(flags)
         return
     saved = SavedRun.find(flags.run)
-    generator = saved.config.stage == "autoregressive"
-    _refuse(flags, generator)
-    if not generator:
+    _refuse_other_stage(flags, saved.config.stage)
+    if saved.config.stage == "tokenizer":
         _evaluate_tokenizer(flags, saved.workdir)
     elif flags.num is not None:
-        evaluate_drawn(flags, saved)
+        _evaluate_generator_samples(flags, saved.workdir)
     else:
-        _evaluate_generator(flags, saved.workdir)
+        _evaluate_likelihood(flags, saved.workdir)
 
 
-def _refuse(flags: Namespace, generator: bool) -> None:
-    """Flags of the other stage."""
-    if generator and flags.pictures:
+def _refuse_other_stage(flags: Namespace, stage: str) -> None:
+    """Raises UsageError for flags that do not apply to a run of this stage."""
+    if stage == "tokenizer":
+        if flags.token_cache:
+            raise UsageError(f"--token-cache is for generators; {flags.run} is a tokenizer, which reads images: --data")
+        if flags.num is not None or flags.reference is not None:
+            raise UsageError(f"--num and --reference are for samples of a generator; {flags.run} is a tokenizer")
+        return
+    if flags.reconstructions:
         raise UsageError(
-            f"--pictures is of a tokenizer's run; for a generator's: sample --run={flags.run} --out=FILE.png"
+            f"--reconstructions is for tokenizers; for a generator: sample --run={flags.run} --out=FILE.png"
         )
-    if generator and (flags.data or flags.data_dir):
-        raise UsageError(f"--data is of a tokenizer's run; {flags.run} is a generator's, which reads --codes")
-    if not generator and flags.codes:
-        raise UsageError(f"--codes is of a generator's run; {flags.run} is a tokenizer's, which reads images: --data")
-    if not generator and (flags.num is not None or flags.reference is not None):
-        raise UsageError(f"--num and --reference are of generated pictures; {flags.run} is a tokenizer's run")
+    if flags.data or flags.data_dir:
+        raise UsageError(
+            f"--data is for tokenizers; {flags.run} is a generator, which reads a token cache: --token-cache"
+        )
 
 
 def _evaluate_tokenizer(flags: Namespace, workdir: Path) -> None:
-    trainer, restored = restore_tokenizer(flags.run)
-    trainer = replace(trainer, config=_with_data(trainer.config, flags))
-    data, protocol = trainer.config.data, PROTOCOLS[flags.protocol or "clean"]
-    evaluator = validation_evaluator(trainer, flags.examples, protocol, find_feature_nets(KINDS, vars(flags)))
-    params = restored.state.weights(flags.weights)
-    metrics = dict(evaluator(params))
-    images = int(metrics["images"])
-    available = len(open_split(data.name, data.dir, data.validation_split))
-    found = record(
-        stage="tokenizer",
-        run=flags.run,
-        step=restored.step,
+    record = evaluate_tokenizer(
+        flags.run,
         weights=flags.weights,
-        split=f"{data.name}/{data.validation_split}",
-        protocol=protocol,
-        marks=[*protocol.marks(images, available, data.image_size), *few_images(metrics, images)],
-        metrics=metrics,
-        codes=trainer.config.codebook.size,
+        protocol=flags.protocol or "clean",
+        num_images=flags.num_images,
+        data={"name": flags.data, "dir": flags.data_dir, "validation_split": flags.split},
+        weight_files=_weight_files(flags),
+        reconstructions=flags.reconstructions,
+        columns=flags.columns,
+        rows=flags.rows,
     )
-    show(found)
-    save(found, workdir, f"{protocol.name}-{found['split']}", flags.json)
-    if flags.pictures:
-        picture = evaluator.picture(params, flags.columns, flags.rows)
-        if jax.process_index() == 0:
-            _write_picture(picture, data.image_size, flags.pictures)
-        print(f"wrote {flags.pictures} (originals above, reconstructions below)")
+    print_record(record)
+    save_record(record, workdir, flags.json)
+    if flags.reconstructions:
+        print(f"wrote {flags.reconstructions} (originals above, reconstructions below)")
 
 
-def _with_data(config: ConfigDict, flags: Namespace) -> ConfigDict:
-    asked = {"name": flags.data, "dir": flags.data_dir, "validation_split": flags.split}
-    config = copy.deepcopy(config)
-    config.data.update({field: value for field, value in asked.items() if value is not None})
-    return config
-
-
-def _evaluate_generator(flags: Namespace, workdir: Path) -> None:
-    trainer, restored, _ = restore_generator(flags.run)
-    params = restored.state.weights(flags.weights)
-    codes, split = flags.codes or trainer.config.token_cache, flags.split or "validation"
-    if not codes:
-        raise UsageError(f"{flags.run} was imported, without codes: give --codes=FOLDER, which tokenize wrote")
-    source = open_token_cache(codes, split)
-    check_fit(trainer.config, source)
-    measured = likelihood_evaluator(trainer, source, flags.examples)(params)
-    available = len(source)
-    found = record(
-        stage="autoregressive",
-        run=flags.run,
-        step=restored.step,
+def _evaluate_likelihood(flags: Namespace, workdir: Path) -> None:
+    record = evaluate_likelihood(
+        flags.run,
         weights=flags.weights,
-        split=f"{source.manifest['data']['name']}/{split}",
-        protocol={"name": "likelihood", "description": likelihood.PROTOCOL, "images": 0},
-        marks=[f"not comparable: {measured.images:,} images of {available:,}"] if measured.images != available else [],
-        metrics={
-            "loss": measured.loss,
-            "perplexity": measured.perplexity,
-            "order_0": source.manifest["splits"][split]["entropy"],
-            "uniform": math.log(trainer.config.model.vocab_size),
-            "images": measured.images,
-        },
-        codes=trainer.config.model.vocab_size,
-        perplexity_by_position=measured.perplexity_by_position.tolist(),
+        num_images=flags.num_images,
+        token_cache=flags.token_cache,
+        split=flags.split or "validation",
     )
-    show(found)
-    rows = np.exp(measured.by_position.mean(axis=1))
-    print(f"  perplexity by rows of the picture, top to bottom: {' '.join(f'{row:.0f}' for row in rows)}")
-    save(found, workdir, f"likelihood-{found['split']}", flags.json)
+    print_record(record)
+    rows = " ".join(f"{perplexity:.0f}" for perplexity in perplexity_by_row(record))
+    print(f"  perplexity by rows of codes, top to bottom: {rows}")
+    save_record(record, workdir, flags.json)
 
 
-def _write_picture(picture: np.ndarray, image_size: int, path: Path) -> None:
-    image, factor = Image.fromarray(picture), -(-SMALLEST_SHOWN // image_size)
-    image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST).save(path, "PNG")
+def _evaluate_generator_samples(flags: Namespace, workdir: Path) -> None:
+    record = evaluate_generator_samples(
+        flags.run,
+        flags.num,
+        weights=flags.weights,
+        reference=flags.reference,
+        protocol=flags.protocol or "adm",
+        batch_size=flags.batch_size,
+        weight_files=_weight_files(flags),
+    )
+    _report_samples(record, workdir, flags.json)
+
+
+def _evaluate_samples(flags: Namespace) -> None:
+    if flags.reference is None:
+        raise UsageError("--samples needs --reference=FILE.npz: images, or their statistics (mu and sigma)")
+    record = evaluate_samples(
+        flags.samples,
+        flags.reference,
+        protocol=flags.protocol or "adm",
+        batch_size=flags.batch_size,
+        weight_files=_weight_files(flags),
+    )
+    _report_samples(record, None, flags.json)
+
+
+def _report_samples(record: dict, workdir: Path | None, file: Path | None) -> None:
+    print_record(record)
+    print(f"  against {record['reference']}")
+    save_record(record, workdir, file)
+
+
+def _weight_files(flags: Namespace) -> dict[str, str]:
+    return {kind: getattr(flags, kind) for kind in WEIGHT_FILES}
 
 
 def parser() -> Parser:
-    parser = Parser("evaluate", __doc__.partition(": ")[2])
-    parser.add_argument("--run", type=as_path, help="folder of a run, or one of its checkpoints")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last ones")
-    parser.add_argument("--protocol", choices=tuple(PROTOCOLS), help="how (default: clean; of an .npz: adm)")
-    parser.add_argument("--examples", type=count, default=0, help="images of the split (default: 0, all)")
-    parser.add_argument("--split", metavar="NAME", help="of the data (default: the config's to validate on)")
-    parser.add_argument("--data", metavar="NAME", help="of a tokenizer: the data set (default: the config's)")
-    parser.add_argument("--data-dir", metavar="DIR", help="where the data sets are (default: the config's)")
-    parser.add_argument("--codes", metavar="DIR", help="of a generator: the token cache (default: the config's)")
-    parser.add_argument("--num", type=positive, metavar="N", help="of a generator: draw N pictures, and judge those")
-    parser.add_argument("--samples", type=Path, metavar="NPZ", help="pictures to judge, as sample --num writes them")
-    parser.add_argument(
+    """Returns the parser of the command's flags."""
+    parser = Parser(
+        "evaluate",
+        "Measures a tokenizer's reconstructions, a generator's likelihood or its samples, and saves the numbers in the "
+        "run.",
+        examples=[
+            "--run=runs/tokenizer --reconstructions=reconstructions.png",
+            "--run=runs/tokenizer --protocol=seed_voken --vgg16=vgg16-397923af.pth",
+            "--run=runs/generator",
+            "--run=runs/generator --num=50000 --reference=VIRTUAL_imagenet256_labeled.npz",
+            "--samples=samples.npz --reference=statistics.npz",
+        ],
+        notes="docs/evaluation.md explains the protocols and where the feature nets' files come from.",
+    )
+    add = parser.add_argument
+    add("--run", type=as_path, metavar="RUN", help="evaluate this run: its folder, or one of its checkpoints")
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged (ema) or last (raw) weights (default: ema)")
+    add("--protocol", choices=tuple(PROTOCOLS), help="how to measure (default: clean; for samples: adm)")
+    add(
+        "--num-images",
+        "--examples",
+        type=count,
+        default=0,
+        metavar="N",
+        help="measure N images, evenly spaced in the split (default: 0, all of them)",
+    )
+    add("--split", metavar="NAME", help="split of the data to measure (default: the config's validation split)")
+    add("--data", metavar="NAME", help="data set on which to evaluate a tokenizer (default: the config's)")
+    add("--data-dir", metavar="DIR", help="folder of the data sets (default: the config's)")
+    add(
+        "--token-cache",
+        "--codes",
+        default="",
+        metavar="DIR",
+        help="token cache on which to evaluate a generator (default: the config's)",
+    )
+    add("--num", type=positive, metavar="N", help="draw N samples from a generator and evaluate those (default: none)")
+    add("--samples", type=Path, metavar="NPZ", help="evaluate the samples in this file, which `sample --num` wrote")
+    add(
         "--reference",
         type=Path,
         metavar="NPZ",
-        help="pictures or statistics (default: a run's own originals)",
+        help="images or statistics to compare samples with (default: the images that the run was trained on)",
     )
-    parser.add_argument("--batch-size", type=positive, default=32, help="pictures of --samples at once (default: 32)")
-    for kind, what in (
-        ("inception", "pytorch-fid's Inception-v3"),
-        ("vgg16", "torchvision's VGG16"),
-        ("alexnet", "torchvision's AlexNet"),
-    ):
-        parser.add_argument(f"--{kind}", default="", metavar="FILE", help=f"{what}, if not where it is looked for")
-    parser.add_argument("--pictures", type=output_file, metavar="PNG", help="write originals beside reconstructions")
-    parser.add_argument("--columns", type=positive, default=8, help="images in a row of that PNG (default: 8)")
-    parser.add_argument("--rows", type=positive, default=2, help="rows of originals in that PNG (default: 2)")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the numbers with their protocol")
+    add("--batch-size", type=positive, default=32, metavar="N", help="samples per batch, all devices (default: 32)")
+    for kind, description in WEIGHT_FILES.items():
+        add(
+            f"--{kind}",
+            default="",
+            metavar="FILE",
+            help=f"weights of {description} (default: ${'IBQ_' + kind.upper()}, or the file in ~/.cache/ibq_jax)",
+        )
+    add(
+        "--reconstructions",
+        "--pictures",
+        type=output_file,
+        metavar="PNG",
+        help="write originals with their reconstructions below to this file (default: no file)",
+    )
+    add("--columns", type=positive, default=8, metavar="N", help="images per row of that PNG (default: 8)")
+    add("--rows", type=positive, default=2, metavar="N", help="rows of originals in that PNG (default: 2)")
+    add("--json", type=output_file, metavar="FILE", help="write the numbers with their protocol here too (default: no)")
     return parser

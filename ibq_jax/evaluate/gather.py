@@ -1,4 +1,4 @@
-"""From the devices to the host, and what every process counted of its own pictures, brought together."""
+"""Moves results from the devices to the host, and merges the statistics that every process collected."""
 
 from collections.abc import Iterable, Iterator
 from functools import reduce
@@ -11,7 +11,7 @@ from ibq_jax.evaluate.statistics import FeatureStatistics
 
 
 def to_host_async(queued: Iterable) -> Iterator:
-    """What is queued, on the host one item late: the devices are at the next one meanwhile."""
+    """Yields the queued items on the host, one item late, so that the devices compute the next one meanwhile."""
     ahead = None
     for item in queued:
         if ahead is not None:
@@ -21,16 +21,17 @@ def to_host_async(queued: Iterable) -> Iterator:
         yield jax.device_get(ahead)
 
 
-def own_rows(mask: np.ndarray) -> np.ndarray:
-    """Of the rows [B] that are True and that all processes hold, those that this process counts."""
+def mask_for_process(mask: np.ndarray) -> np.ndarray:
+    """Returns the rows of `mask` (bool [B], the same in all processes) that this process counts: every n-th."""
     return mask & (np.arange(len(mask)) % jax.process_count() == jax.process_index())
 
 
 def merge_across_processes(statistics: FeatureStatistics) -> FeatureStatistics:
-    """Every process calls it, and gets the statistics of all pictures."""
+    """Returns the statistics of all processes' images; every process must call it."""
     if jax.process_count() == 1:
         return statistics
     packed = statistics.to_array()
-    as_bytes = multihost_utils.process_allgather(np.frombuffer(packed.tobytes(), np.uint8))  # JAX would cut float64
+    # As bytes, because JAX would round float64 to float32.
+    as_bytes = multihost_utils.process_allgather(np.frombuffer(packed.tobytes(), np.uint8))
     parts = [FeatureStatistics.from_array(np.frombuffer(row.tobytes(), packed.dtype)) for row in np.asarray(as_bytes)]
     return reduce(FeatureStatistics.merge, parts)

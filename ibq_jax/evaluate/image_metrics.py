@@ -11,21 +11,22 @@ C1, C2 = 0.01**2, 0.03**2
 
 
 def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio of each pair in dB [B]; infinite where the two are equal."""
+    """Returns the peak signal-to-noise ratio of each pair in dB, [B]; infinite for equal images."""
     return -10.0 * jnp.log10(jnp.mean(jnp.square(a - b), axis=(1, 2, 3)))
 
 
 def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Structural similarity of each pair [B] (Wang et al. 2004): every whole 7x7 window of every channel, averaged.
+    """Returns the structural similarity of each pair, [B] (Wang et al. 2004).
 
-    Windows weigh their pixels alike, and (co)variances are those of a sample, divided by 48.
+    The mean over all complete 7x7 windows of every channel. Pixels of a window have equal weights; (co)variances are
+    sample (co)variances, divided by 48.
 
     Raises:
         ValueError: an image is smaller than the window.
     """
     if min(a.shape[1:3]) < WINDOW:
         raise ValueError(f"SSIM needs images of at least {WINDOW}x{WINDOW} pixels, not {a.shape[1]}x{a.shape[2]}")
-    # With d = a - b, 2ab = a^2 + b^2 - d^2 in both factors of SSIM, and so for covariances: fewer digits cancel.
+    # With d = a - b, 2ab = a^2 + b^2 - d^2 in both factors of SSIM, and likewise for covariances: fewer digits cancel.
     difference, mean_a, mean_b = a - b, _window_mean(a), _window_mean(b)
     mean_difference, mean_squares = _window_mean(difference), mean_a**2 + mean_b**2
     sample = WINDOW**2 / (WINDOW**2 - 1)
@@ -42,5 +43,5 @@ def _window_mean(images: jax.Array) -> jax.Array:
 
 
 def truncate_to_uint8(images: jax.Array) -> jax.Array:
-    """float [-1, 1] -> uint8, fractions cut off as in the released evaluation (rounding changes PSNR by 0.01 dB)."""
+    """Converts float [-1, 1] to uint8 by truncation, as the released evaluation does; rounding shifts PSNR 0.01 dB."""
     return ((jnp.clip(images, -1.0, 1.0) + 1.0) / 2.0 * 255.0).astype(jnp.uint8)

@@ -17,7 +17,7 @@ from ibq_jax.data.preprocess import to_float, to_uint8
 from ibq_jax.evaluate.image_metrics import truncate_to_uint8
 from ibq_jax.pretrained.inception import SIDE
 
-# The released evaluation scales the originals' grey levels to [-1, 1] and back in float32, then truncates: level -> level.
+# Grey level -> grey level: the released evaluation scales originals to [-1, 1] and back in float32, then truncates.
 TRUNCATED = np.asarray(((np.arange(256) / 127.5 - 1.0).astype(np.float32) + 1) / 2 * np.float32(255.0)).astype(np.uint8)
 
 

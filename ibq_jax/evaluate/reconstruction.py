@@ -1,9 +1,9 @@
-"""How well a tokenizer reconstructs a split: PSNR, SSIM, LPIPS, Frechet distances, and the use of its codebook.
+"""How well a tokenizer reconstructs a split: PSNR, SSIM, LPIPS, Frechet distances, and its use of the codebook.
 
-The protocol says how. Every number is taken image by image on the devices and put together on the host in the split's
-order, in float64: it does not depend on how images were batched or spread over devices and processes.
+The protocol defines how. Numbers are computed per image on the devices and averaged on the host in the split's order,
+in float64, so that they do not depend on the batch size or the number of devices and processes.
 
-Shapes: images uint8 [B, H, W, 3]; codes [B, h, w]; mask bool [B], False on the rows that only fill a batch up.
+Shapes: images uint8 [B, H, W, 3]; codes [B, h, w]; mask bool [B], False in rows that only pad a batch.
 """
 
 from collections import defaultdict
@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibq_jax.base import processes
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.histogram import entropy, perplexity
-from ibq_jax.base.sharding import batch_sharding, global_batch, replicated, to_host
+from ibq_jax.base.sharding import batch_sharding, global_batch, jit_on_mesh, replicated, to_host
 from ibq_jax.data.preprocess import to_float, to_uint8
 from ibq_jax.evaluate.feature_nets import DIMS, FID, LPIPS_NETS, NO_FEATURE_NETS, SFID, FeatureNets, features_of
-from ibq_jax.evaluate.gather import merge_across_processes, own_rows, to_host_async
+from ibq_jax.evaluate.gather import mask_for_process, merge_across_processes, to_host_async
 from ibq_jax.evaluate.image_metrics import psnr, ssim
 from ibq_jax.evaluate.protocols import PROTOCOLS, Protocol
 from ibq_jax.evaluate.statistics import FeatureStatistics
@@ -31,10 +30,17 @@ Reconstruct = Callable[[dict, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class ReconstructionEvaluator:
-    """Evaluates parameters over all devices of `mesh`, on batches that `batches(examples)` makes anew.
+    """Measures reconstructions of a split, on all devices of a mesh.
 
-    batches: from a number of examples, spread evenly over the split (0: all), to batches with "image" and "mask".
-    examples: how many to measure on.
+    Args:
+        reconstruct: (parameters, images) -> (reconstructions, codes).
+        codebook_size: K.
+        mesh: the devices.
+        batches: `batches(n)` starts a pass over n images, evenly spaced in the split (0: all); batches have "image" and
+            "mask".
+        num_images: how many images to measure (0: all).
+        protocol: how to measure.
+        feature_nets: networks for LPIPS and Frechet distances.
     """
 
     def __init__(
@@ -43,36 +49,40 @@ class ReconstructionEvaluator:
         codebook_size: int,
         mesh: jax.sharding.Mesh,
         batches: Callable[[int], Iterable[Mapping[str, np.ndarray]]],
-        examples: int = 0,
+        num_images: int = 0,
         protocol: Protocol = PROTOCOLS["clean"],
         feature_nets: FeatureNets = NO_FEATURE_NETS,
     ):
-        self._batches, self._examples, self._mesh, self._num_codes = batches, examples, mesh, codebook_size
+        self._batches, self._num_images, self._mesh, self._codebook_size = batches, num_images, mesh, codebook_size
         self.protocol = protocol
         self._distances = tuple(name for name in feature_nets.distances if name != SFID)
         self._weights = jax.device_put(dict(feature_nets.weights), replicated(mesh))
-        self._measure = processes.jit(
+        self._measure = jit_on_mesh(
             lambda *arguments: _measure(reconstruct, codebook_size, protocol, *arguments),
             mesh,
             out_shardings=replicated(mesh),
         )
-        self._reconstruct = processes.jit(
+        self._reconstruct = jit_on_mesh(
             lambda params, images: to_uint8(reconstruct(params, images)[0]),
             mesh,
             out_shardings=batch_sharding(mesh),
         )
 
     def __call__(self, params: dict) -> Iterator[tuple[str, float]]:
-        """Yields (name, value): psnr (dB), ssim, l1 (of [-1, 1] values), lpips_vgg16 and lpips_alexnet, Frechet
-        distances (FID as "rFID"), usage, perplexity and entropy (nats) of the codes, images; what there are nets for.
+        """Evaluates the parameters `params`; yields (name, value) of every metric.
 
-        Raises UsageError when the split is empty.
+        These are psnr (dB), ssim, l1 (of values in [-1, 1]), usage, perplexity and entropy (nats) of the codes, and
+        images; with the feature nets that they need, also lpips_vgg16, lpips_alexnet and Frechet distances (FID is
+        called "rFID").
+
+        Raises:
+            UsageError: the split is empty.
         """
-        tally = _Tally(self._num_codes, self._distances)
+        tally = _Tally(self._codebook_size, self._distances)
         for measured in self._measured(params):
             tally.add(measured)
         if not tally.images:
-            raise UsageError("there is no image to evaluate on: the split is empty")
+            raise UsageError("there are no images to evaluate: the split is empty")
         for name, parts in tally.values.items():
             value = np.concatenate(parts).astype(np.float64)
             yield name, self.protocol.mean(value) if name in ("psnr", "ssim") else float(value.mean())
@@ -85,22 +95,22 @@ class ReconstructionEvaluator:
         yield "images", float(tally.images)
 
     def histogram(self, params: dict) -> np.ndarray:
-        """How often the images choose each code: float [K]."""
-        tally = _Tally(self._num_codes, ())
+        """Counts how often each code is chosen in the split: float [K]."""
+        tally = _Tally(self._codebook_size, ())
         for measured in self._measured(params):
             tally.add(measured)
         return tally.histogram
 
     def _measured(self, params: dict) -> Iterator[dict]:
-        """What `_measure` gives of every batch, on the host."""
-        batches = self._batches(self._examples)
+        """Yields the result of `_measure` for every batch, on the host."""
+        batches = self._batches(self._num_images)
         arrays = (global_batch({"image": b["image"], "mask": b["mask"]}, self._mesh) for b in batches)
         return to_host_async(self._measure(params, self._weights, a["image"], a["mask"]) for a in arrays)
 
-    def picture(self, params: dict, columns: int, rows: int = 1) -> np.ndarray:
-        """A row of originals above a row of their reconstructions, `rows` times: uint8 [2 rows H, columns W, 3].
+    def comparison_grid(self, params: dict, columns: int, rows: int = 1) -> np.ndarray:
+        """Draws `rows` rows of originals, each above the row of its reconstructions: uint8 [2 rows H, columns W, 3].
 
-        The images are spread evenly over the split; black where it has fewer than asked for.
+        The images are evenly spaced in the split; if it has fewer than columns x rows, the rest is black.
         """
         count, pairs = columns * rows, []
         for batch in self._batches(count):
@@ -116,7 +126,7 @@ class ReconstructionEvaluator:
 
 
 class _Tally:
-    """What was measured so far."""
+    """Sums over the batches so far."""
 
     def __init__(self, codebook_size: int, distances: Iterable[str]):
         self.values: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -132,7 +142,7 @@ class _Tally:
             self.values[name].append(value[mask])
         for name, pair in self.statistics.items():
             for statistics, features in zip(pair, measured["features"], strict=True):
-                statistics.update(features[name], own_rows(mask))
+                statistics.update(features[name], mask_for_process(mask))
 
 
 def _measure(
@@ -144,15 +154,15 @@ def _measure(
     images: jax.Array,
     mask: jax.Array,
 ) -> dict:
-    """Of a batch: values [B] by name, features of originals and of reconstructions, counts of codes [K], the mask."""
+    """Measures a batch: values [B] by name, features of originals and reconstructions, code counts [K], the mask."""
     reconstructions, codes = reconstruct(params, images)
     originals, clipped = to_float(images), jnp.clip(reconstructions, -1.0, 1.0)
-    shown = [array.astype(jnp.float32) / 255.0 for array in protocol.as_shown(images, reconstructions)]
+    pair = [array.astype(jnp.float32) / 255.0 for array in protocol.to_uint8_pair(images, reconstructions)]
     error = jnp.mean(jnp.abs(reconstructions - originals), axis=(1, 2, 3))
-    values = {"psnr": psnr(*shown), "ssim": ssim(*shown), "l1": error}
+    values = {"psnr": psnr(*pair), "ssim": ssim(*pair), "l1": error}
     for net in LPIPS_NETS:
         if net in weights:
             values[f"lpips_{net}"] = lpips(weights[net], originals, clipped, net=net)
-    features = [features_of(weights, protocol.as_seen(pictures), protocol) for pictures in (images, clipped)]
-    counted = jnp.where(mask[:, None, None], codes, codebook_size)  # padding is out of range, which a scatter drops
+    features = [features_of(weights, protocol.to_net_input(batch), protocol) for batch in (images, clipped)]
+    counted = jnp.where(mask[:, None, None], codes, codebook_size)  # padding gets index K, which a scatter drops
     return {"values": values, "features": features, "counts": count_codes(counted, codebook_size), "mask": mask}

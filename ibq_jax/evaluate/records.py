@@ -1,7 +1,7 @@
-"""What an evaluation found, with all that it takes to compare it: printed, and kept in the run's folder.
+"""Evaluation records: the numbers of one evaluation with all that is needed to compare them; printed and saved as JSON.
 
-RUN/evaluations/STEP-WEIGHTS-WHAT.json is one evaluation: {"stage", "run", "step", "weights", "split", "images",
-"protocol": {"name", "description", "images"}, "marks": what to mind, such as why these are not comparable, "metrics"}.
+RUN/evaluations/STEP-WEIGHTS-PROTOCOL-SPLIT.json is one record: {"stage", "run", "step", "weights", "split", "images",
+"protocol": {"name", "description", "images"}, "marks": caveats, such as why it is not comparable, "metrics"}.
 """
 
 import json
@@ -14,28 +14,28 @@ import jax
 
 from ibq_jax.evaluate.protocols import Protocol
 
-FOLDER = "evaluations"
+FOLDER = "evaluations"  # of a run
 
-# What a metric is called in print, and how its value is written.
-SHOWN = {
+# How metrics are printed: label and format.
+FORMATS = {
     "psnr": ("PSNR", "{:.2f} dB"),
     "ssim": ("SSIM", "{:.4f}"),
     "l1": ("L1", "{:.4f}"),
     "lpips_vgg16": ("LPIPS (VGG)", "{:.4f}"),
     "lpips_alexnet": ("LPIPS (AlexNet)", "{:.4f}"),
-    "loss": ("loss", "{:.4f} nats a code"),
+    "loss": ("loss", "{:.4f} nats per code"),
     "usage": ("usage", "{:.1%} of the codebook"),
     "perplexity": ("perplexity", "{:.1f}"),
     "entropy": ("entropy", "{:.3f} nats"),
-    "order_0": ("order 0, the codes alone", "{:.4f} nats"),
-    "uniform": ("uniform, log of the number of codes", "{:.4f} nats"),
+    "order_0": ("unigram entropy of the codes", "{:.4f} nats"),
+    "uniform": ("uniform, log K", "{:.4f} nats"),
     "inception_score": ("Inception Score", "{:.2f}"),
-    "inception_score_deviation": ("  between its groups", "{:.2f}"),
+    "inception_score_deviation": ("  standard deviation over groups", "{:.2f}"),
 }
-DISTANCE = "{:.4g}"
+OTHER_FORMAT = "{:.4g}"
 
 
-def record(
+def make_record(
     *,
     stage: str,
     run: Path | None,
@@ -43,13 +43,13 @@ def record(
     weights: str,
     split: str,
     protocol: Protocol | Mapping,
-    marks: Sequence[str],
+    caveats: Sequence[str],
     metrics: Mapping[str, float],
-    **more,
+    **details,
 ) -> dict:
-    """An evaluation as it is kept; `metrics` has "images" among its numbers. `more` goes in as it is."""
+    """Returns an evaluation record; `metrics` includes the number of "images", and `details` are stored unchanged."""
     if isinstance(protocol, Protocol):
-        protocol = {"name": protocol.name, "description": protocol.describe(), "images": protocol.images}
+        protocol = {"name": protocol.name, "description": protocol.describe(), "images": protocol.num_images}
     metrics = dict(metrics)
     images = int(metrics.pop("images"))
     return {
@@ -60,46 +60,47 @@ def record(
         "split": split,
         "images": images,
         "protocol": dict(protocol),
-        "marks": list(marks),
+        "marks": list(caveats),  # the key that records have always had
         "metrics": metrics,
-        **more,
+        **details,
     }
 
 
-def show(found: Mapping) -> None:
-    """Prints an evaluation."""
-    step = "" if found["step"] is None else f", step {found['step']}, {found['weights']} weights"
-    print(f"{found['split']}: {found['images']:,} images{step}")
-    print(f"protocol {found['protocol']['name']}: {found['protocol']['description']}")
-    words = list(words_of(found))
-    width = max(len(label) for label, _ in words)
-    for label, value in words:
+def print_record(record: Mapping) -> None:
+    """Prints an evaluation record."""
+    step = "" if record["step"] is None else f", step {record['step']}, {record['weights']} weights"
+    print(f"{record['split']}: {record['images']:,} images{step}")
+    print(f"protocol {record['protocol']['name']}: {record['protocol']['description']}")
+    metrics = list(format_metrics(record))
+    width = max(len(label) for label, _ in metrics)
+    for label, value in metrics:
         print(f"  {label:<{width}}  {value}")
-    for mark in found["marks"]:
-        print(f"  {mark}")
+    for caveat in record["marks"]:
+        print(f"  {caveat}")
 
 
-def words_of(found: Mapping) -> Iterator[tuple[str, str]]:
-    """Yields (what a metric is called, its value) of an evaluation."""
-    order = list(SHOWN)
-    for name in sorted(found["metrics"], key=lambda name: order.index(name) if name in SHOWN else len(order)):
-        value = found["metrics"][name]
-        label, form = SHOWN.get(name, (name, DISTANCE))
+def format_metrics(record: Mapping) -> Iterator[tuple[str, str]]:
+    """Yields (label, formatted value) of every metric of an evaluation record."""
+    order = list(FORMATS)
+    for name in sorted(record["metrics"], key=lambda name: order.index(name) if name in FORMATS else len(order)):
+        value = record["metrics"][name]
+        label, form = FORMATS.get(name, (name, OTHER_FORMAT))
         yield label, form.format(value) if math.isfinite(value) else str(value)
 
 
-def save(found: Mapping, run: Path | None, what: str, file: Path | None) -> None:
-    """Writes an evaluation into its run's folder, where there is one, and to `file` where one was asked for.
+def save_record(record: Mapping, workdir: Path | None, file: Path | None) -> None:
+    """Writes an evaluation record into the run's folder `workdir`, and to `file`, unless they are None.
 
-    Of several processes the first one does.
+    Only the first of several processes writes.
     """
     if jax.process_index():
         return
-    text = json.dumps(found, indent=2) + "\n"
-    if run is not None:
-        folder = run / FOLDER
+    text = json.dumps(record, indent=2) + "\n"
+    if workdir is not None:
+        folder = workdir / FOLDER
         folder.mkdir(exist_ok=True)
-        name = re.sub(r"[^\w.-]+", "_", f"{found['step']:07}-{found['weights']}-{what}")
+        evaluated = f"{record['protocol']['name']}-{record['split'].removesuffix('.npz')}"
+        name = re.sub(r"[^\w.-]+", "_", f"{record['step']:07}-{record['weights']}-{evaluated}")
         (folder / f"{name}.json").write_text(text)
     if file is not None:
         file.write_text(text)

@@ -1,10 +1,11 @@
-"""A numbered set of generated pictures, written in parts that survive a kill, then joined into one .npz.
+"""Writes a numbered set of samples as an .npz, in parts, so that an interrupted set can be continued.
 
 The .npz is what the ADM evaluation suite (github.com/openai/guided-diffusion) reads: `arr_0` uint8 [N, H, W, 3], and
-`arr_1` int64 [N], the labels. Part k holds pictures k * 256 and on, whoever draws it: a set that was killed and started
-again, or shared by several processes, is the one that a single undisturbed process makes.
+`arr_1` int64 [N], the labels. Part k holds samples 256 k to 256 k + 255, whoever draws it. So a set that
+was interrupted or shared by several processes is the same as one that a single process drew without interruption.
 """
 
+import functools
 import json
 import shutil
 import zipfile
@@ -16,12 +17,11 @@ from tqdm import tqdm
 
 from ibq_jax.base.config import differences
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.files import atomic_file
+from ibq_jax.base.parts import claim_folder, join_parts, write_part
 
-PART_PICTURES = 256
-SETTINGS = "settings.json"
+SAMPLES_PER_PART = 256
 
-Draw = Callable[[np.ndarray, np.ndarray], np.ndarray]  # labels [n], numbers [n] -> uint8 [n, H, W, 3]
+Draw = Callable[[np.ndarray, np.ndarray], np.ndarray]  # labels [n], sample ids [n] -> uint8 [n, H, W, 3]
 
 
 def write_sample_set(
@@ -33,62 +33,58 @@ def write_sample_set(
     process_index: int = 0,
     process_count: int = 1,
 ) -> bool:
-    """Draws this process's parts of the set `path` (.npz) and, once all parts are there, joins them.
+    """Draws this process's parts of the set `path` (.npz), and joins them once all parts exist.
 
     Args:
-        path: the set; its parts lie in `path`.parts until they are joined, its settings stay beside it as .json.
-        labels: of all N pictures.
-        draw: makes the pictures of some labels and numbers.
-        settings: what the pictures depend on; a set of other settings is not gone on with.
-        process_index: this process's place among process_count.
-        process_count: processes that share the parts.
+        path: the set. Until they are joined, its parts are in `path`.parts; its settings are next to it as .json.
+        labels: [N], one per sample.
+        draw: draws the samples with given labels and ids.
+        settings: everything that the samples depend on; a set begun with other settings is not continued.
+        process_index: which of process_count processes this is.
+        process_count: number of processes that share the parts.
 
     Returns:
-        whether the set is complete; False while other processes draw their parts.
+        True once the set is complete; False while other processes are drawing their parts.
 
     Raises:
-        UsageError: `path` exists, its parts are of other settings, or the disk is full.
+        UsageError: `path` exists, it was begun with other settings, or the disk is full.
     """
     if path.exists():
         raise UsageError(f"{path} exists already; name a file that does not")
     parts = path.with_name(path.name + ".parts")
-    _claim(parts, {**settings, "pictures": len(labels)})
-    starts = range(0, len(labels), PART_PICTURES)
+    begun = _claim(parts, {**settings, "pictures": len(labels)})  # the key that sets have always had
+    starts = range(0, len(labels), SAMPLES_PER_PART)
     files = [parts / f"{number:05}-of-{len(starts):05}.npy" for number in range(len(starts))]
-    with tqdm(total=len(labels), unit=" pictures", dynamic_ncols=True) as bar:
+    with tqdm(total=len(labels), unit=" samples", dynamic_ncols=True) as bar:
         for number, (start, file) in enumerate(zip(starts, files, strict=True)):
-            numbers = np.arange(start, min(start + PART_PICTURES, len(labels)))
-            if not file.exists() and number % process_count != process_index:
-                continue
-            with atomic_file(file) as partial:
-                if partial is not None:
-                    pictures = draw(labels[numbers], numbers)
-                    with partial.open("wb") as out:
-                        np.save(out, pictures)
-            bar.update(len(numbers))
-    if not all(file.exists() for file in files):
+            sample_ids = np.arange(start, min(start + SAMPLES_PER_PART, len(labels)))
+            if file.exists() or number % process_count == process_index:
+                write_part(file, functools.partial(_draw_part, draw, labels[sample_ids], sample_ids))
+                bar.update(len(sample_ids))
+    if not join_parts(files, path, functools.partial(_join, files, labels)):
         return False
-    with atomic_file(path, wait=True) as partial:
-        if partial is not None:
-            _join(files, labels, partial)
-    path.with_suffix(".json").write_text((parts / SETTINGS).read_text())
+    path.with_suffix(".json").write_text(begun.read_text())
     shutil.rmtree(parts, ignore_errors=True)
     return True
 
 
-def _claim(parts: Path, settings: Mapping) -> None:
-    parts.mkdir(parents=True, exist_ok=True)
-    with atomic_file(parts / SETTINGS, wait=True) as partial:
-        if partial is not None:
-            partial.write_text(json.dumps(settings, indent=2) + "\n")
-    begun = json.loads((parts / SETTINGS).read_text())
-    differing = differences(begun, json.loads(json.dumps(settings)))
+def _claim(parts: Path, settings: Mapping) -> Path:
+    """Returns the file with the set's settings. Raises UsageError if the set was begun with others."""
+    file = claim_folder(parts, settings)
+    differing = differences(json.loads(file.read_text()), json.loads(json.dumps(settings)))
     if differing:
         raise UsageError(f"{parts} is a set begun with other settings ({'; '.join(differing)}); name another --out")
+    return file
+
+
+def _draw_part(draw: Draw, labels: np.ndarray, sample_ids: np.ndarray, path: Path) -> None:
+    images = draw(labels, sample_ids)
+    with path.open("wb") as out:
+        np.save(out, images)
 
 
 def _join(files: list[Path], labels: np.ndarray, path: Path) -> None:
-    """Part by part: a set of 50,000 pictures of 256 pixels has ten gigabytes."""
+    """Writes the .npz part by part, because 50,000 samples of 256 pixels take 10 GB."""
     shape = (len(labels), *np.load(files[0], mmap_mode="r").shape[1:])
     with path.open("wb") as out, zipfile.ZipFile(out, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:

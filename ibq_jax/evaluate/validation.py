@@ -1,4 +1,4 @@
-"""What is measured and shown of a run's weights, while it trains and afterwards: evaluators on its validation data."""
+"""Evaluators on a run's validation data, used while it trains and afterwards."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from ibq_jax.autoregressive.generate import LogitFilter
 from ibq_jax.autoregressive.restore import TokenizerWeights
-from ibq_jax.autoregressive.sample import Guidance
+from ibq_jax.autoregressive.sample_codes import Guidance
 from ibq_jax.autoregressive.sample_images import ImageSampler
 from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.base.sharding import check_batch, process_rows
@@ -19,16 +19,26 @@ from ibq_jax.evaluate.protocols import PROTOCOLS, Protocol
 from ibq_jax.evaluate.reconstruction import ReconstructionEvaluator
 from ibq_jax.tokenizer.step import TokenizerTrainer
 
-PICTURES_A_CLASS = 4  # in a training run's sheets
+SAMPLES_PER_CLASS = 4  # in a training run's contact sheets
 
 
 def validation_evaluator(
     trainer: TokenizerTrainer,
-    examples: int,
+    num_images: int,
     protocol: Protocol = PROTOCOLS["clean"],
     feature_nets: FeatureNets = NO_FEATURE_NETS,
 ) -> ReconstructionEvaluator:
-    """On the validation split of the trainer's config; `examples` of it, 0 for all."""
+    """Returns an evaluator on the validation split of the trainer's config.
+
+    Args:
+        trainer: reconstructs images; its config names the data.
+        num_images: how many images to measure, evenly spaced in the split (0: all).
+        protocol: how to measure.
+        feature_nets: networks for LPIPS and Frechet distances.
+
+    Raises:
+        UsageError: the data set is not on this machine, or the batch size does not divide over the devices.
+    """
     config = trainer.config
     check_batch(config.evaluate.batch_size, trainer.mesh, 1, "evaluate.batch_size")
     source = open_split(config.data.name, config.data.dir, config.data.validation_split)
@@ -46,12 +56,12 @@ def validation_evaluator(
         )
 
     return ReconstructionEvaluator(
-        trainer.reconstruct, config.codebook.size, trainer.mesh, batches, examples, protocol, feature_nets
+        trainer.reconstruct, config.codebook.size, trainer.mesh, batches, num_images, protocol, feature_nets
     )
 
 
-def likelihood_evaluator(trainer: GeneratorTrainer, source: TokenCacheSplit, examples: int) -> LikelihoodEvaluator:
-    """On the codes of `source`; `examples` pictures of them, 0 for all."""
+def likelihood_evaluator(trainer: GeneratorTrainer, source: TokenCacheSplit, num_images: int) -> LikelihoodEvaluator:
+    """Returns an evaluator on the codes of `source`, of `num_images` images evenly spaced in the split (0: all)."""
     config = trainer.config
     check_batch(config.evaluate.batch_size, trainer.mesh, 1, "evaluate.batch_size")
 
@@ -59,7 +69,7 @@ def likelihood_evaluator(trainer: GeneratorTrainer, source: TokenCacheSplit, exa
         return evaluation_code_batches(
             source,
             batch_size=config.evaluate.batch_size,
-            examples=examples,
+            examples=num_images,
             rows=process_rows(trainer.mesh, config.evaluate.batch_size),
             num_threads=config.data.num_threads,
         )
@@ -70,7 +80,10 @@ def likelihood_evaluator(trainer: GeneratorTrainer, source: TokenCacheSplit, exa
 def class_samples(
     trainer: GeneratorTrainer, params: dict, manifest: Mapping, tokenizer: TokenizerWeights
 ) -> np.ndarray:
-    """A sheet of pictures of the first classes, the same numbers of the same seed each time."""
+    """Draws a contact sheet of samples of the first `log.num_images` classes: uint8 [height, width, 3].
+
+    `manifest` is that of the token cache, which names the classes. Seed and sample ids are the same each time.
+    """
     config = trainer.config
     settings = {
         "guidance": Guidance(config.sample.cfg_scale),
@@ -80,6 +93,6 @@ def class_samples(
     }
     names = tuple(manifest["data"]["class_names"])[: config.log.num_images] or ("",)
     images = ImageSampler(trainer.model, params, tokenizer, trainer.mesh, settings)(
-        np.repeat(np.arange(len(names)), PICTURES_A_CLASS)
+        np.repeat(np.arange(len(names)), SAMPLES_PER_CLASS)
     )
-    return contact_sheet(images.reshape(len(names), PICTURES_A_CLASS, *images.shape[1:]), names)
+    return contact_sheet(images.reshape(len(names), SAMPLES_PER_CLASS, *images.shape[1:]), names)

@@ -1,6 +1,7 @@
-"""What a .zip (.npz, .pth) or a pickle may cost to read, told before anything is read of it.
+"""Checks that reading a .zip archive (.npz, .pth) or a pickle will not exhaust memory or stack, before it is read.
 
-Both can be a few bytes that ask for all memory there is: an archive of zeros, or a pickle's object number 2^31.
+A few bytes suffice to ask for all memory: a compressed archive of zeros, or a pickle that numbers an object 2^31. Such
+files come from other people (see `ibq_jax.pretrained`), so the limits stay.
 """
 
 import contextlib
@@ -12,42 +13,44 @@ from typing import BinaryIO
 
 import numpy as np
 
-UNPACKED_AT_LEAST, UNPACKED_TIMES = 2**28, 64  # of a file's size; what grows more is no array that somebody trained
-MAX_DEPTH = 100  # of objects in objects: hashing a deeper tuple would overflow C's stack
-CHANGES = frozenset(("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"))  # an object that stays
+MIN_LIMIT, MAX_EXPANSION = 2**28, 64  # bytes; times the file's size. Trained weights never compress that well
+MAX_DEPTH = 100  # of nested objects: hashing a deeper tuple would overflow C's stack
+# Opcodes that change the object below their arguments on the stack, and leave it there.
+MUTATIONS = frozenset(("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"))
 
 
 def unpacked_limit(path: Path) -> int:
-    """Bytes that the members of this archive may have together."""
-    return max(UNPACKED_AT_LEAST, UNPACKED_TIMES * path.stat().st_size)
+    """Returns how many bytes the members of this archive may have in total."""
+    return max(MIN_LIMIT, MAX_EXPANSION * path.stat().st_size)
 
 
 def check_archive(path: Path, archive: zipfile.ZipFile) -> None:
-    """Raises ValueError for a zip bomb, by the sizes that it names: zipfile reads no more of a member than that."""
+    """Raises ValueError for a zip bomb, judged by its declared sizes: zipfile reads no more of a member than that."""
     unpacked, limit = sum(member.file_size for member in archive.infolist()), unpacked_limit(path)
     if unpacked > limit:
-        raise ValueError(
-            f"it unpacks to {unpacked >> 20:,} MiB, over the {limit >> 20:,} MiB that a file of its size may have"
-        )
+        raise ValueError(f"it unpacks to {unpacked >> 20:,} MiB; a file of its size may have {limit >> 20:,} MiB")
 
 
 class Arrays:
-    """The arrays of an .npz by their names, each read when it is asked for."""
+    """The arrays of an .npz by name, each read on access."""
 
     def __init__(self, file: np.lib.npyio.NpzFile):
         self._file, self.names = file, tuple(file.files)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Raises ValueError for what is no plain array, and whatever else zipfile and NumPy raise for foreign bytes."""
+        """Reads an array. Raises ValueError if it is none, and what zipfile and NumPy raise for damaged files."""
         array = self._file[name]
         if not isinstance(array, np.ndarray):
-            raise ValueError(f"{name} is no array")
+            raise ValueError(f"{name} is not an array")
         return array
 
 
 @contextlib.contextmanager
 def open_npz(path: Path) -> Iterator[Arrays]:
-    """Never unpickles. Raises ValueError for a zip bomb, and for foreign bytes whatever zipfile and NumPy do."""
+    """Opens an .npz, without unpickling anything.
+
+    Raises ValueError for a zip bomb, and whatever zipfile and NumPy raise for damaged files.
+    """
     with zipfile.ZipFile(path) as archive:
         check_archive(path, archive)
     with np.load(path, allow_pickle=False) as arrays:
@@ -55,26 +58,29 @@ def open_npz(path: Path) -> Iterator[Arrays]:
 
 
 def check_pickle(file: BinaryIO) -> None:
-    """Reads a pickle to its end without making objects.
+    """Reads a pickle to its end without creating objects.
 
-    Raises ValueError where it is none, numbers an object beyond those there are, or nests deeper than MAX_DEPTH; an
-    IndexError or KeyError where it takes what is not there.
+    Raises:
+        ValueError: it is not a pickle, gives an object a number beyond the number of objects, or nests deeper than
+            MAX_DEPTH.
+        IndexError, KeyError: it uses an object that does not exist.
     """
     depths = _Depths()
     for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > number:
-            raise ValueError(f"it numbers an object {argument}, and there are {number} at most")
+            raise ValueError(f"it gives an object the number {argument}, with at most {number} objects")
         depths.follow(opcode, argument)
 
 
 class _Depths:
-    """How deep the objects on a pickle's stack are; None is a mark."""
+    """Tracks the nesting depth of the objects on a pickle's stack; None stands for a mark."""
 
     def __init__(self):
         self._stack: list[int | None] = []
         self._memo: dict[int, int] = {}
 
     def follow(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
+        """Applies one opcode."""
         stack, name = self._stack, opcode.name
         if name == "MARK":
             stack.append(None)
@@ -88,14 +94,15 @@ class _Depths:
             stack.pop()
         else:
             popped = self._pop(opcode)
-            depth = 1 + max(popped[1:] if name in CHANGES else popped, default=0)
-            if name in CHANGES:
+            depth = 1 + max(popped[1:] if name in MUTATIONS else popped, default=0)
+            if name in MUTATIONS:
                 depth = max(depth, popped[0])
             if depth > MAX_DEPTH:
                 raise ValueError(f"it nests objects deeper than {MAX_DEPTH}")
             stack += [depth] * len(opcode.stack_after)
 
     def _pop(self, opcode: pickletools.OpcodeInfo) -> list[int]:
+        """Pops the opcode's arguments and returns their depths, lowest on the stack first."""
         before, popped = list(opcode.stack_before), []
         if pickletools.markobject in before:
             while (depth := self._stack.pop()) is not None:
@@ -103,5 +110,5 @@ class _Depths:
             before = before[: before.index(pickletools.markobject)]
         own = [self._stack.pop() for _ in before][::-1]
         if None in own:
-            raise ValueError("it takes a mark for an object")
+            raise ValueError("it uses a mark as an object")
         return own + popped

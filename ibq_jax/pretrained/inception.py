@@ -1,8 +1,8 @@
-"""Inception-v3 as FID uses it: the classifier of 2015-12-05 by which generated pictures are compared with real ones.
+"""The FID Inception-v3: the classifier of 2015-12-05 whose features define FID.
 
-What differs from torchvision's Inception-v3 is what pytorch-fid found in the TensorFlow graph: mean pools leave padding
-out, the last block pools by maximum, and there are 1008 classes. Inference only, in float32. The weights do not come
-with this package: they are read from the user's file, pytorch-fid's, with each batch norm folded into its convolution.
+It differs from torchvision's Inception-v3 as pytorch-fid found in the TensorFlow graph: mean pooling excludes padding,
+the last block uses max pooling, and there are 1008 classes. Inference only, in float32. The weights are not part of
+this package: they are read from the user's copy of pytorch-fid's file; batch norms are folded into the convolutions.
 
 Shapes: images [B, H, W, 3] in [0, 1]; features are [B, C], activations [B, h, w, C].
 """
@@ -20,15 +20,15 @@ from flax import linen as nn
 from ibq_jax.base.errors import UsageError
 from ibq_jax.pretrained.tensor_files import TensorFile, open_tensors
 
-SIDE = 299  # pixels that the network sees
+SIDE = 299  # pixels of the network's input
 CLASSES = 1008
-SPATIAL_CHANNELS = 7  # of Mixed_6d, whose 17x17 places make 2023 numbers: about as many as the pool features are
+SPATIAL_CHANNELS = 7  # of Mixed_6d: at 17x17 positions they are 2023 numbers, about as many as the pool features
 BATCH_NORM_EPSILON = 1e-3
-FULL = jax.lax.Precision.HIGHEST  # accelerators would otherwise multiply in fewer bits than float32 has
+FULL = jax.lax.Precision.HIGHEST  # accelerators would otherwise multiply in fewer bits than float32
 
 
 class Conv(NamedTuple):
-    """A convolution, its batch norm, and a ReLU. `kernel` is (height, width)."""
+    """A convolution with its batch norm and a ReLU; `kernel` is (height, width)."""
 
     channels: int
     kernel: tuple[int, int] = (1, 1)
@@ -36,8 +36,8 @@ class Conv(NamedTuple):
     padding: str = "SAME"
 
 
-# A step is a Conv, a pool, a dict of steps one after another, or a list of steps side by side, whose outputs are joined
-# by channel. The keys that lead to a Conv, run together, are its name in the user's file.
+# A step is a Conv, a pool, a dict of steps in sequence, or a list of parallel steps whose outputs are concatenated by
+# channel. The keys that lead to a Conv, concatenated, are its name in the user's file.
 Step = Conv | Callable[[jax.Array], jax.Array] | dict | list
 
 max_pool = partial(nn.max_pool, window_shape=(3, 3), padding="SAME")
@@ -46,7 +46,7 @@ shrink = partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
 
 
 def _mixed_35(pool_channels: int) -> Step:
-    """A block on 35x35 places."""
+    """Returns a block on 35x35 positions."""
     return [
         {".branch1x1": Conv(64)},
         {".branch5x5_1": Conv(48), ".branch5x5_2": Conv(64, (5, 5))},
@@ -56,7 +56,7 @@ def _mixed_35(pool_channels: int) -> Step:
 
 
 def _mixed_17(channels: int) -> Step:
-    """A block on 17x17 places."""
+    """Returns a block on 17x17 positions."""
     return [
         {".branch1x1": Conv(192)},
         {
@@ -76,7 +76,7 @@ def _mixed_17(channels: int) -> Step:
 
 
 def _mixed_8(pool: Callable[[jax.Array], jax.Array]) -> Step:
-    """A block on 8x8 places."""
+    """Returns a block on 8x8 positions."""
     cross = [{"a": Conv(384, (1, 3))}, {"b": Conv(384, (3, 1))}]
     return [
         {".branch1x1": Conv(320)},
@@ -126,15 +126,15 @@ NETWORK = {
 
 
 class Features(NamedTuple):
-    """What the metrics look at, float32."""
+    """The features that metrics use, float32."""
 
     pool: jax.Array  # [B, 2048], for FID, precision and recall
-    spatial: jax.Array  # [B, 2023], for sFID: 7 channels at 17x17 places, in HWC order
-    logits: jax.Array  # [B, 1008], for the Inception Score, without the classifier's bias as in the ADM suite
+    spatial: jax.Array  # [B, 2023], for sFID: 7 channels at 17x17 positions, in HWC order
+    logits: jax.Array  # [B, 1008], for the Inception Score; without the classifier's bias, as in the ADM suite
 
 
 class Inception(nn.Module):
-    """[B, 299, 299, 3] in [-1, 1] -> Features; each of NETWORK's steps sows its output as after_NAME."""
+    """The network: [B, 299, 299, 3] in [-1, 1] -> Features. Every step of NETWORK sows its output as after_NAME."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Features:
@@ -149,6 +149,7 @@ class Inception(nn.Module):
 
 
 def _apply(step: Step, x: jax.Array, name: str) -> jax.Array:
+    """Applies a step, whose convolutions' names begin with `name`."""
     if isinstance(step, Conv):
         convolution = nn.Conv(step.channels, step.kernel, step.stride, step.padding, precision=FULL, name=name)
         return nn.relu(convolution(x))
@@ -162,28 +163,28 @@ def _apply(step: Step, x: jax.Array, name: str) -> jax.Array:
 
 
 def features(weights: dict, images: jax.Array) -> Features:
-    """Features of images [B, H, W, 3] in [0, 1], float32; pure, to be jitted. `weights` are load_weights's.
+    """Computes the features of images [B, H, W, 3] in [0, 1]; pure, can be jitted. `weights` are from `load_weights`.
 
-    Images of another side than 299 are resized as pytorch-fid does it. The TensorFlow graph's own way in, which the ADM
-    suite takes, lays pixels otherwise when it resizes and maps 128 to 0: for that, give 299x299 images divided by 256.
+    Images are resized to 299 pixels as pytorch-fid does. The TensorFlow graph, which the ADM suite uses, aligns pixels
+    differently when it resizes, and maps grey level 128 to 0: for that, give 299x299 images divided by 256.
     """
     return Inception().apply(weights, 2.0 * resize_bilinear(images, SIDE) - 1.0)
 
 
 def resize_bilinear(images: jax.Array, side: int) -> jax.Array:
-    """[B, H, W, C] -> [B, side, side, C] as PyTorch's interpolate with align_corners=False.
+    """Resizes [B, H, W, C] to [B, side, side, C] as PyTorch's interpolate does with align_corners=False.
 
-    Pixels have their centres at half-integers; each output mixes the four around it, also when the image shrinks.
+    Pixel centres are at half-integers; each output mixes its four neighbours, also when the image shrinks.
     """
     shape = (images.shape[0], side, side, images.shape[3])
     return jax.image.resize(images, shape, "bilinear", antialias=False)
 
 
 def load_weights(path: str | Path) -> dict:
-    """Inception's variables, float32: {"params": {name: {"kernel" HWIO, "bias"}, "fc": {"kernel" [2048, 1008]}}}.
+    """Reads the variables: float32 {"params": {name: {"kernel" HWIO, "bias"}, "fc": {"kernel" [2048, 1008]}}}.
 
-    `path` is pytorch-fid's network, pickled or as .safetensors. The bias of its classifier is not used. Raises
-    UsageError naming the tensor that is missing or has another shape.
+    `path` is pytorch-fid's file, pickled or as .safetensors. The classifier's bias is not used. Raises UsageError
+    naming the tensor that is missing or has another shape.
     """
     file = open_tensors(path)
     shapes = jax.eval_shape(Inception().init, jax.random.key(0), jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32))
@@ -197,7 +198,7 @@ def load_weights(path: str | Path) -> dict:
 
 
 def _folded(file: TensorFile, name: str, shape: tuple[int, ...], path: str | Path) -> dict[str, np.ndarray]:
-    """The convolution, of kernel HWIO `shape`, that does what the one in the file and its batch norm do: float64."""
+    """Folds a batch norm of the file into its convolution (kernel HWIO `shape`), in float64."""
     height, width, inputs, outputs = shape
     kernel = _tensor(file, f"{name}.conv.weight", (outputs, inputs, height, width), path).transpose(2, 3, 1, 0)
     scale, shift, mean, variance = (
@@ -210,9 +211,7 @@ def _folded(file: TensorFile, name: str, shape: tuple[int, ...], path: str | Pat
 
 def _tensor(file: TensorFile, name: str, shape: tuple[int, ...], path: str | Path) -> np.ndarray:
     if name not in file.shapes:
-        raise UsageError(f"{path}: not the FID Inception-v3, for it has no tensor {name}")
+        raise UsageError(f"{path}: not the FID Inception-v3: it has no tensor {name}")
     if file.shapes[name] != shape:
-        raise UsageError(
-            f"{path}: not the FID Inception-v3, for {name} has shape {file.shapes[name]} instead of {shape}"
-        )
+        raise UsageError(f"{path}: not the FID Inception-v3: {name} has shape {file.shapes[name]} instead of {shape}")
     return file.read(name).astype(np.float64)

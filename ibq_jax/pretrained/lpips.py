@@ -1,8 +1,8 @@
-"""LPIPS (arXiv 1801.03924), version 0.1 on VGG16 or AlexNet: how different two pictures look, learned from people.
+"""LPIPS (arXiv 1801.03924), version 0.1 on VGG16 or AlexNet: a perceptual distance between images.
 
-Shapes: images [B, H, W, 3] in [-1, 1]; the feature maps of tap t [B, h_t, w_t, C_t]. The five heads of each net, one
-number a channel, come with this package under their own licence (lpips_heads.LICENSE). The convolutions of
-torchvision's VGG16 and AlexNet do not: they are read from the user's file.
+Shapes: images [B, H, W, 3] in [-1, 1]; feature maps of tap t [B, h_t, w_t, C_t]. The five heads of each network, one
+weight per channel, are part of this package under their own licence (lpips_heads.LICENSE). The convolutions are not:
+they are read from the user's copy of torchvision's file.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ from ibq_jax.pretrained.weight_files import WEIGHT_FILES
 
 
 class Convolution(NamedTuple):
-    """`index` in torchvision's `features`. A stride comes with `padding` pixels on every side."""
+    """A convolution with a square kernel of `side` pixels; `padding` is in pixels on every side."""
 
-    index: int
+    index: int  # in torchvision's `features`
     channels: int
     side: int = 3
     stride: int = 1
@@ -31,14 +31,13 @@ class Convolution(NamedTuple):
 
 @dataclass(frozen=True)
 class Trunk:
-    """Stages of convolutions, each ended by a tap. Those of `pooled` start with a max-pool of `pool` pixels, stride 2.
-    Images have sides of `smallest` pixels or more, so that something is left at the end."""
+    """A network's convolutions in stages; each stage's output is a tap."""
 
     stages: tuple[tuple[Convolution, ...], ...]
-    pooled: tuple[int, ...]
+    pooled: tuple[int, ...]  # stages that start with a max-pool of `pool` pixels, stride 2
     pool: int
-    smallest: int
-    heads: str
+    min_side: int  # pixels; smaller images would leave nothing at the last tap
+    heads: str  # file in this folder
 
 
 TRUNKS = {
@@ -52,7 +51,7 @@ TRUNKS = {
         ),
         pooled=(1, 2, 3, 4),
         pool=2,
-        smallest=16,
+        min_side=16,
         heads="lpips_vgg_heads.npz",
     ),
     "alexnet": Trunk(
@@ -65,7 +64,7 @@ TRUNKS = {
         ),
         pooled=(1, 2),
         pool=3,
-        smallest=31,
+        min_side=31,
         heads="lpips_alex_heads.npz",
     ),
 }
@@ -74,9 +73,9 @@ SCALE = (0.458, 0.448, 0.450)
 
 
 def load_weights(path: str | Path, net: str = "vgg16") -> dict:
-    """{"stages": per stage, per convolution {"kernel" HWIO, "bias"}, "heads": per tap [C_t]}, all float32.
+    """Reads {"stages": per stage, per convolution {"kernel" HWIO, "bias"}, "heads": per tap [C_t]}, all float32.
 
-    `path` is torchvision's file of the `net`, pickled or as .safetensors; its classifier is ignored. Raises UsageError
+    `path` is torchvision's file of `net`, pickled or as .safetensors; its classifier is ignored. Raises UsageError
     naming the tensor that is missing or has another shape.
     """
     tensors = read_tensors(path)
@@ -95,7 +94,7 @@ def load_weights(path: str | Path, net: str = "vgg16") -> dict:
 
 
 def weight_shapes(net: str = "vgg16") -> dict:
-    """Shapes and types of what `load_weights` returns, without the user's file."""
+    """Returns the shapes and types of the result of `load_weights`, without the user's file."""
     stages = [
         [
             {
@@ -111,7 +110,7 @@ def weight_shapes(net: str = "vgg16") -> dict:
 
 
 def _shapes(net: str) -> Iterator[list[tuple[Convolution, tuple[int, int, int, int]]]]:
-    """Of every stage: its convolutions, each with its weight's shape in PyTorch's layout OIHW."""
+    """Yields the convolutions of every stage, each with its weight's shape in PyTorch's layout OIHW."""
     inputs = 3
     for stage in TRUNKS[net].stages:
         shapes = []
@@ -122,29 +121,36 @@ def _shapes(net: str) -> Iterator[list[tuple[Convolution, tuple[int, int, int, i
 
 
 def _tensor(tensors: dict, name: str, shape: tuple[int, ...], path: str | Path, net: str) -> np.ndarray:
-    whose = WEIGHT_FILES[net].origin
+    expected = WEIGHT_FILES[net].origin
     if name not in tensors:
-        raise UsageError(f"{path}: not {whose}, for it has no tensor {name}")
+        raise UsageError(f"{path}: not {expected}: it has no tensor {name}")
     if tensors[name].shape != shape:
-        raise UsageError(f"{path}: not {whose}, for {name} has shape {tensors[name].shape} instead of {shape}")
+        raise UsageError(f"{path}: not {expected}: {name} has shape {tensors[name].shape} instead of {shape}")
     return tensors[name].astype(np.float32)
 
 
 def lpips(weights: dict, x: jax.Array, y: jax.Array, dtype: jnp.dtype = jnp.float32, net: str = "vgg16") -> jax.Array:
-    """Distances [B] float32 between images x and y [B, H, W, 3] in [-1, 1]; 0 up to rounding for equal ones.
+    """Computes the LPIPS distances between images, float32 [B]; 0 up to rounding for equal images.
 
-    `weights` are load_weights's of the `net`, which is static under jit. Convolutions compute in `dtype`, the rest in
-    float32. Raises UsageError for images with a side below the net's `smallest`.
+    Args:
+        weights: from `load_weights` for the same `net`.
+        x: images [B, H, W, 3] in [-1, 1].
+        y: images of the same shape.
+        dtype: type in which convolutions compute; all else is float32.
+        net: "vgg16" or "alexnet"; static under jit.
+
+    Raises:
+        UsageError: a side is shorter than the network's `min_side`.
     """
     return sum(_terms(weights, x, y, dtype, net), jnp.zeros(x.shape[0], jnp.float32))
 
 
 def _terms(weights: dict, x: jax.Array, y: jax.Array, dtype: jnp.dtype, net: str) -> Iterator[jax.Array]:
-    """What each tap adds to the distances, [B]."""
-    (height, width), smallest = x.shape[1:3], TRUNKS[net].smallest
-    if min(height, width) < smallest:
+    """Yields each tap's contribution to the distances, [B]."""
+    (height, width), min_side = x.shape[1:3], TRUNKS[net].min_side
+    if min(height, width) < min_side:
         name = WEIGHT_FILES[net].net
-        raise UsageError(f"LPIPS on {name} needs images of at least {smallest}x{smallest} pixels, not {height}x{width}")
+        raise UsageError(f"LPIPS on {name} needs images of at least {min_side}x{min_side} pixels, not {height}x{width}")
     taps = (_taps(weights, images, dtype, net) for images in (x, y))
     for head, tap_x, tap_y in zip(weights["heads"], *taps, strict=True):
         difference = (_unit(tap_x) - _unit(tap_y)) ** 2
@@ -152,6 +158,7 @@ def _terms(weights: dict, x: jax.Array, y: jax.Array, dtype: jnp.dtype, net: str
 
 
 def _taps(weights: dict, images: jax.Array, dtype: jnp.dtype, net: str) -> list[jax.Array]:
+    """Returns the output of every stage, float32 [B, h_t, w_t, C_t]."""
     shift, scale = (jnp.asarray(values).reshape(1, 1, 1, 3) for values in (SHIFT, SCALE))
     h = ((images - shift) / scale).astype(dtype)
     trunk, taps = TRUNKS[net], []
@@ -169,7 +176,7 @@ def _taps(weights: dict, images: jax.Array, dtype: jnp.dtype, net: str) -> list[
 
 
 def _unit(features: jax.Array) -> jax.Array:
-    """Each position's channels scaled to length 1; where all are 0 they stay 0, and so does the gradient."""
+    """Scales each position's channels to length 1; if all are 0, they and their gradient stay 0."""
     squared = jnp.sum(features**2, axis=-1, keepdims=True)
     active = squared > 0
     length = jnp.sqrt(jnp.where(active, squared, 1.0))

@@ -1,6 +1,8 @@
-"""A PyTorch state_dict read without PyTorch: pickled bytes that may ask for dictionaries, tensors and storages alone.
+"""Reads a PyTorch state_dict without PyTorch; the pickle may only refer to dictionaries, tensors and storages.
 
-Both forms of torch.save: the older one, a row of pickles with the storages' bytes behind them, and the .zip archive.
+It exists next to torch.load(weights_only=True) because EfficientNet's weights are installed by pip as a .pth, and
+PyTorch is not a requirement. Supports both formats of torch.save: the older one, several pickles followed by the bytes
+of the storages, and the .zip archive.
 """
 
 import io
@@ -18,7 +20,9 @@ import numpy as np
 from ibq_jax.base.errors import UsageError
 from ibq_jax.pretrained.archive_limits import check_pickle
 
-OLDER_FORM = b"".join(pickle.dumps(number, protocol=2) for number in (0x1950A86A20F9469CFC6C, 1001))  # its first bytes
+OLDER_FORM = b"".join(
+    pickle.dumps(number, protocol=2) for number in (0x1950A86A20F9469CFC6C, 1001)
+)  # the file's first bytes
 ZIP_FORM = b"PK\x03\x04"
 TYPES = {"Double": "<f8", "Float": "<f4", "Half": "<f2", "BFloat16": ml_dtypes.bfloat16, "Bool": "?"}
 TYPES |= {"Long": "<i8", "Int": "<i4", "Short": "<i2", "Char": "i1", "Byte": "u1"}
@@ -26,11 +30,14 @@ STORAGES = {f"{name}Storage": np.dtype(dtype) for name, dtype in TYPES.items()}
 
 
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """Every tensor of a state_dict by its name, in its own dtype (bfloat16 as ml_dtypes.bfloat16).
+    """Reads every tensor of a state_dict by name, in its own dtype (bfloat16 as ml_dtypes.bfloat16).
 
-    Arrays are read-only, keep the file's strides, and share memory where the file's tensors share a storage. No code of
-    the file runs. Raises UsageError for a file that is absent, cut short or foreign, that is no plain dictionary of
-    tensors, whose tensors reach beyond their storages, or that asks for an object of another kind.
+    Arrays are read-only, keep the file's strides, and share memory if the file's tensors share a storage. No code in
+    the file is run.
+
+    Raises:
+        UsageError: the file is absent, damaged or of another format, is not a plain dictionary of tensors, refers to
+            an object of another type, or has a tensor that reaches beyond its storage.
     """
     path = Path(path)
     if not path.is_file():
@@ -42,11 +49,11 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
             content, storages = _read_zip(file, path) if zipped else _read_older(file, path)
             named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
             if not named or not all(isinstance(tensor, _Tensor) for tensor in content.values()):
-                raise UsageError(f"{path}: not a state_dict, which is a plain dictionary of tensors by their names")
+                raise UsageError(f"{path}: not a state_dict, which is a plain dictionary of tensors by name")
             return {name: _array(tensor, storages[tensor.storage.key]) for name, tensor in content.items()}
         except UsageError:
             raise
-        except Exception as error:  # from foreign bytes the unpickler may raise anything
+        except Exception as error:  # the unpickler may raise anything for damaged files
             raise UsageError(f"{path}: cut short, damaged, or not a PyTorch state_dict") from error
 
 
@@ -68,32 +75,34 @@ class _Tensor(NamedTuple):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Hands a pickle only what it cannot alter, or what is made for it alone."""
+    """An unpickler that gives the pickle only objects that it cannot use to run code or change anything."""
 
     def __init__(self, file: BinaryIO, path: Path):
         super().__init__(file, encoding="utf-8")
         self._file, self._path, self.storages = file, path, {}
 
     def load(self) -> Any:
-        """As of `pickle.Unpickler`, of what `check_pickle` lets pass."""
+        """Loads the next pickle of the file, once `check_pickle` has accepted it."""
         start = self._file.tell()
         check_pickle(self._file)
         self._file.seek(start)
         return super().load()
 
     def find_class(self, module: str, name: str) -> Any:
+        """Returns a stand-in for one of the few allowed names. Raises UsageError for all others."""
         if module == "torch" and name in STORAGES:
             return name
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda *parts: _Tensor(*parts[:4])  # the rest are gradient flags and hooks
+            return lambda *parts: _Tensor(*parts[:4])  # the others are gradient flags and hooks
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         raise UsageError(
             f"{self._path}: holds an object of type {module + '.' + name!r}, which is not read because loading it "
-            f"could run code; where you trust the file, load it with PyTorch and save its state_dict alone"
+            f"could run code; if you trust the file, load it with PyTorch and save only its state_dict"
         )
 
     def persistent_load(self, pid: tuple) -> _Storage:
+        """Returns the storage that the pickle refers to, and remembers it."""
         what, kind, key, _device, elements, *view = pid
         if what != "storage" or any(view):
             raise ValueError(f"unknown reference {pid}")
@@ -102,7 +111,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _read_older(file: BinaryIO, path: Path) -> tuple[Any, dict[str, bytes]]:
-    """What was pickled, and the bytes of each storage."""
+    """Reads the older format: (unpickled content, bytes of each storage)."""
     if file.read(len(OLDER_FORM)) != OLDER_FORM or not _Unpickler(file, path).load()["little_endian"]:
         raise ValueError("another format")
     unpickler = _Unpickler(file, path)
@@ -118,6 +127,7 @@ def _read_older(file: BinaryIO, path: Path) -> tuple[Any, dict[str, bytes]]:
 
 
 def _read_zip(file: BinaryIO, path: Path) -> tuple[Any, dict[str, bytes]]:
+    """Reads the .zip format: (unpickled content, bytes of each storage)."""
     with zipfile.ZipFile(file) as archive:
         members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
         if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
@@ -130,10 +140,11 @@ def _read_zip(file: BinaryIO, path: Path) -> tuple[Any, dict[str, bytes]]:
 
 
 def _array(tensor: _Tensor, data: bytes) -> np.ndarray:
+    """Returns the tensor as a view of its storage's bytes."""
     storage, offset, shape, strides = tensor
     itemsize = STORAGES[storage.kind].itemsize
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    # NumPy checks the bounds as well, but in 64 bits, which large strides overflow.
+    # NumPy checks the bounds too, but in 64 bits, which large strides overflow.
     beyond = last >= storage.elements and 0 not in shape
     if beyond or min(offset, *shape, *strides, 0) < 0 or len(data) != storage.nbytes:
         raise ValueError(f"reaches beyond its storage of {storage.elements} elements")

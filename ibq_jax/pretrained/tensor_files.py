@@ -1,6 +1,7 @@
-"""Named arrays in files: .safetensors, .npz, and PyTorch's .pth, .pt and .ckpt.
+"""Reads and writes named arrays: .safetensors, .npz, and PyTorch's .pth, .pt and .ckpt.
 
-Without PyTorch installed, of the last three only plain dictionaries of tensors are read, and none is written."""
+Without PyTorch, the last three can be read if they are plain dictionaries of tensors, and cannot be written.
+"""
 
 import io
 import re
@@ -23,30 +24,32 @@ from ibq_jax.pretrained.state_dict_pickle import OLDER_FORM, read_state_dict
 PICKLED = (".pth", ".pt", ".ckpt")
 SUFFIXES = (".safetensors", ".npz", *PICKLED)
 STATE_DICT, METADATA = "state_dict", "metadata"  # keys of a pickled checkpoint
-MAPPED_AT_MOST = 2**29  # bytes of a mapped file that count as this process's memory
+MAPPED_AT_MOST = 2**29  # bytes of a memory-mapped file that may be resident before it is mapped again
 
 
 class TensorFile(ABC):
-    """The tensors of a file, read one by one, so that no more of it is held than what was asked for last."""
+    """A file's tensors, read one by one, so that only the last one needs memory."""
 
     shapes: dict[str, tuple[int, ...]]
-    about: dict[str, str]  # what the file says of itself
+    about: dict[str, str]  # the file's metadata
 
     @abstractmethod
     def read(self, name: str) -> np.ndarray:
-        """In its own dtype (bfloat16 as ml_dtypes.bfloat16); each may be read once."""
+        """Reads a tensor in its own dtype (bfloat16 as ml_dtypes.bfloat16); each can be read once."""
 
 
 def open_tensors(path: str | Path) -> TensorFile:
-    """The tensors of a file, whose format its name tells.
+    """Opens a file of tensors; its suffix says which format it has.
 
-    Pickled files are read with weights_only=True, so that they cannot run code; of a checkpoint that keeps its tensors
-    under "state_dict", those are found. Without PyTorch, those that are plain dictionaries of tensors are read here.
-    Raises UsageError for a file that is absent, cut short or foreign, and for what takes PyTorch to be read.
+    Pickled files are read with weights_only=True, so that they cannot run code; a checkpoint's tensors are found under
+    "state_dict". Without PyTorch, only plain dictionaries of tensors can be read.
+
+    Raises:
+        UsageError: the file is absent, damaged or of another format, or reading it needs PyTorch.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path}: cannot tell its format by its name; it must end in one of {', '.join(SUFFIXES)}")
+        raise UsageError(f"{path}: unknown format; its name must end in one of {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     if path.suffix in PICKLED:
@@ -55,7 +58,7 @@ def open_tensors(path: str | Path) -> TensorFile:
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """Every tensor of a file by its name; as `open_tensors`."""
+    """Reads all tensors of a file by name; errors are those of `open_tensors`."""
     file = open_tensors(path)
     return {name: file.read(name) for name in file.shapes}
 
@@ -64,18 +67,22 @@ class _Safetensors(TensorFile):
     def __init__(self, path: Path):
         self._path = path
         try:
-            self._file = safe_open(path, framework="np", backend="pread")  # not mapped: pages would count as memory
+            self._file = safe_open(
+                path, framework="np", backend="pread"
+            )  # not memory-mapped: its pages would count as memory
             self.about = self._file.metadata() or {}
             names = self._file.keys()
             self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
-        except Exception as error:  # SafetensorError, and what Rust makes of a text that is none
+        except Exception as error:  # SafetensorError, and what Rust raises for invalid text
             raise UsageError(f"{path}: cut short, or not a safetensors file ({one_line(error)})") from error
 
     def read(self, name: str) -> np.ndarray:
         try:
             return self._file.get_tensor(name)
         except Exception as error:  # AttributeError, SafetensorError, and NumPy's
-            raise UsageError(f"{self._path}: holds a tensor of a type that NumPy lacks ({one_line(error)})") from error
+            raise UsageError(
+                f"{self._path}: holds a tensor of a type that NumPy does not have ({one_line(error)})"
+            ) from error
 
 
 class _Npz(TensorFile):
@@ -84,9 +91,9 @@ class _Npz(TensorFile):
         try:
             with open_npz(path) as arrays:
                 tensors = {name: arrays[name] for name in arrays.names}
-        except Exception as error:  # from foreign bytes zipfile and NumPy may raise anything
+        except Exception as error:  # zipfile and NumPy may raise anything for damaged files
             raise UsageError(f"{path}: cut short, or not an .npz file of plain arrays ({one_line(error)})") from error
-        # NumPy stores bfloat16 as nameless two-byte values.
+        # NumPy stores bfloat16 as two-byte values without a type.
         self._tensors = {
             name: array.view(ml_dtypes.bfloat16) if array.dtype == "V2" else array for name, array in tensors.items()
         }
@@ -97,7 +104,7 @@ class _Npz(TensorFile):
 
 
 class _StateDict(TensorFile):
-    """A PyTorch file as far as it can be read without PyTorch."""
+    """A PyTorch file that is a plain dictionary of tensors, read without PyTorch."""
 
     def __init__(self, path: Path):
         self.about = {}
@@ -113,8 +120,11 @@ class _StateDict(TensorFile):
 
 
 class _Pickled(TensorFile):
-    """Mapped where the format allows it: optimizer states, often most of a file, are then never read. The older format
-    is read as a whole, and each tensor let go with its reading."""
+    """A PyTorch file read by PyTorch, memory-mapped if its format allows it.
+
+    So optimizer states, often most of a file, are never read. A file of the older format is read as a whole, and each
+    tensor is released once it was read.
+    """
 
     def __init__(self, path: Path):
         self._path, self._mapped, self._resident = path, zipfile.is_zipfile(path), 0
@@ -126,22 +136,24 @@ class _Pickled(TensorFile):
         self._resident += tensor.nbytes
         if self._mapped and self._resident > MAPPED_AT_MOST:
             left = self._tensors.keys()
-            self._tensors = {}  # the pages stay this process's until the last tensor goes
+            self._tensors = {}  # pages stay resident until the last tensor is released
             again, _ = self._load()
             self._tensors, self._resident = {other: again[other] for other in left}, tensor.nbytes
         try:
             if tensor.dtype == self._torch.bfloat16:
                 return tensor.contiguous().view(self._torch.uint16).numpy().view(ml_dtypes.bfloat16)
             return tensor.numpy()
-        except (RuntimeError, TypeError) as error:  # of what is sparse, quantized or on no device
-            raise UsageError(f"{self._path}: {name} is of a kind that NumPy lacks ({one_line(error)})") from error
+        except (RuntimeError, TypeError) as error:  # the tensor is sparse, quantized or on no device
+            raise UsageError(
+                f"{self._path}: {name} is of a kind that NumPy does not have ({one_line(error)})"
+            ) from error
 
     @cached_property
     def _torch(self):
         return _pytorch(f"{self._path}: reading {self._path.suffix} files")
 
     def _check(self) -> None:
-        """Raises ValueError where PyTorch would take more time, memory or stack than the file is worth."""
+        """Raises ValueError for files that would make PyTorch use excessive time, memory or stack."""
         with self._path.open("rb") as file:
             if self._mapped:
                 with zipfile.ZipFile(file) as archive:
@@ -155,17 +167,18 @@ class _Pickled(TensorFile):
                     check_pickle(file)
 
     def _load(self) -> tuple[dict, dict[str, str]]:
+        """Loads (tensors, metadata)."""
         try:
             self._check()
             content = self._torch.load(self._path, map_location="cpu", weights_only=True, mmap=self._mapped)
         except UsageError:
             raise
-        except Exception as error:  # from foreign bytes the unpickler may raise anything
+        except Exception as error:  # the unpickler may raise anything for damaged files
             refused = re.search(r"GLOBAL (\S+)", str(error))
             if refused:
                 raise UsageError(
                     f"{self._path}: holds an object of type {printable(refused[1])}, which is not read because loading "
-                    f"it could run code; where you trust the file, load it with PyTorch and save its state_dict alone"
+                    f"it could run code; if you trust the file, load it with PyTorch and save only its state_dict"
                 ) from error
             raise UsageError(f"{self._path}: cut short, or not a PyTorch file") from error
         about = {}
@@ -183,9 +196,9 @@ class _Pickled(TensorFile):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
-    """A .safetensors file, or a pickled one as the released code loads it: {"state_dict": ..., "metadata": `about`}.
+    """Writes a .safetensors file, or a pickle that the released code loads: {"state_dict": ..., "metadata": `about`}.
 
-    Whole or not there. Raises UsageError for another name, one that exists, or a full disk.
+    The write is atomic. Raises UsageError if the name has another suffix or exists, or the disk is full.
     """
     if path.suffix not in (".safetensors", *PICKLED):
         raise UsageError(f"{path}: weights are written as .safetensors, {', '.join(PICKLED)}")

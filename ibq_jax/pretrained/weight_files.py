@@ -1,7 +1,7 @@
-"""Weights that no package carries: which files they are, and where the user's copies are looked for.
+"""Finds the user's copies of weight files that no Python package contains.
 
-A file is named by the config or a flag, else by an environment variable, else it lies under its own name in
-~/.cache/ibq_jax. Nothing is ever downloaded.
+A file is looked for, in this order, where the config or a flag says, where an environment variable says, and under its
+original name in ~/.cache/ibq_jax. Nothing is ever downloaded.
 """
 
 import os
@@ -13,21 +13,22 @@ from ibq_jax.base.errors import UsageError
 
 @dataclass(frozen=True)
 class WeightFile:
-    """`owner`'s weights of `net`. `stem` of the names that the file has, as .pth or .safetensors; `page`: where it is
-    to be had, where the owner's name alone does not say."""
+    """A published file of weights."""
 
-    stem: str
+    stem: str  # of its name, which ends in .pth or .safetensors
     owner: str
     net: str
-    environment: str
-    page: str = ""
+    environment: str  # variable that may hold its path
+    page: str = ""  # where to get it, if the owner's name is not enough
 
     @property
     def origin(self) -> str:
+        """Owner and network, such as "torchvision's VGG16"."""
         return f"{self.owner}'s {self.net}"
 
     @property
     def names(self) -> tuple[str, str]:
+        """The file's possible names."""
         return f"{self.stem}.pth", f"{self.stem}.safetensors"
 
 
@@ -44,27 +45,35 @@ WEIGHT_FILES = {
 }
 
 
-def find(kind: str, configured: str, option: str) -> Path | None:
-    """The user's file of a `kind` (see WEIGHT_FILES); None where it is in none of the places.
+def find_weights(kind: str, configured: str, option: str) -> Path | None:
+    """Finds the user's weight file.
 
-    `configured` is what the config's field or the flag `option` says; empty where it says nothing. Raises UsageError
-    when a file that was asked for there or by the environment does not exist.
+    Args:
+        kind: which file, of WEIGHT_FILES.
+        configured: its path according to the config's field or flag `option`; empty if not given.
+        option: name of that field or flag, for the error.
+
+    Returns:
+        the file's path; None if it is in none of the places.
+
+    Raises:
+        UsageError: the path that `configured` or the environment variable gives does not exist.
     """
     file = WEIGHT_FILES[kind]
-    for asker, path in ((option, configured), (f"${file.environment}", os.environ.get(file.environment, ""))):
+    for source, path in ((option, configured), (f"${file.environment}", os.environ.get(file.environment, ""))):
         if path:
             if not Path(path).expanduser().is_file():
-                raise UsageError(f"{asker} is {path}, which does not exist; it names {file.origin} file")
+                raise UsageError(f"{source} is {path}, which does not exist; it must name the file of {file.origin}")
             return Path(path).expanduser()
     cache = Path.home() / ".cache" / "ibq_jax"
     return next((cache / name for name in file.names if (cache / name).is_file()), None)
 
 
-def absence(kind: str, option: str) -> str:
-    """Which file is missing, whose it is, and the ways to give it: the end of a sentence."""
+def explain_absence(kind: str, option: str) -> str:
+    """Returns a clause that names the missing file, its owner and the ways to provide it."""
     file = WEIGHT_FILES[kind]
     page = f" ({file.page})" if file.page else ""
     return (
-        f"{file.owner}'s {file.names[0]}{page} is not here; set {option} or ${file.environment}, "
+        f"{file.owner}'s {file.names[0]}{page} was not found; set {option} or ${file.environment}, "
         "or put it into ~/.cache/ibq_jax/"
     )

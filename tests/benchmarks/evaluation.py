@@ -1,10 +1,10 @@
-"""How much of an evaluation is the host's work, rather than the networks': openmoji64's reconstructions.
+"""Measures how much of an evaluation is work of the host, with openmoji64's reconstructions.
 
-    python tests/benchmarks/evaluation.py --data-dir=~/data --feature_nets=efficientnet
+    python tests/benchmarks/evaluation.py --data-dir=~/data --feature-nets=efficientnet
 
-One pass over the training split, which has more images than the other, with fresh weights. Timed each alone:
-reading and decoding, putting the numbers together (statistics in float64 included), and the whole pass, in which the
-host works while the devices are at the next batch.
+One pass over the training split, the larger one, with untrained weights. Timed separately: reading and decoding,
+adding up the numbers (statistics in float64 included), and the whole pass, in which the host works while the devices
+compute the next batch.
 """
 
 import argparse
@@ -28,15 +28,15 @@ CONFIG = Path(__file__).parents[2] / "configs" / "tokenizer.py"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--judges", default="efficientnet")
+    parser.add_argument("--feature-nets", default="efficientnet")
     parser.add_argument("--examples", type=int, default=512)
     arguments = parser.parse_args()
     fields = [f"--config.data.dir={arguments.data_dir}", "--config.data.validation_split=train"]
     config = load_config(f"{CONFIG}:openmoji64", fields)
     trainer = TokenizerTrainer(config, make_mesh({"data": -1}), steps_per_epoch=1)
     params = create_sharded(trainer.create_state, trainer.mesh, 0).params
-    judges = find_feature_nets([kind for kind in arguments.judges.split(",") if kind], {})
-    evaluator = validation_evaluator(trainer, arguments.examples, PROTOCOLS["clean"], judges)
+    feature_nets = find_feature_nets([kind for kind in arguments.feature_nets.split(",") if kind], {})
+    evaluator = validation_evaluator(trainer, arguments.examples, PROTOCOLS["clean"], feature_nets)
 
     dict(evaluator(params))  # compiles
     start = time.perf_counter()
@@ -49,16 +49,16 @@ def main() -> None:
     reading = time.perf_counter() - start
 
     measured = list(evaluator._measured(params))
-    tally = _Tally(config.codebook.size, judges.distances)
+    tally = _Tally(config.codebook.size, feature_nets.distances)
     start = time.perf_counter()
     for batch in measured:
         tally.add(batch)
-    for statistics in (of for pair in tally.statistics.values() for of in pair):
+    for statistics in (one for pair in tally.statistics.values() for one in pair):
         _ = statistics.mean
     adding = time.perf_counter() - start
     print(
-        f"{images:.0f} images of 64 pixels, judges {arguments.judges or 'none'}, {jax.device_count()} devices on "
-        f"{os.cpu_count()} cores: {whole:.1f} s; reading {reading:.2f} s ({reading / whole:.1%}), putting together "
+        f"{images:.0f} images of 64 pixels, feature nets {arguments.feature_nets or 'none'}, {jax.device_count()} devices "
+        f"on {os.cpu_count()} cores: {whole:.1f} s; reading {reading:.2f} s ({reading / whole:.1%}), adding up "
         f"{adding:.2f} s ({adding / whole:.1%})"
     )
 

@@ -1,4 +1,4 @@
-"""The second stage from the command line: trained on a token cache, killed, resumed, sampled, used wrongly."""
+"""The generator's commands: training on a token cache, killed and resumed; evaluating, sampling; wrong use."""
 
 import json
 import os
@@ -19,6 +19,7 @@ from support.small_runs import ROOT, STEPS, generator_arguments, save_run
 from ibq_jax import Generator, Tokenizer
 from ibq_jax.__main__ import main
 from ibq_jax.autoregressive.restore import restore_run
+from ibq_jax.base.config import read_config
 from ibq_jax.data.token_cache import open_token_cache
 from ibq_jax.evaluate import sample_set
 from ibq_jax.pretrained.tensor_files import read_tensors, write_tensors
@@ -42,7 +43,7 @@ def codes(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, codes):
-    """A run that nothing disturbed."""
+    """A run that was never interrupted."""
     workdir = tmp_path_factory.mktemp("runs") / "ar"
     assert main(generator_arguments(workdir, codes)) == 0
     return workdir
@@ -54,7 +55,7 @@ def logged(workdir: Path) -> list[dict]:
 
 
 def refused(argv: list[str], capsys) -> str:
-    """The one line that a command of wrong use ends with."""
+    """Returns the one line with which a command ends after wrong use."""
     assert main(argv) == 2
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if line.startswith("ibq_jax ")]
@@ -62,7 +63,7 @@ def refused(argv: list[str], capsys) -> str:
     return lines[0]
 
 
-def test_a_run_says_and_leaves_what_it_should(run):
+def test_a_run_logs_and_writes_what_it_should(run):
     rows = logged(run)
     assert [row["step"] for row in rows if "loss/total" in row] == list(range(1, STEPS + 1))
     measured = [row for row in rows if "validation/loss" in row]
@@ -75,7 +76,7 @@ def test_a_run_says_and_leaves_what_it_should(run):
     assert np.log(by_position).mean() == pytest.approx(measured[-1]["validation/loss"], abs=1e-5)
     first, last = (rows[i]["loss/total"] for i in (0, STEPS - 1))
     assert first == pytest.approx(np.log(64), abs=1e-3) and last < first  # the head starts at zero
-    assert json.loads((run / "codes.json").read_text())["codes"] == 64
+    assert json.loads((run / "token_cache.json").read_text())["codebook_size"] == 64
     assert any((run / "events").iterdir())
 
 
@@ -83,26 +84,26 @@ def test_validation_loss_is_that_of_the_public_class(run, codes, tmp_path, capsy
     numbers = tmp_path / "numbers.json"
     assert main(["evaluate", f"--run={run}", f"--json={numbers}"]) == 0
     out, measured = capsys.readouterr().out, json.loads(numbers.read_text())
-    assert "order 0, the codes alone" in out and "uniform, log of the number of codes" in out
+    assert "unigram entropy of the codes" in out and "uniform, log K" in out
     generator, source = Generator.load(run), list(open_token_cache(codes, "validation"))
-    pictures = np.stack([image["codes"][0] for image in source]).astype(np.int32)
-    logits = generator.logits(pictures, np.array([image["label"] for image in source]))
-    log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), pictures.reshape(len(pictures), -1, 1), 2)
-    assert measured["images"] == len(pictures) == 40
+    stored = np.stack([image["codes"][0] for image in source]).astype(np.int32)
+    logits = generator.logits(stored, np.array([image["label"] for image in source]))
+    log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), stored.reshape(len(stored), -1, 1), 2)
+    assert measured["images"] == len(stored) == 40
     assert measured["metrics"]["loss"] == pytest.approx(-log_p.mean(), rel=1e-5)
     assert measured["metrics"]["uniform"] == pytest.approx(np.log(64))
-    histogram = np.bincount(pictures.reshape(-1)) / pictures.size
+    histogram = np.bincount(stored.reshape(-1)) / stored.size
     assert measured["metrics"]["order_0"] == pytest.approx(-sum(p * np.log(p) for p in histogram if p))
 
 
 def test_an_imported_generator_is_evaluated_and_trained_on(run, codes, tmp_path, capsys):
-    """From a file that says nothing of itself, as the published ones do."""
-    assert main(["convert", f"--in={run}", f"--out={tmp_path / 'told.safetensors'}"]) == 0
+    """The file has no metadata, like the published ones."""
+    assert main(["convert", f"--in={run}", f"--out={tmp_path / 'with_metadata.safetensors'}"]) == 0
     file, imported = tmp_path / "weights.safetensors", tmp_path / "imported"
-    write_tensors(file, read_tensors(tmp_path / "told.safetensors"), {})
-    untold = ["--config.model.num_heads=2", "--config.model.grid=(8, 8)"]
-    assert main(["convert", f"--in={file}", f"--out={imported}", *untold]) == 0
-    assert "give --codes=FOLDER" in refused(["evaluate", f"--run={imported}"], capsys)
+    write_tensors(file, read_tensors(tmp_path / "with_metadata.safetensors"), {})
+    fields = ["--config.model.num_heads=2", "--config.model.grid=(8, 8)"]
+    assert main(["convert", f"--in={file}", f"--out={imported}", *fields]) == 0
+    assert "give --token-cache=FOLDER" in refused(["evaluate", f"--run={imported}"], capsys)
     losses = []
     for folder in (run, imported):
         numbers = tmp_path / f"{folder.name}.json"
@@ -113,21 +114,21 @@ def test_an_imported_generator_is_evaluated_and_trained_on(run, codes, tmp_path,
     assert "continuing from the weights of step 0" in capsys.readouterr().out
     trained = [row["loss/total"] for row in logged(imported) if "loss/total" in row]
     assert len(trained) == 3 and abs(trained[0] - losses[0]) < 0.5
-    assert "reads --codes" in refused(["evaluate", f"--run={imported}", "--data=openmoji"], capsys)
+    assert "reads a token cache: --token-cache" in refused(["evaluate", f"--run={imported}", "--data=openmoji"], capsys)
 
 
-def test_drawn_pictures_are_judged_against_the_originals_and_kept(run, tmp_path, capsys):
+def test_drawn_samples_are_compared_with_the_originals_and_kept(run, tmp_path, capsys):
     command = ["evaluate", f"--run={run}", "--num=16", "--batch-size=8", f"--json={tmp_path / 'numbers.json'}"]
     assert main(command) == 0
-    first, said = json.loads((tmp_path / "numbers.json").read_text()), capsys.readouterr().out
-    assert "against the originals of openmoji/train[:96]" in said and "16 images, the protocol has 50,000" in said
+    first, printed = json.loads((tmp_path / "numbers.json").read_text()), capsys.readouterr().out
+    assert "against the originals of openmoji/train[:96]" in printed and "16 images, the protocol has 50,000" in printed
     assert first["metrics"]["FD-EfficientNetLite0"] > 0 and 0 <= first["metrics"]["recall (EfficientNetLite0)"] <= 1
     assert first["samples"]["pictures"] == 16 and first["step"] == STEPS and first["protocol"]["name"] == "adm"
     drawn = run / "samples" / f"{STEPS:07}-ema-16.npz"
     written = drawn.stat().st_mtime_ns
     assert main([*command, f"--reference={drawn}", "--protocol=clean"]) == 0
     second = json.loads((tmp_path / "numbers.json").read_text())
-    assert drawn.stat().st_mtime_ns == written, "the set is there: it is not drawn again"
+    assert drawn.stat().st_mtime_ns == written, "the set exists: it is not drawn again"
     assert abs(second["metrics"]["FD-EfficientNetLite0"]) < 1e-6 and second["reference"] == drawn.name
     kept = {path.name for path in (run / "evaluations").iterdir()}
     assert {f"{STEPS:07}-ema-{name}-{drawn.stem}.json" for name in ("adm", "clean")} <= kept
@@ -135,21 +136,26 @@ def test_drawn_pictures_are_judged_against_the_originals_and_kept(run, tmp_path,
 
 def test_codes_of_another_kind_are_refused_in_evaluation(run, data_dir, tmp_path, capsys):
     other = tokenized(save_run(tmp_path / "tok", data_dir, "codebook.size=128"), tmp_path / "codes")
-    said = refused(["evaluate", f"--run={run}", f"--codes={other}"], capsys)
-    assert "model.vocab_size=64, the codes have 128" in said
+    error = refused(["evaluate", f"--run={run}", f"--codes={other}"], capsys)
+    assert "model.vocab_size=64, the token cache has 128" in error
 
 
 def test_a_complete_run_goes_on_when_it_is_made_longer(run, codes, tmp_path):
     workdir = tmp_path / "longer"
     shutil.copytree(run, workdir)
-    assert main(generator_arguments(workdir, codes)) == 0
-    assert logged(workdir) == logged(run)
+    sizes = "model.vocab_size=64", "model.grid=(8, 8)", "model.num_classes=9"  # the token cache's, given or not
+    for given in ((), sizes):
+        assert main(generator_arguments(workdir, codes, *given)) == 0
+        assert logged(workdir) == logged(run)
+        assert (workdir / "config.json").read_text() == (run / "config.json").read_text()
+    model = read_config(workdir / "config.json").model
+    assert (model.vocab_size, model.grid, model.num_classes) == (64, (8, 8), 9)
     assert main(generator_arguments(workdir, codes, f"train.steps={STEPS + 1}")) == 0
     assert logged(workdir)[-1]["step"] == STEPS + 1
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_ends_the_same_to_the_bit(run, codes, tmp_path):
+def test_killed_and_restarted_it_ends_the_same_bit_for_bit(run, codes, tmp_path):
     workdir = tmp_path / "killed"
     command = [sys.executable, "-m", "ibq_jax", *generator_arguments(workdir, codes)]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_NUM_CPU_DEVICES": "8"}
@@ -186,19 +192,19 @@ def sampled(run: Path, out: Path, *flags: str) -> list[str]:
     return ["sample", f"--run={run}", f"--out={out}", *flags]
 
 
-def test_a_sheet_has_a_row_a_class(run, tmp_path, capsys):
+def test_a_contact_sheet_has_one_row_per_class(run, tmp_path, capsys):
     out = tmp_path / "sheet.png"
     assert main(sampled(run, out, "--labels=3,1", "--per-class=2")) == 0
-    assert "2 pictures of each of 2 classes" in capsys.readouterr().out
+    assert "2 samples of each of 2 classes" in capsys.readouterr().out
     with Image.open(out) as sheet:
         assert sheet.height == 2 * (64 + 4) + 4 and sheet.width > 2 * (64 + 4)
 
 
-def test_a_sheet_goes_on_from_a_picture(run, tmp_path):
-    picture = tmp_path / "picture.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)).save(picture)
+def test_samples_start_with_the_rows_of_an_image(run, tmp_path):
+    image = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)).save(image)
     out = tmp_path / "sheet.png"
-    assert main(sampled(run, out, "--labels=0", "--per-class=2", f"--image={picture}", "--keep-rows=7")) == 0
+    assert main(sampled(run, out, "--labels=0", "--per-class=2", f"--image={image}", "--keep-rows=7")) == 0
     assert out.is_file()
 
 
@@ -216,20 +222,20 @@ def whole_set(run, tmp_path_factory):
 
 
 def test_a_set_is_what_the_evaluation_suite_reads(whole_set, run, tmp_path):
-    pictures, labels = whole_set
-    assert pictures.dtype == np.uint8 and pictures.shape == (40, 16, 16, 3)
+    samples, labels = whole_set
+    assert samples.dtype == np.uint8 and samples.shape == (40, 16, 16, 3)
     assert np.bincount(labels).tolist() == [5, 5, 5, 5, 4, 4, 4, 4, 4]
-    assert len(np.unique(pictures.reshape(40, -1), axis=0)) == 40
-    tokenizer = Tokenizer.load(json.loads((run / "codes.json").read_text())["tokenizer"]["path"])
+    assert len(np.unique(samples.reshape(40, -1), axis=0)) == 40
+    tokenizer = Tokenizer.load(json.loads((run / "token_cache.json").read_text())["tokenizer"]["path"])
     generator = Generator.load(run)
     config = json.loads((run / "config.json").read_text())["sample"]
     codes = generator.sample(labels[7:9], config["cfg_scale"], config["temperature"], first=7)
-    shown = np.round((np.clip(tokenizer.decode(codes), -1, 1) + 1) * 127.5)
-    assert np.abs(shown - pictures[7:9]).max() <= 1  # picture 7 of a seed, whoever draws it; decoded in another batch
+    decoded = np.round((np.clip(tokenizer.decode(codes), -1, 1) + 1) * 127.5)
+    assert np.abs(decoded - samples[7:9]).max() <= 1  # sample 7 of a seed, whoever draws it; decoded in another batch
 
 
-def test_a_set_that_was_killed_ends_with_exactly_its_pictures(whole_set, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample_set, "PART_PICTURES", 6)
+def test_a_set_that_was_killed_ends_with_exactly_its_samples(whole_set, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_set, "SAMPLES_PER_PART", 6)
     out, drawn = tmp_path / "set.npz", []
     save = np.save
 
@@ -252,18 +258,18 @@ def test_a_set_that_was_killed_ends_with_exactly_its_pictures(whole_set, run, tm
 
 
 def test_processes_share_a_set(whole_set, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample_set, "PART_PICTURES", 6)
+    monkeypatch.setattr(sample_set, "SAMPLES_PER_PART", 6)
     out = tmp_path / "set.npz"
     for index in (1, 0):
         process = {"process_count": lambda: 2, "process_index": lambda index=index: index}
         with monkeypatch.context() as patch:
-            patch.setattr("ibq_jax.commands.sample.jax", SimpleNamespace(**vars(jax) | process))
+            patch.setattr("ibq_jax.evaluate.draw_samples.jax", SimpleNamespace(**vars(jax) | process))
             assert main(sampled(run, out, "--num=40")) == 0
         assert out.exists() == (index == 0)
     np.testing.assert_array_equal(read_set(out)[0], whole_set[0])
 
 
-def test_a_set_begun_with_other_settings_is_not_gone_on_with(run, tmp_path, monkeypatch, capsys):
+def test_a_set_begun_with_other_settings_is_not_continued(run, tmp_path, monkeypatch, capsys):
     out = tmp_path / "set.npz"
     with monkeypatch.context() as patch:
         patch.setattr(sample_set.np, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -279,20 +285,20 @@ def test_a_set_begun_with_other_settings_is_not_gone_on_with(run, tmp_path, monk
     [
         (["--labels=0,9"], "labels lie in 0..8; these reach from 0 to 9"),
         (["--labels=-1"], "these reach from -1 to -1"),
-        (["--labels=cat"], "'cat' is not whole numbers separated by commas"),
+        (["--labels=cat"], "'cat' is not integers separated by commas"),
         (["--top-p=0"], "top_p=0.0 is not in (0, 1]"),
         (["--top-p=1.5"], "top_p=1.5 is not in (0, 1]"),
         (["--temperature=-1"], "temperature=-1.0 is not a number of at least 0"),
         (["--cfg-scale=nan"], "guidance scale nan"),
-        (["--cfg-interval=0.5"], "guidance interval (0.5,) is not two parts of a picture"),
-        (["--cfg-interval=0.8,0.2"], "guidance interval (0.8, 0.2) is not two parts"),
-        (["--num=4"], "a set of --num=N pictures is an .npz file"),
+        (["--cfg-interval=0.5"], "guidance interval (0.5,) is not two increasing fractions"),
+        (["--cfg-interval=0.8,0.2"], "guidance interval (0.8, 0.2) is not two increasing fractions"),
+        (["--num=4"], "a set of --num=N samples is an .npz file"),
         (["--image=none.png"], "--image=none.png does not exist"),
         (["--tokenizer=none"], "config.json does not exist"),
-        (["--seed=4294967296"], "seed=4294967296 is not a whole number in 0..2**32 - 1"),
+        (["--seed=4294967296"], "seed=4294967296 is not an integer in 0..2**32 - 1"),
     ],
 )
-def test_sample_used_wrongly_is_one_line_and_writes_nothing(flags, words, run, tmp_path, capsys):
+def test_wrong_use_of_sample_is_one_line_and_writes_nothing(flags, words, run, tmp_path, capsys):
     assert words in refused(sampled(run, tmp_path / "out.png", *flags), capsys)
     assert not list(tmp_path.iterdir())
 
@@ -304,7 +310,7 @@ def test_a_tokenizers_run_cannot_be_sampled(tokenizer, tmp_path, capsys):
 def test_guidance_needs_a_model_that_knows_no_class(codes, tmp_path, capsys):
     workdir, out = tmp_path / "run", tmp_path / "out.png"
     assert main(generator_arguments(workdir, codes, "loss.class_dropout=0.0", "sample.cfg_scale=1.0")) == 0
-    assert 'has learned "no class"' in refused(sampled(workdir, out, "--cfg-scale=2"), capsys)
+    assert 'was trained on "no class"' in refused(sampled(workdir, out, "--cfg-scale=2"), capsys)
     assert main(sampled(workdir, out, "--labels=0", "--per-class=1")) == 0
 
 
@@ -313,25 +319,25 @@ def test_guidance_needs_a_model_that_knows_no_class(codes, tmp_path, capsys):
     [
         (("codes=",), "config.token_cache is empty"),
         (("codes=none",), "there is no token cache in"),
-        (("model.vocab_size=128",), "model.vocab_size=128, the codes have 64"),
-        (("model.grid=(4, 16)",), "model.grid=(4, 16), the codes have (8, 8)"),
-        (("model.grid=(8, 0)",), "model.grid=(8, 0) is not rows and columns"),
-        (("model.num_classes=10",), "model.num_classes=10, the codes have 9"),
+        (("model.vocab_size=128",), "model.vocab_size=128, the token cache has 64"),
+        (("model.grid=(4, 16)",), "model.grid=(4, 16), the token cache has (8, 8)"),
+        (("model.grid=(8, 0)",), "model.grid=(8, 0) is not the rows and columns"),
+        (("model.num_classes=10",), "model.num_classes=10, the token cache has 9"),
         (("model.num_heads=3",), "model.embed_dim=32 does not divide into model.num_heads=3"),
         (("model.num_kv_heads=3",), "model.num_heads=2 is not a multiple of model.num_kv_heads=3"),
-        (("model.dropout=1.0",), "model.dropout=1.0 is not a share"),
+        (("model.dropout=1.0",), "model.dropout=1.0 is not a fraction"),
         (("data.batch_size=12",), "data.batch_size=12 does not divide over 8 devices; use a multiple of 8"),
         (("evaluate.batch_size=12",), "evaluate.batch_size=12 does not divide over 8 devices"),
         (("model.vocab_size=60", "mesh.codebook=8"), "model.vocab_size=60 does not divide over mesh.codebook=8"),
-        (("optimizer.beta1=1.5",), "optimizer.beta1=1.5 is not a share"),
+        (("optimizer.beta1=1.5",), "optimizer.beta1=1.5 is not a fraction"),
         (("optimizer.end_lr_factor=-2.0",), "optimizer.end_lr_factor=-2.0 is negative"),
-        (("model.attention=cudnn",), "is a kernel of NVIDIA GPUs"),
+        (("model.attention=cudnn",), "is for NVIDIA GPUs"),
         (("sample.top_p=2.0",), "top_p=2.0 is not in (0, 1]"),
         (("tokenizer=none",), "config.json does not exist"),
         (("model.use_pretrained_codebook=True", "model.codebook_dim=16"), "the tokenizer's codes have 8 dimensions"),
     ],
 )
-def test_training_used_wrongly_is_one_line_and_writes_nothing(overrides, words, codes, tmp_path, capsys):
+def test_wrong_use_of_train_is_one_line_and_writes_nothing(overrides, words, codes, tmp_path, capsys):
     assert words in refused(generator_arguments(tmp_path / "run", codes, *overrides), capsys)
     assert not (tmp_path / "run").exists()
 
@@ -351,7 +357,7 @@ def test_codes_of_another_tokenizer_are_refused(run, codes, data_dir, tmp_path, 
 def test_an_unfinished_cache_is_refused(codes, tmp_path, capsys):
     unfinished = tmp_path / "codes"
     shutil.copytree(codes, unfinished)
-    (unfinished / "manifest.json").unlink()
+    (unfinished / "token_cache.json").unlink()
     assert "is unfinished: rerun the same tokenize command" in refused(
         generator_arguments(tmp_path / "run", unfinished), capsys
     )

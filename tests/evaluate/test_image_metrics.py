@@ -1,4 +1,4 @@
-"""PSNR and SSIM against scikit-image's values: light noise, a blur, a contrast change, unrelated images."""
+"""PSNR and SSIM against scikit-image's values, for light noise, a blur, a contrast change and unrelated images."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def test_equal_images():
 
 
 def test_flat_images_keep_their_digits():
-    """The worst case for float32: no variance to speak of, means at the end of the range."""
+    """The worst case for float32: no variance, and means at the end of the range."""
     white = jnp.full((1, 48, 48, 3), 1.0)
     darker = jnp.full((1, 48, 48, 3), 254 / 255)
     expected = (2 * 254 / 255 + 1e-4) / (1 + (254 / 255) ** 2 + 1e-4)

@@ -1,4 +1,4 @@
-"""Protocols: what each does to images on their way to a number."""
+"""Protocols: how each converts images before they are measured."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,31 +13,31 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (2, 24, 36, 3), np.uint8)
 
 
 def test_the_released_evaluation_truncates_originals_too():
-    """In float32 and on the way back from [-1, 1], as numpy does what torch does there."""
+    """In float32, on the way back from [-1, 1]; NumPy rounds as PyTorch does there."""
     levels = np.arange(256, dtype=np.uint8)
     floats = (levels / 127.5 - 1.0).astype(np.float32)
     expected = ((floats + 1) / 2 * 255.0).astype(np.uint8)
-    shown, _ = PROTOCOLS["seed_voken"].as_shown(jnp.asarray(levels), jnp.asarray(floats))
-    np.testing.assert_array_equal(shown, expected)
-    lost = levels[np.asarray(shown) != levels]
-    assert len(lost) and (np.asarray(shown)[lost] == lost - 1).all()
-    kept, _ = PROTOCOLS["clean"].as_shown(jnp.asarray(levels), jnp.asarray(floats))
+    truncated, _ = PROTOCOLS["seed_voken"].to_uint8_pair(jnp.asarray(levels), jnp.asarray(floats))
+    np.testing.assert_array_equal(truncated, expected)
+    lost = levels[np.asarray(truncated) != levels]
+    assert len(lost) and (np.asarray(truncated)[lost] == lost - 1).all()
+    kept, _ = PROTOCOLS["clean"].to_uint8_pair(jnp.asarray(levels), jnp.asarray(floats))
     np.testing.assert_array_equal(kept, levels)
 
 
 def test_reconstructions_lose_their_fractions_or_are_rounded():
     reconstruction = jnp.asarray([-1.5, -1 + 1.6 / 127.5, 0.999, 2.0])
     originals = jnp.zeros(4, jnp.uint8)
-    assert PROTOCOLS["seed_voken"].as_shown(originals, reconstruction)[1].tolist() == [0, 1, 254, 255]
-    assert PROTOCOLS["clean"].as_shown(originals, reconstruction)[1].tolist() == [0, 2, 255, 255]
+    assert PROTOCOLS["seed_voken"].to_uint8_pair(originals, reconstruction)[1].tolist() == [0, 1, 254, 255]
+    assert PROTOCOLS["clean"].to_uint8_pair(originals, reconstruction)[1].tolist() == [0, 2, 255, 255]
 
 
-def test_nets_see_floats_or_what_a_file_would_hold():
+def test_nets_get_floats_or_what_a_file_would_hold():
     reconstruction = jnp.asarray([-1.5, -1 + 1.6 / 127.5, 2.0])
-    np.testing.assert_allclose(PROTOCOLS["seed_voken"].as_seen(reconstruction), [0, 1.6 / 255, 1], atol=1e-6)
-    np.testing.assert_allclose(PROTOCOLS["adm"].as_seen(reconstruction), [0, 2 / 255, 1], atol=1e-6)
+    np.testing.assert_allclose(PROTOCOLS["seed_voken"].to_net_input(reconstruction), [0, 1.6 / 255, 1], atol=1e-6)
+    np.testing.assert_allclose(PROTOCOLS["adm"].to_net_input(reconstruction), [0, 2 / 255, 1], atol=1e-6)
     np.testing.assert_allclose(
-        PROTOCOLS["adm"].as_seen(jnp.asarray([0, 7, 255], jnp.uint8)), [0, 7 / 255, 1], atol=1e-6
+        PROTOCOLS["adm"].to_net_input(jnp.asarray([0, 7, 255], jnp.uint8)), [0, 7 / 255, 1], atol=1e-6
     )
 
 
@@ -48,10 +48,10 @@ def test_means_are_over_batches_of_the_protocols_size():
 
 
 def test_bicubic_is_pillows_on_floats():
-    """What clean-fid does: channel by channel, antialiased, neither clipped nor rounded; then (g - 128) / 128."""
+    """As in clean-fid: channel by channel, antialiased, neither clipped nor rounded; then (g - 128) / 128."""
     for images in (IMAGES, np.random.default_rng(1).integers(0, 256, (1, 320, 400, 3), np.uint8)):
-        seen = np.asarray(for_inception(jnp.asarray(images, jnp.float32) / 255, "bicubic")) * 2 - 1
-        for image, net_input in zip(images, seen, strict=True):
+        found = np.asarray(for_inception(jnp.asarray(images, jnp.float32) / 255, "bicubic")) * 2 - 1
+        for image, net_input in zip(images, found, strict=True):
             for channel in range(3):
                 grey = Image.fromarray(image[..., channel].astype(np.float32))
                 resized = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
@@ -59,7 +59,7 @@ def test_bicubic_is_pillows_on_floats():
 
 
 def test_from_the_corner_is_tensorflow_ones_bilinear():
-    seen = np.asarray(for_inception(jnp.asarray(IMAGES, jnp.float32) / 255, "corner")) * 2 - 1
+    found = np.asarray(for_inception(jnp.asarray(IMAGES, jnp.float32) / 255, "corner")) * 2 - 1
     height, width = IMAGES.shape[1:3]
     for row, column in ((0, 0), (13, 200), (298, 298), (150, 7)):
         y, x = row * height / SIDE, column * width / SIDE
@@ -68,17 +68,17 @@ def test_from_the_corner_is_tensorflow_ones_bilinear():
         grey = IMAGES[0].astype(np.float64)
         above = grey[top, left] * (1 - across) + grey[top, right] * across
         below = grey[bottom, left] * (1 - across) + grey[bottom, right] * across
-        np.testing.assert_allclose(seen[0, row, column], ((above * (1 - down) + below * down) - 128) / 128, atol=1e-5)
+        np.testing.assert_allclose(found[0, row, column], ((above * (1 - down) + below * down) - 128) / 128, atol=1e-5)
 
 
-def test_a_number_of_fewer_images_is_marked():
-    assert PROTOCOLS["adm"].marks(50_000, 50_000, 256) == []
-    assert PROTOCOLS["adm"].marks(190, 190, 32) == [
+def test_a_caveat_says_what_differs_from_the_protocol():
+    assert PROTOCOLS["adm"].caveats(50_000, 50_000, 256) == []
+    assert PROTOCOLS["adm"].caveats(190, 190, 32) == [
         "not comparable: 190 images, the protocol has 50,000",
         "not comparable: images of 32 pixels, the protocol has 256",
     ]
-    assert PROTOCOLS["clean"].marks(190, 190, 32) == []
-    assert PROTOCOLS["clean"].marks(100, 190, 32) == ["not comparable: 100 images, the protocol has 190"]
+    assert PROTOCOLS["clean"].caveats(190, 190, 32) == []
+    assert PROTOCOLS["clean"].caveats(100, 190, 32) == ["not comparable: 100 images, the protocol has 190"]
 
 
 def test_every_protocol_is_found_by_its_name_and_described():

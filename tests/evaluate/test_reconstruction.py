@@ -1,4 +1,4 @@
-"""Evaluation of reconstructions: the same numbers however the images are batched and spread over devices."""
+"""Evaluation of reconstructions: the same numbers for any batch size and number of devices."""
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,14 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (13, 16, 16, 3), np.uint8)
 
 
 def darker(params, images):
-    """A reconstruction at 90% of the range; an image's code is its first pixel's red, whatever the padding has."""
+    """Scales images by `factor` of the range; an image's only code is its first pixel's red."""
     reconstructions = (images.astype(jnp.float32) / 127.5 - 1.0) * params["factor"]
     return reconstructions, images[:, :1, :1, 0].astype(jnp.int32)
 
 
 def batches_of(size):
-    def batches(examples):
-        images = IMAGES[:examples] if examples else IMAGES
+    def batches(num_images):
+        images = IMAGES[:num_images] if num_images else IMAGES
         padded = np.zeros((-(-len(images) // size) * size, 16, 16, 3), np.uint8)
         padded[: len(images)] = images
         for start in range(0, len(padded), size):
@@ -33,15 +33,15 @@ def batches_of(size):
     return batches
 
 
-def evaluator(size, devices=1, examples=0):
+def evaluator(size, devices=1, num_images=0):
     mesh = make_mesh({"data": -1}, jax.devices()[:devices])
-    return ReconstructionEvaluator(darker, 256, mesh, batches_of(size), examples)
+    return ReconstructionEvaluator(darker, 256, mesh, batches_of(size), num_images)
 
 
 PARAMS = {"factor": jnp.asarray(0.9)}
 
 
-def test_the_numbers_are_scikit_images():
+def test_psnr_and_ssim_agree_with_scikit_image():
     numbers = dict(evaluator(8)(PARAMS))
     shown = np.asarray(to_uint8(darker(PARAMS, jnp.asarray(IMAGES))[0]))
     psnr = [peak_signal_noise_ratio(a, b, data_range=255) for a, b in zip(IMAGES, shown, strict=True)]
@@ -56,13 +56,13 @@ def test_the_numbers_are_scikit_images():
 
 
 @pytest.mark.parametrize(("size", "devices"), [(16, 1), (8, 8), (16, 4)])
-def test_padding_and_devices_change_nothing(size, devices):
+def test_padding_and_devices_do_not_matter(size, devices):
     one, other = dict(evaluator(1)(PARAMS)), dict(evaluator(size, devices)(PARAMS))
     assert one == pytest.approx(other, rel=1e-6)
 
 
-def test_the_released_protocol_is_what_its_code_computes():
-    """Both truncated from float32, PSNR and SSIM averaged over batches of four and then over batches."""
+def test_seed_voken_is_what_the_released_code_computes():
+    """Both images are truncated; PSNR and SSIM are averaged over batches of four, then over batches."""
     mesh = make_mesh({"data": -1})
     protocol = PROTOCOLS["seed_voken"]
     numbers = dict(ReconstructionEvaluator(darker, 256, mesh, batches_of(8), protocol=protocol)(PARAMS))
@@ -83,25 +83,25 @@ def test_distances_are_the_same_on_one_device_and_on_eight():
     found = []
     for size, devices in ((8, 8), (4, 1)):
         mesh = make_mesh({"data": -1}, jax.devices()[:devices])
-        judged = {"protocol": PROTOCOLS["seed_voken"], "judges": find_feature_nets(["efficientnet"], {})}
-        found.append(dict(ReconstructionEvaluator(darker, 256, mesh, batches_of(size), **judged)(PARAMS)))
+        how = {"protocol": PROTOCOLS["seed_voken"], "feature_nets": find_feature_nets(["efficientnet"], {})}
+        found.append(dict(ReconstructionEvaluator(darker, 256, mesh, batches_of(size), **how)(PARAMS)))
     assert found[0][FD] > 0 and found[0][FD] == pytest.approx(found[1][FD], rel=1e-6)
 
 
-def test_an_empty_split_is_one_line():
+def test_an_empty_split_is_an_error():
     with pytest.raises(UsageError, match="the split is empty"):
-        dict(ReconstructionEvaluator(darker, 256, make_mesh({"data": -1}), lambda examples: iter(()))(PARAMS))
+        dict(ReconstructionEvaluator(darker, 256, make_mesh({"data": -1}), lambda num_images: iter(()))(PARAMS))
 
 
-def test_fewer_examples_are_measured_when_asked_for():
-    assert dict(evaluator(8, examples=5)(PARAMS))["images"] == 5
+def test_only_the_first_num_images_are_measured():
+    assert dict(evaluator(8, num_images=5)(PARAMS))["images"] == 5
 
 
-def test_the_picture_shows_each_original_above_its_reconstruction():
-    picture = evaluator(8, devices=8).picture(PARAMS, columns=7, rows=2)  # one more than there are images
-    assert picture.shape == (4 * 16, 7 * 16, 3)
+def test_the_grid_shows_each_original_above_its_reconstruction():
+    grid = evaluator(8, devices=8).comparison_grid(PARAMS, columns=7, rows=2)  # one more than there are images
+    assert grid.shape == (4 * 16, 7 * 16, 3)
     shown = np.asarray(to_uint8(darker(PARAMS, jnp.asarray(IMAGES))[0]))
-    np.testing.assert_array_equal(picture[:16, 16:32], IMAGES[1])
-    np.testing.assert_array_equal(picture[16:32, 16:32], shown[1])
-    np.testing.assert_array_equal(picture[32:48, :16], IMAGES[7])
-    assert not picture[32:, 6 * 16 :].any()
+    np.testing.assert_array_equal(grid[:16, 16:32], IMAGES[1])
+    np.testing.assert_array_equal(grid[16:32, 16:32], shown[1])
+    np.testing.assert_array_equal(grid[32:48, :16], IMAGES[7])
+    assert not grid[32:, 6 * 16 :].any()

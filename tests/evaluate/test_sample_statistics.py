@@ -1,4 +1,4 @@
-"""Generated pictures judged: sets read from files, distances, scores, and what they do not depend on."""
+"""Evaluation of samples: reading sets, distances and scores, on any number of devices and processes."""
 
 import socket
 import subprocess
@@ -25,8 +25,8 @@ SMOOTH = np.kron(RNG.integers(0, 256, (24, 4, 4, 3)), np.ones((1, 8, 8, 1))).ast
 NOISE = RNG.integers(0, 256, (24, 32, 32, 3)).astype(np.uint8)
 
 
-def saved(path, pictures):
-    np.savez(path, arr_0=pictures, arr_1=np.zeros(len(pictures), np.int64))
+def saved(path, images):
+    np.savez(path, arr_0=images, arr_1=np.zeros(len(images), np.int64))
     return path
 
 
@@ -38,16 +38,16 @@ def inception_file(tmp_path_factory):
     path.unlink()
 
 
-def judged(pictures, path, devices=1, batch=8, kinds=("efficientnet",), files=None, protocol="adm"):
+def features_of_images(images, path, devices=1, batch=8, kinds=("efficientnet",), files=None, protocol="adm"):
     mesh = make_mesh({"data": -1}, jax.devices()[:devices])
-    judge = FeatureExtractor(find_feature_nets(kinds, files or {}), PROTOCOLS[protocol], mesh)
-    return judge(ImageSet(saved(path, pictures)).batches(batch))
+    extractor = FeatureExtractor(find_feature_nets(kinds, files or {}), PROTOCOLS[protocol], mesh)
+    return extractor(ImageSet(saved(path, images)).batches(batch))
 
 
-def test_a_set_is_read_batch_by_batch_with_its_last_one_filled_up(tmp_path):
-    pictures = ImageSet(saved(tmp_path / "set.npz", NOISE[:13]))
-    batches = list(pictures.batches(8))
-    assert len(pictures) == 13 and [batch["mask"].sum() for batch in batches] == [8, 5]
+def test_a_set_is_read_batch_by_batch_with_its_last_one_padded(tmp_path):
+    image_set = ImageSet(saved(tmp_path / "set.npz", NOISE[:13]))
+    batches = list(image_set.batches(8))
+    assert len(image_set) == 13 and [batch["mask"].sum() for batch in batches] == [8, 5]
     images = np.concatenate([batch["image"] for batch in batches])
     np.testing.assert_array_equal(images[:13], NOISE[:13])
     assert images.shape == (16, 32, 32, 3) and not images[13:].any()
@@ -58,36 +58,38 @@ def test_a_compressed_set_is_read_too(tmp_path):
     np.testing.assert_array_equal(next(ImageSet(tmp_path / "set.npz").batches(3))["image"], NOISE[:3])
 
 
-def test_equal_sets_are_at_no_distance_and_all_points_are_recalled(tmp_path):
-    seen = judged(SMOOTH, tmp_path / "set.npz")
-    found = dict(compare(seen, seen, PROTOCOLS["adm"]))
+def test_equal_sets_have_distance_0_precision_1_and_recall_1(tmp_path):
+    features = features_of_images(SMOOTH, tmp_path / "set.npz")
+    found = dict(compare(features, features, PROTOCOLS["adm"]))
     assert abs(found[FD]) < 1e-6 and found["images"] == 24
     assert found["precision (EfficientNetLite0)"] == found["recall (EfficientNetLite0)"] == 1.0
 
 
-def test_noise_is_farther_than_pictures_of_the_same_kind(tmp_path):
-    half, other, noise = (judged(set_, tmp_path / "set.npz") for set_ in (SMOOTH[:12], SMOOTH[12:], NOISE[:12]))
-    near, far = (dict(compare(seen, half, PROTOCOLS["adm"])) for seen in (other, noise))
+def test_noise_is_farther_away_than_images_of_the_same_kind(tmp_path):
+    half, other, noise = (
+        features_of_images(set_, tmp_path / "set.npz") for set_ in (SMOOTH[:12], SMOOTH[12:], NOISE[:12])
+    )
+    near, far = (dict(compare(features, half, PROTOCOLS["adm"])) for features in (other, noise))
     assert 0 < near[FD] < far[FD]
     assert far["precision (EfficientNetLite0)"] == 0.0
 
 
 @pytest.mark.parametrize(("devices", "batch"), [(8, 8), (4, 16), (1, 5)])
 def test_devices_and_batches_change_nothing(tmp_path, devices, batch):
-    """On one device two batch sizes differ by what float32 convolutions of other shapes differ by."""
-    one, others = (judged(set_, tmp_path / "one.npz") for set_ in (SMOOTH, NOISE))
-    same, same_others = (judged(set_, tmp_path / "other.npz", devices, batch) for set_ in (SMOOTH, NOISE))
+    """On one device, two batch sizes differ only by the rounding of float32 convolutions of other shapes."""
+    one, others = (features_of_images(set_, tmp_path / "one.npz") for set_ in (SMOOTH, NOISE))
+    same, same_others = (features_of_images(set_, tmp_path / "other.npz", devices, batch) for set_ in (SMOOTH, NOISE))
     expected = dict(compare(one, others, PROTOCOLS["adm"]))
     assert dict(compare(same, same_others, PROTOCOLS["adm"])) == pytest.approx(expected, rel=1e-6)
 
 
-def test_two_processes_find_what_one_does(tmp_path):
-    """Each counts its own pictures, and both get the statistics of all."""
+def test_two_processes_get_the_result_of_one(tmp_path):
+    """Each counts its own images, and both get the statistics of all."""
     paths = [saved(tmp_path / f"{name}.npz", set_) for name, set_ in (("set", SMOOTH[:21]), ("reference", NOISE[:21]))]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    script = Path(__file__).parents[1] / "support" / "judge_in_processes.py"
+    script = Path(__file__).parents[1] / "support" / "features_in_processes.py"
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), str(port), str(index), "2", *map(str, paths)],
@@ -97,21 +99,21 @@ def test_two_processes_find_what_one_does(tmp_path):
         )
         for index in range(2)
     ]
-    said = [process.communicate(timeout=240)[0].split("found ")[1].split() for process in processes]
-    assert said[0] == said[1] and said[0][0] == "21"
-    seen, reference = (judged(set_[:21], tmp_path / "one.npz", batch=8) for set_ in (SMOOTH, NOISE))
-    assert float(said[0][1]) == pytest.approx(dict(compare(seen, reference, PROTOCOLS["adm"]))[FD], rel=1e-6)
+    printed = [process.communicate(timeout=240)[0].split("found ")[1].split() for process in processes]
+    assert printed[0] == printed[1] and printed[0][0] == "21"
+    samples, reference = (features_of_images(set_[:21], tmp_path / "one.npz", batch=8) for set_ in (SMOOTH, NOISE))
+    assert float(printed[0][1]) == pytest.approx(dict(compare(samples, reference, PROTOCOLS["adm"]))[FD], rel=1e-6)
 
 
-def test_the_inception_gives_all_metrics_and_its_statistics_stand_for_pictures(tmp_path, inception_file):
-    asked = {"kinds": ("inception",), "files": {"inception": str(inception_file)}}
-    reference, generated = (judged(set_, tmp_path / "set.npz", **asked) for set_ in (SMOOTH[:6], NOISE[:6]))
-    found = dict(compare(generated, reference, PROTOCOLS["adm"]))
+def test_inception_gives_all_metrics_and_its_statistics_can_replace_images(tmp_path, inception_file):
+    nets = {"kinds": ("inception",), "files": {"inception": str(inception_file)}}
+    reference, samples = (features_of_images(set_, tmp_path / "set.npz", **nets) for set_ in (SMOOTH[:6], NOISE[:6]))
+    found = dict(compare(samples, reference, PROTOCOLS["adm"]))
     assert found.keys() == {
         FID, SFID, "inception_score", "inception_score_deviation", "precision", "recall", "images"
     }  # fmt: skip
-    assert generated.features[LOGITS].shape == (6, 1008)
-    pool, of_noise = reference.features[FID].astype(np.float64), generated.features[FID].astype(np.float64)
+    assert samples.features[LOGITS].shape == (6, 1008)
+    pool, of_noise = reference.features[FID].astype(np.float64), samples.features[FID].astype(np.float64)
     assert found[FID] > np.sum((pool.mean(axis=0) - of_noise.mean(axis=0)) ** 2)
     moments = {
         f"{part}{suffix}": getattr(reference.statistics[name], attribute)
@@ -121,20 +123,20 @@ def test_the_inception_gives_all_metrics_and_its_statistics_stand_for_pictures(t
     np.savez(tmp_path / "moments.npz", **moments)
     read = read_moments(tmp_path / "moments.npz")
     for name in (FID, SFID):
-        assert generated.statistics[name].frechet(read[name]) == pytest.approx(found[name], rel=1e-9)
+        assert samples.statistics[name].frechet(read[name]) == pytest.approx(found[name], rel=1e-9)
     command = ["evaluate", f"--samples={saved(tmp_path / 'noise.npz', NOISE[:6])}", "--batch-size=8"]
     command += [f"--inception={inception_file}", f"--json={tmp_path / 'numbers.json'}"]
     assert main([*command, f"--reference={tmp_path / 'moments.npz'}"]) == 0
 
 
-def refused(arguments, capsys) -> str:
+def error_line(arguments, capsys) -> str:
     assert main(["evaluate", *arguments]) == 2
-    said = capsys.readouterr().err.strip()
-    assert "\n" not in said
-    return said
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    return error
 
 
-def test_what_cannot_be_judged_is_one_line(tmp_path, capsys):
+def test_wrong_use_ends_with_one_line(tmp_path, capsys):
     good = saved(tmp_path / "good.npz", NOISE[:4])
     np.savez(tmp_path / "floats.npz", arr_0=NOISE[:4] / 255)
     np.savez(tmp_path / "other.npz", features=NOISE[:4])
@@ -146,19 +148,19 @@ def test_what_cannot_be_judged_is_one_line(tmp_path, capsys):
         ((), "give either --run=RUN or --samples"),
         ((f"--samples={good}",), "--samples needs --reference=FILE.npz"),
         ((f"--samples={tmp_path / 'no.npz'}", f"--reference={good}"), "no.npz: no such file"),
-        ((f"--samples={tmp_path / 'floats.npz'}", f"--reference={good}"), "float64 [4, 32, 32, 3], pictures are uint8"),
-        ((f"--samples={tmp_path / 'other.npz'}", f"--reference={good}"), "with pictures as 'arr_0'"),
+        ((f"--samples={tmp_path / 'floats.npz'}", f"--reference={good}"), "float64 [4, 32, 32, 3]; images are uint8"),
+        ((f"--samples={tmp_path / 'other.npz'}", f"--reference={good}"), "with images as 'arr_0'"),
         ((f"--samples={tmp_path / 'text.npz'}", f"--reference={good}"), "not a whole .npz file"),
         ((f"--samples={tmp_path / 'short.npz'}", f"--reference={good}"), "not a whole .npz file"),
-        ((f"--samples={tmp_path / 'empty.npz'}", f"--reference={good}"), "there is no picture to evaluate"),
+        ((f"--samples={tmp_path / 'empty.npz'}", f"--reference={good}"), "there are no images to evaluate"),
         ((f"--samples={good}", f"--reference={tmp_path / 'moments.npz'}"), "mu has 5 features, FID's are 2048"),
         ((f"--samples={good}", f"--reference={good}", "--inception=nowhere.pth"), "nowhere.pth, which does not exist"),
-        ((f"--samples={good}", f"--reference={good}", "--batch-size=12"), "--batch_size=12 does not divide"),
+        ((f"--samples={good}", f"--reference={good}", "--batch-size=12"), "--batch-size=12 does not divide"),
     ):
-        assert words in refused(["--batch-size=8", *arguments], capsys)
+        assert words in error_line(["--batch-size=8", *arguments], capsys)
 
 
-def test_a_set_cut_short_inside_says_so(tmp_path):
+def test_a_set_with_a_damaged_array_is_refused(tmp_path):
     path = saved(tmp_path / "set.npz", NOISE)
     content = bytearray(path.read_bytes())
     content[5000:5100] = bytes(100)  # the checksum of arr_0 is wrong now
@@ -167,18 +169,18 @@ def test_a_set_cut_short_inside_says_so(tmp_path):
         list(ImageSet(path).batches(24))
 
 
-def test_fewer_pictures_than_features_are_marked(tmp_path, capsys):
+def test_a_caveat_names_distances_with_fewer_images_than_features(tmp_path, capsys):
     good = saved(tmp_path / "good.npz", NOISE[:8])
     command = ["evaluate", f"--samples={good}", f"--reference={good}", "--batch-size=8"]
     assert main(command) == 0
-    said = capsys.readouterr().out
-    assert f"unreliable, since 8 images are few: {FD} (1,280 features)" in said
-    assert "8 images, the protocol has 50,000" in said and "images of 32 pixels, the protocol has 256" in said
-    assert "FID, sFID, Inception Score, precision and recall: not computed" in said
+    printed = capsys.readouterr().out
+    assert f"unreliable with only 8 images: {FD} (1,280 features)" in printed
+    assert "8 images, the protocol has 50,000" in printed and "images of 32 pixels, the protocol has 256" in printed
+    assert "FID, sFID, Inception Score, precision and recall: not computed" in printed
 
 
 def test_statistics_merge_to_what_one_pass_gives(tmp_path):
-    features = judged(SMOOTH, tmp_path / "set.npz").features[FD]
+    features = features_of_images(SMOOTH, tmp_path / "set.npz").features[FD]
     whole, parts = FeatureStatistics(1280), [FeatureStatistics(1280) for _ in range(2)]
     whole.update(features)
     for part, rows in zip(parts, (features[::2], features[1::2]), strict=True):

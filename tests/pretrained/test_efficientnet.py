@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 against the PyTorch implementation that its weights were converted for, and on photographs."""
+"""EfficientNet-Lite0 against the PyTorch implementation whose weights it uses, also on photographs."""
 
 import subprocess
 import sys
@@ -18,9 +18,9 @@ from ibq_jax.pretrained.state_dict_pickle import read_state_dict
 TOLERANCE = 2e-5  # the reference itself is 5e-6 from its float64
 GOLDEN = released.load("efficientnet")
 IMAGES = {
-    "images": GOLDEN["images"],  # 64x64, to be enlarged
+    "images": GOLDEN["images"],  # 64x64, enlarged
     "noise": np.random.RandomState(0).randint(0, 256, (1, 224, 224, 3)).astype(np.uint8),  # not resized
-    "chelsea": data.chelsea()[None],  # 300x451 and larger, to be reduced
+    "chelsea": data.chelsea()[None],  # 300x451 and larger, reduced
     "coffee": data.coffee()[None],
     "rocket": data.rocket()[None],
 }
@@ -51,7 +51,7 @@ def test_photographs_are_recognised(weights, name):
 
 
 def test_all_weights_are_used(weights):
-    """4,652,008 parameters by the reference's count; of two for each of 21,008 normalised channels one is left."""
+    """The reference counts 4,652,008 parameters; folding halves the 2 x 21,008 of the batch norms."""
     assert sum(array.size for array in jax.tree.leaves(weights)) == 4_652_008 - 21_008
     assert all(array.dtype == np.float32 for array in jax.tree.leaves(weights))
 
@@ -80,10 +80,10 @@ def test_without_the_package_there_is_no_file(monkeypatch):
     ],
 )
 def test_another_network_is_refused_by_the_name_of_the_tensor(monkeypatch, change, message):
-    """The last is EfficientNet-B0, which has every tensor of Lite0 in the same shape, and more."""
+    """The last case is EfficientNet-B0, which has all tensors of Lite0 in the same shapes, and more."""
     tensors = {name: array for name, array in (read_state_dict(weights_file()) | change).items() if array is not None}
     monkeypatch.setattr(efficientnet, "read_state_dict", lambda path: tensors)
-    with pytest.raises(UsageError, match=f"^x.pth: not EfficientNet-Lite0, for (it )?{message}$"):
+    with pytest.raises(UsageError, match=f"^x.pth: not EfficientNet-Lite0: (it )?{message}$"):
         load_weights("x.pth")
 
 
@@ -91,5 +91,5 @@ def test_another_network_is_refused_by_the_name_of_the_tensor(monkeypatch, chang
     ("shape", "dtype"), [((1, 8, 8, 3), "uint8"), ((8, 8, 3), "float32"), ((1, 3, 8, 8), "float32")]
 )
 def test_images_of_another_kind_are_refused(weights, shape, dtype):
-    with pytest.raises(ValueError, match=r"images are \[B, H, W, 3\] floats in \[0, 1\], not \("):
+    with pytest.raises(ValueError, match=r"images must be \[B, H, W, 3\] floats in \[0, 1\], not \("):
         features(weights, jnp.zeros(shape, dtype))

@@ -1,4 +1,4 @@
-"""The FID Inception-v3 against pytorch-fid's network on stand-in weights, and how the user's file is read."""
+"""The FID Inception-v3 against pytorch-fid's network with made-up weights; reading of the user's file."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def jitted_features(weights: dict, images: jax.Array) -> Features:
 
 @jax.jit
 def steps(weights: dict, images: jax.Array) -> dict[str, jax.Array]:
-    """What comes out of each step of the network, by its name."""
+    """Returns the output of each step of the network, by name."""
     x = 2 * resize_bilinear(images, 299) - 1
     sown = Inception().apply(weights, x, mutable="intermediates")[1]["intermediates"]
     return {name.removeprefix("after_"): values[0] for name, values in sown.items()}
@@ -84,7 +84,7 @@ def test_pool_features_agree_with_pytorch_fid(outputs, group):
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_spatial_features_are_seven_channels_of_mixed_6d_place_by_place(outputs, group):
+def test_spatial_features_are_seven_channels_of_mixed_6d_in_hwc_order(outputs, group):
     expected = released.nhwc(GOLDEN[f"{group}_mixed6d_first7"]).reshape(-1, 2023)
     np.testing.assert_allclose(outputs[group].spatial, expected, 0, 2e-5)
 
@@ -95,14 +95,14 @@ def test_logits_are_those_of_pytorch_fid_less_the_bias(outputs, tensors, group):
     np.testing.assert_allclose(outputs[group].logits, expected, 0, 1e-4)
 
 
-def test_an_image_has_the_same_features_in_any_company(outputs, weights):
-    beside_black = jitted_features(weights, images("a").at[1].set(0.0))
-    for name, together, alone in zip(Features._fields, outputs["a"], beside_black, strict=True):
+def test_an_images_features_do_not_depend_on_its_batch(outputs, weights):
+    with_black = jitted_features(weights, images("a").at[1].set(0.0))
+    for name, together, alone in zip(Features._fields, outputs["a"], with_black, strict=True):
         np.testing.assert_allclose(alone[0], together[0], 0, 1e-6, err_msg=name)
         assert np.abs(alone[1] - together[1]).max() > 0.01, name
 
 
-def test_an_image_of_the_side_asked_for_stays_as_it_is():
+def test_an_image_that_already_has_the_size_is_unchanged():
     np.testing.assert_array_equal(resize_bilinear(images("b"), 299), images("b"))
 
 
@@ -147,7 +147,7 @@ def test_another_inception_is_refused_by_the_name_of_the_tensor(tmp_path, change
     path = tmp_path / "other.safetensors"
     shapes = {name: shape for name, shape in (SHAPES | change).items() if shape is not None}
     save_file({name: np.zeros(shape, np.int8) for name, shape in shapes.items()}, path)
-    with pytest.raises(UsageError, match=re.escape(f"{path}: not the FID Inception-v3, for {message}")):
+    with pytest.raises(UsageError, match=re.escape(f"{path}: not the FID Inception-v3: {message}")):
         load_weights(path)
     path.unlink()
 
@@ -155,6 +155,6 @@ def test_another_inception_is_refused_by_the_name_of_the_tensor(tmp_path, change
 def test_another_network_is_refused(tmp_path):
     path = tmp_path / "vgg16-397923af.safetensors"
     save_file({"features.0.weight": np.zeros((64, 3, 3, 3), np.float32)}, path)
-    message = f"{path}: not the FID Inception-v3, for it has no tensor Conv2d_1a_3x3.conv.weight"
+    message = f"{path}: not the FID Inception-v3: it has no tensor Conv2d_1a_3x3.conv.weight"
     with pytest.raises(UsageError, match=re.escape(message)):
         load_weights(path)

@@ -1,4 +1,4 @@
-"""LPIPS against the released code and the lpips package, on stand-in trunks; how the user's files are read."""
+"""LPIPS against the released code and the lpips package, with made-up trunks; reading of the user's files."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from support import released
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.pretrained import lpips as perceptual
+from ibq_jax.pretrained import lpips as lpips_module
 from ibq_jax.pretrained.lpips import load_weights, lpips, weight_shapes
 
 
@@ -28,7 +28,7 @@ def weights(vgg16_file) -> dict:
 
 @jax.jit
 def value_and_gradient(weights: dict, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """LPIPS [B], and the gradient of its sum with respect to y."""
+    """Computes LPIPS [B], and the gradient of its sum with respect to y."""
     value, pull_back = jax.vjp(lambda y: lpips(weights, x, y), y)
     return value, pull_back(jnp.ones_like(value))[0]
 
@@ -41,7 +41,7 @@ def test_value_and_gradient_agree_with_the_released_code(weights):
     released.assert_close(gradient, released.nhwc(golden["grad_y"]))
 
 
-def test_equal_images_are_at_no_distance_with_a_finite_gradient(weights):
+def test_equal_images_have_distance_0_and_a_finite_gradient(weights):
     x = jnp.zeros((1, 16, 16, 3))
     value, gradient = value_and_gradient(weights, x, x)
     assert 0 <= value < 1e-10
@@ -49,7 +49,7 @@ def test_equal_images_are_at_no_distance_with_a_finite_gradient(weights):
 
 
 def test_a_position_without_any_active_channel_has_a_gradient_of_0():
-    gradient = jax.grad(lambda features: perceptual._unit(features).sum())(jnp.zeros((1, 1, 1, 4)))
+    gradient = jax.grad(lambda features: lpips_module._unit(features).sum())(jnp.zeros((1, 1, 1, 4)))
     assert not gradient.any()
 
 
@@ -97,7 +97,7 @@ KEYS = {"vgg16": "vgg", "alexnet": "alex"}
 
 @pytest.fixture(scope="module", params=KEYS)
 def net(request, tmp_path_factory) -> tuple[str, dict]:
-    """(its name, its weights as they are read from a file)."""
+    """(name, weights read from a file) of a network."""
     path = tmp_path_factory.mktemp("nets") / f"{request.param}.safetensors"
     save_file(released.stand_ins(NETS[f"{KEYS[request.param]}_trunk_json"]), path)
     return request.param, load_weights(path, request.param)
@@ -119,16 +119,16 @@ def test_distances_are_those_of_the_lpips_package(net):
     np.testing.assert_allclose(same, 0, atol=1e-7)
 
 
-def test_every_taps_term_is_the_lpips_packages(net):
+def test_the_contribution_of_each_tap_is_that_of_the_lpips_package(net):
     name, weights = net
     x, y = (jnp.asarray(NETS[side] / 127.5 - 1, jnp.float32) for side in ("in0", "in1"))
-    terms = jax.jit(lambda x, y: jnp.stack(list(perceptual._terms(weights, x, y, jnp.float32, name)), axis=1))(x, y)
+    terms = jax.jit(lambda x, y: jnp.stack(list(lpips_module._terms(weights, x, y, jnp.float32, name)), axis=1))(x, y)
     np.testing.assert_allclose(terms, NETS[f"{KEYS[name]}_per_layer"], rtol=1e-5)
 
 
-def test_every_tap_is_the_lpips_packages(net):
+def test_each_tap_is_that_of_the_lpips_package(net):
     name, weights = net
-    taps = perceptual._taps(weights, jnp.asarray(NETS["in0"] / 127.5 - 1, jnp.float32), jnp.float32, name)
+    taps = lpips_module._taps(weights, jnp.asarray(NETS["in0"] / 127.5 - 1, jnp.float32), jnp.float32, name)
     means = np.stack([np.asarray(tap).mean(axis=(1, 2, 3)) for tap in taps], axis=1)
     np.testing.assert_allclose(means, NETS[f"{KEYS[name]}_tap_mean"], rtol=1e-5)
 
@@ -139,7 +139,7 @@ def test_shapes_are_known_without_the_file(net):
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), weights)
 
 
-def test_too_small_an_image_is_said(net):
+def test_too_small_images_are_refused(net):
     name, weights = net
     side = {"vgg16": 16, "alexnet": 31}[name]
     assert np.isfinite(lpips(weights, *jnp.zeros((2, 1, side, side, 3)), net=name)).all()
@@ -150,10 +150,10 @@ def test_too_small_an_image_is_said(net):
 def test_one_nets_file_is_not_the_others(vgg16_file, tmp_path):
     alexnet_file, tensors = tmp_path / "alexnet.safetensors", released.stand_ins(NETS["alex_trunk_json"])
     save_file(tensors, alexnet_file)
-    with pytest.raises(UsageError, match=r"not torchvision's VGG16, for features.0.weight has shape"):
+    with pytest.raises(UsageError, match=r"not torchvision's VGG16: features.0.weight has shape"):
         load_weights(alexnet_file, "vgg16")
-    with pytest.raises(UsageError, match=r"not torchvision's AlexNet, for features.0.weight has shape"):
+    with pytest.raises(UsageError, match=r"not torchvision's AlexNet: features.0.weight has shape"):
         load_weights(vgg16_file, "alexnet")
     save_file({name: array for name, array in tensors.items() if name != "features.8.bias"}, alexnet_file)
-    with pytest.raises(UsageError, match=r"not torchvision's AlexNet, for it has no tensor features.8.bias"):
+    with pytest.raises(UsageError, match=r"not torchvision's AlexNet: it has no tensor features.8.bias"):
         load_weights(alexnet_file, "alexnet")

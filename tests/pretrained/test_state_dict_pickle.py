@@ -1,4 +1,4 @@
-"""State dicts that torch.save wrote, read without it, and what is said about files that are harmful or not whole."""
+"""State dicts written by torch.save and read without PyTorch; errors for harmful and damaged files."""
 
 import pickle
 import zipfile
@@ -63,7 +63,7 @@ def test_views_of_one_storage_keep_their_strides_and_share_memory(tmp_path, zipp
 
 @both_forms
 def test_the_state_dict_of_a_module_is_read(tmp_path, zipped):
-    """It is an OrderedDict that carries the modules' versions as an attribute."""
+    """It is an OrderedDict with the modules' versions as an attribute."""
     state_dict = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).state_dict()
     assert state_dict._metadata
     assert_read(save(tmp_path / "x.pth", state_dict, zipped), state_dict)
@@ -98,7 +98,7 @@ def test_no_pickle_of_the_older_form_can_run_code(tmp_path, place):
 
 
 class Forged:
-    """A tensor whose place in a storage of six float32 elements is whatever the file says."""
+    """A tensor with any offset, shape and strides in a storage of six float32 elements."""
 
     def __init__(self, offset, shape, strides):
         self.place = offset, shape, strides
@@ -109,7 +109,7 @@ class Forged:
 
 @both_forms
 def test_a_forged_tensor_within_its_storage_is_read(tmp_path, zipped):
-    """So that the refusals below are for the reason they are meant to have."""
+    """Without this, the refusals below could have another reason."""
     assert read_state_dict(save(tmp_path / "x.pth", {"a": Forged(1, (5,), (1,))}, zipped))["a"].shape == (5,)
 
 
@@ -137,7 +137,7 @@ def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path, zipped, p
 
 
 def replace_in_pickle(path: Path, old: bytes, new: bytes) -> None:
-    """In either form, with the archive's checksums made anew."""
+    """Replaces bytes in either format, and recomputes an archive's checksums."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             members = {name: archive.read(name) for name in archive.namelist()}
@@ -157,7 +157,7 @@ def replace_in_pickle(path: Path, old: bytes, new: bytes) -> None:
 @pytest.mark.parametrize("elements", [5, 7])
 def test_a_storage_of_another_size_than_the_pickle_says_is_refused(tmp_path, zipped, elements):
     path = save(tmp_path / "x.pth", {"a": torch.zeros(6)[:2]}, zipped)
-    end = b"t" if zipped else b"N"  # of the tuple, or the None that would be a view of the storage
+    end = b"t" if zipped else b"N"  # end of the tuple, or the None in place of a view of the storage
     replace_in_pickle(path, b"K\x06" + end, b"K\x06" + end)
     assert read_state_dict(path)["a"].size == 2
     replace_in_pickle(path, b"K\x06" + end, b"K" + bytes([elements]) + end)
@@ -172,8 +172,8 @@ def test_a_view_of_a_storage_as_early_pytorch_wrote_it_is_refused(tmp_path):
         read_state_dict(path)
 
 
-def test_a_storage_that_is_said_to_be_huge_is_not_made_room_for(tmp_path):
-    """Six elements become 2**56 in both places that say so: the bytes are not there, and neither is the memory."""
+def test_no_memory_is_allocated_for_a_storage_with_a_huge_declared_size(tmp_path):
+    """Both declarations of six elements are changed to 2**56; the file does not have the bytes."""
     path = save(tmp_path / "x.pth", {"a": torch.zeros(6, dtype=torch.int8)}, False)
     replace_in_pickle(path, b"K\x06N", pickle.dumps(2**56, protocol=2)[2:-1] + b"N")
     content, stored = path.read_bytes(), (6).to_bytes(8, "little") + bytes(6)
@@ -204,7 +204,7 @@ def test_foreign_bytes_are_refused(tmp_path):
 
 
 def test_a_compressed_archive_is_refused(tmp_path):
-    """It could be a thousand times larger than its file."""
+    """It could unpack to a thousand times its size."""
     path = save(tmp_path / "x.pth", {"a": torch.zeros(6)}, True)
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "y.pth", "w", zipfile.ZIP_DEFLATED) as other:
         for name in archive.namelist():

@@ -1,4 +1,4 @@
-"""Reading named arrays: formats, types, and what is said about files that are not what they seem."""
+"""Reading named arrays: formats, types, and errors for files that are not what they seem."""
 
 import builtins
 
@@ -47,7 +47,7 @@ def test_pickled(tmp_path, suffix, zipped, wrapped):
     assert_tensors(read_tensors(tmp_path / f"x.{suffix}"))
 
 
-def test_a_parameter_that_wants_a_gradient_is_read(tmp_path):
+def test_a_parameter_with_requires_grad_is_read(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"a": torch.nn.Parameter(torch.ones(2))}, tmp_path / "x.pt")
     np.testing.assert_array_equal(read_tensors(tmp_path / "x.pt")["a"], np.ones(2))
@@ -86,7 +86,7 @@ def without_pytorch(monkeypatch):
     return lambda: monkeypatch.setattr(builtins, "__import__", without_torch)
 
 
-def test_without_pytorch_a_file_that_takes_it_says_what_to_install(tmp_path, without_pytorch):
+def test_without_pytorch_the_error_for_a_file_that_needs_it_says_what_to_install(tmp_path, without_pytorch):
     torch = pytest.importorskip("torch")
     torch.save({"state_dict": {"weight": torch.ones(2)}, "epoch": 3}, tmp_path / "x.ckpt")
     without_pytorch()
@@ -95,8 +95,8 @@ def test_without_pytorch_a_file_that_takes_it_says_what_to_install(tmp_path, wit
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_without_pytorch_a_plain_state_dict_is_read_all_the_same(tmp_path, without_pytorch, zipped):
-    """As torchvision's and pytorch-fid's files are."""
+def test_without_pytorch_a_plain_state_dict_is_read(tmp_path, without_pytorch, zipped):
+    """torchvision's and pytorch-fid's files are plain state dicts."""
     torch = pytest.importorskip("torch")
     tensors = {"weight": torch.arange(6.0).reshape(2, 3).T, "count": torch.tensor(7)}
     torch.save(tensors, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
@@ -143,12 +143,12 @@ def test_object_arrays_are_refused(tmp_path):
         read_tensors(tmp_path / "x.npz")
 
 
-def test_a_type_that_numpy_lacks_is_refused(tmp_path):
+def test_a_type_that_numpy_does_not_have_is_refused(tmp_path):
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file as save_torch_file
 
     save_torch_file({"a": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
-    with pytest.raises(UsageError, match="a type that NumPy lacks"):
+    with pytest.raises(UsageError, match="a type that NumPy does not have"):
         read_tensors(tmp_path / "x.safetensors")
 
 

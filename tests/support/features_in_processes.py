@@ -1,6 +1,8 @@
-"""One of several processes that judge a set together: python judge_in_processes.py PORT INDEX COUNT SET REFERENCE.
+"""One of several processes that compare a set of images with a reference together.
 
-Prints the distance as every process has it.
+    python features_in_processes.py PORT INDEX COUNT SET REFERENCE
+
+Prints the number of images, the distance and the precision that this process found.
 """
 
 import sys
@@ -20,8 +22,7 @@ from ibq_jax.evaluate.feature_nets import FD, find_feature_nets  # noqa: E402
 from ibq_jax.evaluate.protocols import PROTOCOLS  # noqa: E402
 from ibq_jax.evaluate.sample_statistics import FeatureExtractor, ImageSet, compare  # noqa: E402
 
-judge = FeatureExtractor(find_feature_nets(["efficientnet"], {}), PROTOCOLS["adm"], make_mesh({"data": -1}))
-generated, reference = (judge(ImageSet(Path(path)).batches(8)) for path in (SET, REFERENCE))
-counted = generated.statistics[FD].count
-found = dict(compare(generated, reference, PROTOCOLS["adm"]))
-print("found", counted, repr(found[FD]), repr(found["precision (EfficientNetLite0)"]))
+extractor = FeatureExtractor(find_feature_nets(["efficientnet"], {}), PROTOCOLS["adm"], make_mesh({"data": -1}))
+samples, reference = (extractor(ImageSet(Path(path)).batches(8)) for path in (SET, REFERENCE))
+found = dict(compare(samples, reference, PROTOCOLS["adm"]))
+print("found", samples.statistics[FD].count, repr(found[FD]), repr(found["precision (EfficientNetLite0)"]))
