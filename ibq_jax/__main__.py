@@ -1,10 +1,10 @@
-"""`python -m ibq_jax COMMAND ...`: hands over to `ibq_jax.commands`, and turns errors into one line and an exit code.
+"""`python -m ibq_jax COMMAND ...`, also installed as `ibq-jax`: runs a command, and turns errors into exit codes.
 
 Exit codes: 0 done, 2 wrong use (one line says what), 1 failed, 143 (SIGTERM) or 130 (Ctrl-C) stopped with everything
-saved: not 0, since a scheduler must see that the work is not done.
+saved. The last two are not 0, since a scheduler must see that work remains.
 
-Run by several processes at once (IBQ_PROCESSES, see `ibq_jax.base.processes`), all are given the same arguments; the
-first one talks, the others print nothing but errors.
+If several processes run a command together (IBQ_PROCESSES, see `ibq_jax.base.processes`), all get the same arguments;
+only the first one prints more than errors.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from ibq_jax.base.errors import Failed, Interrupted, UsageError, one_line
 from ibq_jax.base.supervise import supervised
 
 COMMANDS = {
-    "prepare": "makes a data set: openmoji, a folder of images, tar shards, ImageNet",
-    "train": "trains a config in a work folder, or continues what is there",
-    "sweep": "trains a grid of configs, a point after the other or a job each: one table, plots, spread over seeds",
-    "sample": "draws pictures from a trained generator: a sheet to look at, or a set to evaluate",
-    "evaluate": "measures a tokenizer's reconstructions, a generator's likelihood or generated pictures",
-    "report": "one HTML page of a run, or of several side by side: curves, pictures, numbers, what to try",
-    "convert": "weights from PyTorch and to PyTorch, and runs of another codebook size",
-    "tokenize": "stores the codes that a tokenizer gives a data set's images, to train a generator on",
-    "plan": "compiles a config's training step for TPUs that are not here: memory, time at best, collectives",
+    "prepare": "Makes a data set from openmoji, a folder of images, tar shards or ImageNet.",
+    "train": "Trains a tokenizer or a generator from a config, or continues its run.",
+    "tokenize": "Writes a token cache: the codes of a data set's images, to train a generator on.",
+    "sample": "Draws samples from a trained generator: a contact sheet, or a set to evaluate.",
+    "evaluate": "Measures a tokenizer's reconstructions, a generator's likelihood, or a set of samples.",
+    "report": "Writes one HTML page about a run, or about several side by side.",
+    "convert": "Reads weights from PyTorch, writes weights for PyTorch, and resizes codebooks.",
+    "sweep": "Trains a grid of configs, one after another or as jobs, and tabulates the results.",
+    "plan": "Predicts memory, time and collectives of a config's training step on TPUs that need not be here.",
 }
 TOGETHER = ("train", "tokenize", "sample", "evaluate")  # commands that several processes share
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -35,10 +35,10 @@ NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISD
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command that `argv` (default: the command line's words) names, and returns its exit code."""
+    """Runs the command that `argv` names (default: the command line), and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print("usage: python -m ibq_jax COMMAND ...  (COMMAND --help tells its flags)\n")
+        print("usage: python -m ibq_jax COMMAND ...  (COMMAND --help lists its flags)\n")
         print("\n".join(f"  {name:10} {words}" for name, words in COMMANDS.items()))
         return 0
     name, *rest = argv
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     if not os.environ.get("IBQ_PROCESSES"):
         return _run(name, rest)
     if name not in TOGETHER:
-        print(f"ibq_jax {name}: it runs in one process: unset IBQ_PROCESSES", file=sys.stderr)
+        print(f"ibq_jax {name}: runs in a single process only; unset IBQ_PROCESSES", file=sys.stderr)
         return 2
     return supervised(f"ibq_jax {name}", lambda: _run(name, rest))
 
@@ -87,12 +87,12 @@ def _silent():
 
 
 def _explained(error: BaseException) -> tuple[str | None, int]:
-    """(the one line for an error that a person is meant to read, the exit code); None for a fault of this program."""
+    """Returns (the line to print, the exit code) of an error; the line is None if the program itself is at fault."""
     match error:
         case UsageError():
             return str(error), 2
         case OSError() if error.errno in DISK_FULL:
-            return f"the disk is full ({error.filename or error}); free room and rerun", 2
+            return f"the disk is full ({error.filename or error}); free some space and run it again", 2
         case OSError() if error.errno in NOT_ALLOWED:
             return f"{error.filename}: {error.strerror}", 2
         case Failed():

@@ -1,4 +1,4 @@
-"""`train`: a config and a work folder in, a trained run out."""
+"""python -m ibq_jax train: trains a config in a folder, or continues the run there."""
 
 from argparse import ArgumentTypeError
 
@@ -7,13 +7,20 @@ from ibq_jax.base.files import as_path
 from ibq_jax.commands.arguments import Parser
 from ibq_jax.training.train import train
 
-NEXT = {  # what to run after a stage
+NEXT = {  # the command to run after a stage
     "tokenizer": "evaluate --run={0} --pictures={0}/reconstructions.png",
     "autoregressive": "sample --run={0} --out={0}/samples.png",
 }
 
 
 def main(argv: list[str]) -> None:
+    """Runs the command; `argv` is what follows the word "train".
+
+    Raises:
+        UsageError: wrong flags, or a field, a file or the folder is wrong.
+        TrainingStopped: a loss was not finite, or the codebook collapsed.
+        Interrupted: SIGTERM or Ctrl-C arrived; the step was saved.
+    """
     """Runs the command; `argv` is what follows the word "train".
 
     Raises:
@@ -39,25 +46,41 @@ def parser() -> Parser:
     """Returns the command's argument parser."""
     parser = Parser(
         "train",
-        "Trains a config, or continues the run that the work folder holds.",
-        notes=f"Fields of the config are overridden with {PREFIX}NAME=VALUE, such as {PREFIX}codebook.size=8192.",
+        "Trains a tokenizer or a generator from a config, or continues the run that the folder holds.",
+        examples=[
+            "--config=configs/tokenizer.py:openmoji64 --workdir=runs/tokenizer",
+            "--config=configs/tokenizer.py:imagenet256_16384 --workdir=gs://bucket/tokenizer\n"
+            "--config.data.dir=gs://bucket/data --config.codebook.size=8192",
+            "--config=configs/autoregressive.py:openmoji64 --workdir=runs/generator --config.token_cache=runs/codes",
+            "--config=configs/tokenizer.py:openmoji64 --workdir=runs/tokenizer --config.train.steps=20000",
+        ],
+        notes=f"{PREFIX}NAME=VALUE overrides a field of the config, such as {PREFIX}codebook.size=8192.",
     )
-    parser.add_argument("--config", required=True, help="FILE.py:PRESET, such as configs/tokenizer.py:openmoji64")
     parser.add_argument(
-        "--workdir", required=True, type=as_path, help="folder of the run, here or gs://, made when it is not there"
+        "--config",
+        required=True,
+        metavar="FILE.py:PRESET",
+        help="config file and preset, such as configs/tokenizer.py:openmoji64 (required)",
+    )
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        type=as_path,
+        metavar="DIR",
+        help="folder of the run, local or gs://, created if it does not exist (required)",
     )
     parser.add_argument(
         "--profile",
         type=_steps,
         default=range(0),
         metavar="STEP:COUNT",
-        help="write a trace of COUNT steps from STEP on",
+        help="write a trace of COUNT steps, from step STEP on, to the run's folder (default: no trace)",
     )
     return parser
 
 
 def _steps(text: str) -> range:
-    """argparse type: STEP:COUNT."""
+    """Parses STEP:COUNT, as an argparse type."""
     first, _, steps = text.partition(":")
     if not (first.isdecimal() and steps.isdecimal() and int(first) and int(steps)):
         raise ArgumentTypeError(f"{text!r} is not STEP:COUNT, such as 100:5")

@@ -199,7 +199,7 @@ class TokenizerTrainer:
                 "loss/quantizer": quantized.quant_loss,
                 "loss/entropy": quantized.entropy_loss,
                 "codebook/sample_entropy": quantized.sample_entropy,
-                "codebook/batch_entropy": quantized.avg_entropy,
+                "codebook/batch_entropy": quantized.batch_entropy,
                 "codebook/max_probability": quantized.max_probability,
             }
             scalars = {name: value for name, value in scalars.items() if value is not None}
@@ -231,16 +231,25 @@ class TokenizerTrainer:
         metrics["discriminator/gradient_norm"] = optax.tree.norm(gradient)
         return DiscriminatorState(params=params, optimizer=optimizer, batch_stats=batch_stats, lecam=averages), metrics
 
+    def reconstruction_loss(
+        self, images: jax.Array, reconstructions: jax.Array, perceptual: dict | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the loss of reconstructions [B, H, W, 3] without its adversarial part, and its terms by name.
+
+        A subclass may replace it (see examples/train_with_another_loss.py); "l1" has to stay among the terms.
+        """
+        distance = jnp.zeros((images.shape[0],))
+        if perceptual is not None:
+            measure = partial(lpips, perceptual, dtype=jnp.dtype(self.config.dtype))
+            distance = _merge(self._map_micro_batches(measure, images, reconstructions))
+        return losses.reconstruction_nll(images, reconstructions, distance, self.config.loss.perceptual_weight)
+
     def _image_loss(
         self, reconstructions, discriminator: DiscriminatorState | None, perceptual: dict | None, images, step
     ):
         """Returns the loss of the reconstructions: (loss, (discriminator with updated statistics, metrics))."""
         config = self.config.loss
-        distance = jnp.zeros((images.shape[0],))
-        if perceptual is not None:
-            measure = partial(lpips, perceptual, dtype=jnp.dtype(self.config.dtype))
-            distance = _merge(self._map_micro_batches(measure, images, reconstructions))
-        loss, scalars = losses.reconstruction_nll(images, reconstructions, distance, config.perceptual_weight)
+        loss, scalars = self.reconstruction_loss(images, reconstructions, perceptual)
         metrics = {f"loss/{name}": value for name, value in scalars.items()}
         if discriminator is not None:
             fake, batch_stats = self._discriminate(discriminator.params, discriminator.batch_stats, reconstructions)

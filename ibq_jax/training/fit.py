@@ -1,4 +1,4 @@
-"""Trains a state in a run's folder: claims the folder, starts or continues, and runs the loop to the last step."""
+"""Trains a state in a run's folder: claims the folder, creates or restores the state, and runs the loop to the end."""
 
 import sys
 from collections.abc import Callable, Generator, Mapping
@@ -27,15 +27,16 @@ Batches = Generator[Mapping[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class FieldRoles:
-    """Which config fields of a stage may differ when a run goes on; each is a field's name or the beginning of one.
+    """Config fields of a stage by the part they play when a run is continued; each entry is a name or a prefix.
 
     Attributes:
-        free: fields that a resumed run may change. They say where and how fast it runs and what it shows, not what it
+        free: fields that a continued run may change: where it runs, how fast, and what it shows, but not what it
             computes.
-        location: fields that say where files lie, which may differ between the hosts of one job.
-        network: fields that decide the networks' shapes. An imported run that was never trained is held to these only;
-            "stage:" stands for the field `stage` itself.
-        not_structural: fields among `network` that leave the shapes of the weights as they are.
+        location: fields that may differ between the hosts of one job, because they say where files are or how data is
+            loaded.
+        network: fields that decide the networks' shapes. An imported run that was never trained is compared by these
+            only. "stage:" means the field `stage` alone.
+        not_structural: the exceptions among `network`, which leave the shapes of the weights unchanged.
     """
 
     free: tuple[str, ...]
@@ -45,10 +46,12 @@ class FieldRoles:
 
 
 def check_same_run(workdir: Path, config: ConfigDict, roles: FieldRoles) -> None:
-    """Claims `workdir` for this config. If it already holds a run, the configs must agree in all but the free fields.
+    """Claims `workdir` for this config. If it holds a run, the configs must agree in all fields that are not free.
 
     For an imported run that was not trained yet, only the network's fields are compared. Every process calls it.
-    Raises UsageError that names the fields which differ, from the run's config or between processes.
+
+    Raises:
+        UsageError: fields differ from the run's config, or between processes; the message names them.
     """
     fields = {name: value for name, value in flatten(config).items() if name not in roles.location}
     check_alike("configs", fields | {"workdir": str(workdir)})
@@ -63,7 +66,7 @@ def check_same_run(workdir: Path, config: ConfigDict, roles: FieldRoles) -> None
             ]
         if differing:
             raise UsageError(f"{workdir} holds a run of another config ({'; '.join(differing)}); use another --workdir")
-    barrier("claim")  # every process has looked at the old config
+    barrier("claim")  # every process has compared its config with the old one
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         save_config(config, path)
@@ -81,21 +84,21 @@ def fit(
     complete: Callable = lambda state: state,
     profile: range = range(0),
 ):
-    """Trains from the newest whole checkpoint, or from `create_state(seed)`, to the last step; returns the last state.
+    """Trains from the newest intact checkpoint, or from `create_state(seed)`, to the last step; returns the last state.
 
     Args:
         workdir: the run's folder.
         config: the run's config.
         mesh: the devices.
-        stage: what to train.
+        stage: the steps and what accompanies them.
         create_state: seed -> the state before the first step.
-        batches_from: step -> the batches that follow that step.
-        steps_per_epoch: steps that pass over the data once.
-        complete: puts into a fresh state what does not come from a seed.
+        batches_from: step -> an iterator over the batches after that step.
+        steps_per_epoch: steps for one pass over the data.
+        complete: new state -> the state with the parts that no seed determines.
         profile: steps whose trace is written to the run's folder.
 
     Raises:
-        TrainingStopped, Interrupted: as `ibq_jax.base.loop.Loop.run` does.
+        TrainingStopped, Interrupted: see `ibq_jax.base.loop.Loop.run`.
     """
     print(describe_mesh(mesh))
     checkpoints = open_checkpoints(workdir, config)
@@ -108,7 +111,7 @@ def fit(
         checkpoint_every=config.checkpoint.every,
     )
     if start_step >= intervals.total_steps:
-        print(f"complete: step {start_step} of {intervals.total_steps}; a larger train.steps goes on from there")
+        print(f"complete: step {start_step} of {intervals.total_steps}; a larger train.steps continues from there")
     telemetry = Telemetry(workdir, start_step, intervals.total_steps, enabled=jax.process_index() == 0)
     metadata = {"config": config.to_dict(), "steps_per_epoch": steps_per_epoch}
     timer, limits = PhaseTimer(), config.watchdog

@@ -97,10 +97,17 @@ class GeneratorStage:
         return {"samples": class_samples(self._trainer, state.weights("ema"), self._manifest, self._tokenizer)}
 
 
-def train_generator(config: ConfigDict, workdir: Path, profile: range = range(0)) -> GeneratorState:
+def train_generator(
+    config: ConfigDict,
+    workdir: Path,
+    profile: range = range(0),
+    trainer_class: type[GeneratorTrainer] = GeneratorTrainer,
+) -> GeneratorState:
     """Trains `config` in `workdir`, or continues the run there, to its last step; returns the last state.
 
     The token cache provides the model's vocabulary, grid and classes; the run saves the config with them filled in.
+    The step is made of the methods of `trainer_class`.
+
     Raises UsageError (bad input), TrainingStopped or Interrupted (see `ibq_jax.base.loop`).
     """
     workdir = resolve(workdir)
@@ -113,7 +120,7 @@ def train_generator(config: ConfigDict, workdir: Path, profile: range = range(0)
     if not steps_per_epoch and not config.train.steps:
         raise UsageError(f"data.batch_size={config.data.batch_size} is more than the {len(source)} images of {source}")
     tokenizer = find_tokenizer(config.tokenizer, source.manifest, needed=config.model.use_pretrained_codebook)
-    trainer = GeneratorTrainer(config, mesh, steps_per_epoch)
+    trainer = trainer_class(config, mesh, steps_per_epoch)
     stage = GeneratorStage(trainer, source.manifest, tokenizer)
     codebook = _codebook(config, tokenizer) if config.model.use_pretrained_codebook else None
     check_same_run(workdir, config, FIELD_ROLES)

@@ -1,4 +1,4 @@
-"""Trains a tokenizer from its config: checks it, opens its data, puts the stage together and fits it."""
+"""Trains a tokenizer from a config: checks it, opens the data set, and runs the loop."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -49,7 +49,7 @@ FIELD_ROLES = FieldRoles(
 
 
 class TokenizerStage:
-    """What the loop asks of the tokenizer (`ibq_jax.base.loop.Stage`)."""
+    """The tokenizer's part of the training loop (`ibq_jax.base.loop.Stage`)."""
 
     def __init__(self, trainer: TokenizerTrainer, perceptual: dict | None):
         config = trainer.config
@@ -85,10 +85,23 @@ class TokenizerStage:
         return {"reconstructions": self._evaluator.comparison_grid(state.ema, self._trainer.config.log.num_images)}
 
 
-def train_tokenizer(config: ConfigDict, workdir: Path, profile: range = range(0)) -> TokenizerState:
-    """Trains `config` in `workdir`, or continues what is there, to the end; returns the last state.
+def train_tokenizer(
+    config: ConfigDict,
+    workdir: Path,
+    profile: range = range(0),
+    trainer_class: type[TokenizerTrainer] = TokenizerTrainer,
+) -> TokenizerState:
+    """Trains `config` in `workdir`, or continues the run there, to its last step; returns the last state.
 
-    Raises UsageError (bad input), TrainingStopped or Interrupted (see `ibq_jax.base.loop`).
+    Args:
+        config: a config of the stage "tokenizer".
+        workdir: the run's folder.
+        profile: steps whose trace is written to the run's folder.
+        trainer_class: the class whose methods make up the step, such as a subclass with another loss.
+
+    Raises:
+        UsageError: a field or the data set is wrong, or `workdir` holds another run.
+        TrainingStopped, Interrupted: see `ibq_jax.base.loop`.
     """
     workdir = resolve(workdir)
     mesh = make_mesh(config.mesh)
@@ -99,7 +112,7 @@ def train_tokenizer(config: ConfigDict, workdir: Path, profile: range = range(0)
         raise UsageError(
             f"data.batch_size={config.data.batch_size} is more than the {len(source)} images of the data set"
         )
-    trainer = TokenizerTrainer(config, mesh, steps_per_epoch)
+    trainer = trainer_class(config, mesh, steps_per_epoch)
     perceptual = _perceptual_weights(config)
     stage = TokenizerStage(trainer, perceptual)
     check_same_run(workdir, config, FIELD_ROLES)

@@ -1,37 +1,52 @@
-"""Trains a config of either stage: the library's one call, which the command makes too."""
+"""Trains a config of either stage in one library call, which the command `train` makes too."""
 
 import os
-from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import as_path
 from ibq_jax.base.saved_run import SavedRun
+from ibq_jax.tokenizer.step import TokenizerTrainer
 from ibq_jax.training.generator import train_generator
 from ibq_jax.training.tokenizer import train_tokenizer
 
-STAGES: dict[str, Callable] = {"tokenizer": train_tokenizer, "autoregressive": train_generator}
+STAGES = {"tokenizer": (TokenizerTrainer, train_tokenizer), "autoregressive": (GeneratorTrainer, train_generator)}
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike[str], profile: range = range(0)) -> SavedRun:
+def train(
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    profile: range = range(0),
+    trainer_class: type[TokenizerTrainer] | type[GeneratorTrainer] | None = None,
+) -> SavedRun:
     """Trains `config` in the folder `workdir` to its last step, or continues the run that is there.
 
     Args:
         config: a config of either stage, such as `ibq_jax.load_config("configs/tokenizer.py:openmoji32")`.
-        workdir: the run's folder, on this machine or gs://; made where it does not exist.
+        workdir: the run's folder, local or gs://, created if it does not exist.
         profile: steps whose trace is written to `workdir/profile`.
+        trainer_class: a subclass of the stage's trainer, `TokenizerTrainer` or `GeneratorTrainer`, that changes the
+            step. The run does not record it: pass it again to continue.
 
     Returns:
-        the run: `.workdir`, `.config` and `.restore(...)`; `Tokenizer.load(run.workdir)` reads its weights.
+        the run: `.workdir`, `.config` and `.restore(...)`; `Tokenizer.load(run.workdir)` loads its weights.
 
     Raises:
-        UsageError: a value or a file is not as it should be; the message says which and what would be right.
+        UsageError: a field, a file or the folder is wrong; the message says which and what would be right.
         TrainingStopped: a loss was not finite, or the codebook collapsed.
-        Interrupted: SIGTERM or Ctrl-C came; the step was saved, and the same call continues.
+        Interrupted: SIGTERM or Ctrl-C arrived; the step was saved, and the same call continues.
     """
     if config.stage not in STAGES:
         raise UsageError(f"the config is of stage {config.stage!r}; the stages are {', '.join(STAGES)}")
+    stage_trainer, train_stage = STAGES[config.stage]
+    trainer_class = trainer_class or stage_trainer
+    if not issubclass(trainer_class, stage_trainer):
+        raise UsageError(
+            f"trainer_class={trainer_class.__name__} does not fit stage {config.stage!r}; it must be a subclass of "
+            f"{stage_trainer.__name__}"
+        )
     workdir = as_path(workdir)
-    STAGES[config.stage](config, workdir, profile)
+    train_stage(config, workdir, profile, trainer_class)
     return SavedRun.find(workdir)
