@@ -1,6 +1,6 @@
-"""The paper's claim, small: as the codebook grows, IBQ keeps it in use and reconstructs better, VQ lets it go.
+"""The paper's claim at small scale: as the codebook grows, IBQ keeps it in use and reconstructs better, VQ collapses.
 
-What came of it, in an hour on two cores: docs/codebook_scaling.md.
+The results, from an hour on two CPU cores, are in docs/codebook_scaling.md.
 
 python -m ibq_jax prepare openmoji
 python -m ibq_jax sweep --study=configs/studies/codebook_scaling.py --workdir=runs/codebook_scaling
@@ -18,5 +18,5 @@ OVERRIDES = {
     "evaluate.feature_nets": "efficientnet",
     "checkpoint.every": 300,
     "log.images_every": 600,
-    "codebook_monitor.usage_floor": 0.0,  # a collapse is what is to be seen
+    "codebook_monitor.usage_floor": 0.0,  # a collapse must not stop the run: it is a result
 }

@@ -1,6 +1,6 @@
-"""What keeps a codebook of 4,096 codes in use: its dimension, its initial scale, the learning rate, the entropy term.
+"""Four candidates for what keeps 4,096 codes in use: dimension, initial scale, learning rate, entropy term.
 
-What came of it, in half an hour on two cores: docs/collapse.md.
+The results, from half an hour on two CPU cores, are in docs/collapse.md.
 
 python -m ibq_jax sweep --study=configs/studies/collapse.py --workdir=runs/collapse
 """

@@ -1,4 +1,4 @@
-"""The quantizers side by side, at two sizes.
+"""All quantizers, at two codebook sizes. Not measured.
 
 python -m ibq_jax sweep --study=configs/studies/quantizers.py --workdir=runs/quantizers
 """
