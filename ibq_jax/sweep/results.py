@@ -17,7 +17,7 @@ from ibq_jax.sweep.grid import Point
 DONE, STOPPED, FAILED, PENDING = STATUSES = ("done", "stopped", "failed", "pending")
 ENDED = (DONE, STOPPED)  # training again would give the same result
 OUTCOME = "outcome.json"
-NOT_TRAINING = ("evaluation", "pictures", "checkpoint")  # phases in a run's timeline (see `ibq_jax.base.loop`)
+NOT_TRAINING = ("evaluation", "images", "pictures", "checkpoint")  # phases of `ibq_jax.base.loop`; "pictures" until 0.1
 COMPILING = "first step"
 
 

@@ -251,7 +251,12 @@ def test_the_spread_covers_the_seeds_that_ended(tmp_path, capsys):
     clock = [
         {"step": 0, "wall": 0, "start": True, "seconds": {}},
         {"step": 10, "wall": 9, "start": False, "seconds": {"first step": 8.0, "step": 1.0}},
-        {"step": 30, "wall": 20, "start": False, "seconds": {"step": 3.0, "data": 1.0, "evaluation": 7.0}},
+        {
+            "step": 30,
+            "wall": 20,
+            "start": False,
+            "seconds": {"step": 3.0, "data": 1.0, "evaluation": 4.0, "images": 2.0, "pictures": 1.0},
+        },
         {"step": 20, "wall": 30, "start": True, "seconds": {}},
         {"step": 30, "wall": 40, "start": False, "seconds": {"first step": 5.0}},
         {"step": 40, "wall": 50, "start": False, "seconds": {"step": 1.0}},
