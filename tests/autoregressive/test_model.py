@@ -1,7 +1,6 @@
-"""The generator's network: what each position sees, its layers against plain formulas, and its options."""
+"""The generator's network: what each position sees, its initial values, and its options."""
 
 import functools
-import json
 
 import flax.linen as nn
 import jax
@@ -10,14 +9,12 @@ import numpy as np
 import pytest
 from support import released
 
-from ibq_jax.autoregressive.layers import RMSNorm, hidden_channels, rotary_angles, rotate
 from ibq_jax.autoregressive.model import GeneratorModel, TokenEmbedding, check_layout
 from ibq_jax.base.errors import UsageError
 from ibq_jax.interop.generator_names import abstract_params
 
 EXACT = 1e-5  # relative to the largest magnitude, between two forms of the same float32 formula
 QUICK = {"xla_backend_optimization_level": 0}  # compiles twice as fast
-PUBLISHED = json.loads((released.GOLDEN / "published_generators.json").read_text())
 SMALL = dict(
     vocab_size=24, grid=(3, 4), num_classes=5, num_layers=2, num_heads=4, num_kv_heads=4, embed_dim=32, gamma_init=1e-3
 )
@@ -33,7 +30,7 @@ def assert_same(actual, expected, tolerance=EXACT):
 
 @functools.cache
 def random_params(model: GeneratorModel):
-    """Normal(0.3): every layer, the gates and the head take part, as they do not yet after `init`."""
+    """Returns weights from normal(0, 0.3): gates and head count, which initial values would switch off."""
     leaves, tree = jax.tree.flatten(abstract_params(model))
     random = np.random.default_rng(0)
     return tree.unflatten([jnp.asarray(0.3 * random.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
@@ -50,7 +47,7 @@ def logits(model: GeneratorModel, params):
 
 
 def value_and_gradient(model: GeneratorModel, params, train: bool = False):
-    """Of a random projection of what the head is applied to, dropped out with one key."""
+    """Returns a random projection of the head's input, with dropout by one key, and its gradient."""
     codes, labels = batch(model)
     projection = jax.random.normal(jax.random.key(2), (len(codes), model.positions, model.embed_dim))
 
@@ -94,43 +91,6 @@ def test_the_last_code_changes_nothing_and_the_class_everything():
     assert np.all(np.abs(apply(variables, codes, labels[::-1] + 1) - expected).max(axis=-1) > 1e-3)
 
 
-@pytest.mark.parametrize(("grid", "channels"), [((4, 4), 16), ((2, 8), 8), ((16, 16), 64), ((3, 1), 4)])
-def test_rotary_tables(grid, channels):
-    cos, sin = rotary_angles(grid, channels)
-    angles = np.zeros((grid[0] * grid[1], channels // 2))
-    for row in range(grid[0]):
-        for column in range(grid[1]):
-            for pair in range(channels // 4):
-                frequency = 10000 ** (-2 * pair / (channels // 2))
-                angles[row * grid[1] + column, pair] = row * frequency
-                angles[row * grid[1] + column, channels // 4 + pair] = column * frequency
-    assert cos.shape == sin.shape == (1 + len(angles), channels // 2)
-    assert not cos[0].any() and not sin[0].any()
-    np.testing.assert_allclose(cos[1:], np.cos(angles), rtol=0, atol=2e-6)  # angles up to 15, rounded to 24 bits
-    np.testing.assert_allclose(sin[1:], np.sin(angles), rtol=0, atol=2e-6)
-
-
-def test_rotation_turns_neighbouring_channels():
-    x, angle = np.random.default_rng(0).normal(size=(5, 8)), np.random.default_rng(1).normal(size=(5, 4))
-    turned = (x[:, ::2] + 1j * x[:, 1::2]) * np.exp(1j * angle)
-    expected = np.stack((turned.real, turned.imag), axis=-1).reshape(5, 8)
-    actual = rotate(jnp.asarray(x), jnp.asarray(np.cos(angle)), jnp.asarray(np.sin(angle)))
-    released.assert_close(actual, expected, 1e-6)
-
-
-def test_norm():
-    x, scale = np.random.default_rng(0).normal(size=(5, 8)), np.arange(8.0)
-    expected = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5) * scale
-    released.assert_close(RMSNorm().apply({"params": {"scale": scale}}, jnp.asarray(x, jnp.float32)), expected, 1e-6)
-
-
-@pytest.mark.parametrize(("size", "channels"), [("B", 2816), ("L", 3584), ("XL", 4096), ("XXL", 5120)])
-def test_hidden_channels_are_the_published_ones(size, channels):
-    published = PUBLISHED[f"IBQ-AR-{size}"]
-    assert published["tensors"]["transformer.blocks.{}.feed_forward.w1.weight"][0] == channels
-    assert hidden_channels(published["config"]["n_embd"]) == channels
-
-
 def test_initial_values():
     model = GeneratorModel(**SMALL | {"embed_dim": 64, "vocab_size": 512})
     params = nn.meta.unbox(jax.jit(model.init, compiler_options=QUICK)(jax.random.key(0), *batch(model)))["params"]
@@ -151,7 +111,7 @@ def test_initial_values():
         assert abs(np.std(values) / deviation - 1) < 5 / np.sqrt(2 * values.size), name
 
 
-def test_shared_keys_and_values_are_the_same_as_repeated_ones():
+def test_shared_keys_and_values_equal_repeated_ones():
     model = GeneratorModel(**SMALL | {"num_kv_heads": 2})
     params = random_params(model)
     heads = params["blocks"]["attention"]["wqkv"]["kernel"].reshape(2, 32, 8, 8)  # 4 queries, 2 keys, 2 values

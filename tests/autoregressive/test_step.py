@@ -1,5 +1,4 @@
-"""The generator's train step: its schedules and optimizer against plain formulas and PyTorch's, on several meshes, in
-micro-batches, and what decides its randomness."""
+"""The generator's train step: schedules and optimizer against formulas and PyTorch; meshes, micro-batches, seeds."""
 
 import functools
 import math
@@ -56,7 +55,7 @@ def batches(steps: int, size: int = 32) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def starting_state(trainer: GeneratorTrainer) -> GeneratorState:
-    """With random weights: as the head is zero after `create_state`, nothing else would learn at once."""
+    """Returns a state with random weights: with the zero head of `create_state` nothing else would learn at first."""
     shapes, shardings = abstract_state(trainer.create_state, trainer.mesh, 0)
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: (0.2 * random.normal(size=leaf.shape)).astype(np.float32), shapes.params)
@@ -70,7 +69,7 @@ def compiled_step(trainer: GeneratorTrainer):
 
 @functools.cache
 def run_steps(*overrides: str, sizes: tuple[int, int, int] = ONE, steps: int = 2):
-    """(state after every step, loss of every step), as NumPy arrays, from the same state and batches."""
+    """Returns (state after every step, loss of every step) as NumPy arrays, from the same state and batches."""
     trainer = make_trainer(*overrides, sizes=sizes)
     state, step, states, losses = starting_state(trainer), compiled_step(trainer), [], []
     for batch in batches(steps):
@@ -90,7 +89,7 @@ def assert_same(actual, expected, tolerance: float = EXACT) -> None:
 
 
 def assert_same_run(actual, expected) -> None:
-    """Losses, last parameters, and Adam's first moments: they are the gradients, which its steps forget the size of."""
+    """Compares losses, last parameters and Adam's first moments, which show gradients' sizes where its steps do not."""
     (states, losses), (expected_states, expected_losses) = actual, expected
     np.testing.assert_allclose(losses, expected_losses, rtol=EXACT)
     assert_same(states[-1].params, expected_states[-1].params)
@@ -98,7 +97,7 @@ def assert_same_run(actual, expected) -> None:
 
 
 def moments(optimizer):
-    """Adam's part of an optimizer's state."""
+    """Returns Adam's part of an optimizer's state."""
 
     def has_moments(part) -> bool:
         return hasattr(part, "mu")
@@ -107,7 +106,7 @@ def moments(optimizer):
 
 
 def released_rate(step: int, steps: int, warmup: int, start: float, final: float) -> float:
-    """Of the peak, as the released code computes it."""
+    """Returns the learning rate relative to its peak, as the released code computes it."""
     if step < warmup:
         return start + (1 - start) * step / warmup
     passed = (step - warmup) / (steps - 1 - warmup)
@@ -237,7 +236,7 @@ def test_bfloat16_keeps_parameters_and_losses_in_float32():
 
 
 class TrainedOn(Exception):
-    """Labels, on their way out of a step."""
+    """Carries the labels out of a step."""
 
 
 def labels_trained_on(monkeypatch, trainer: GeneratorTrainer, labels: np.ndarray, step: int = 0) -> np.ndarray:
@@ -269,7 +268,7 @@ def test_without_class_dropout_every_label_stays(monkeypatch):
 
 
 @pytest.mark.parametrize("overrides", [(), ("model.num_classes=0", "loss.class_dropout=0.0")])
-def test_pictures_without_a_class_are_no_class(overrides):
+def test_images_without_a_class_are_no_class(overrides):
     trainer = make_trainer(*overrides)
     codes, classes = np.zeros((2, *trainer.model.grid), np.int32), trainer.config.model.num_classes
     tables = {"params": nn.meta.unbox(trainer.create_state(0).params)}
@@ -298,7 +297,7 @@ def test_the_average_follows_the_parameters():
         before = state.ema
 
 
-def test_what_is_compiled_takes_the_shapes_it_says():
+def test_the_compiled_step_takes_the_abstract_arguments():
     trainer = make_trainer(sizes=(2, 2, 2))
     state, codes, labels = abstract_arguments(trainer)
     assert (codes.shape, labels.shape) == ((32, 3, 4), (32,))

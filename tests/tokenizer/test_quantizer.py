@@ -33,7 +33,8 @@ def test_losses_and_gradients_agree_with_the_released_code(name, implementation)
     gradient = jax.value_and_grad(lambda codebook, z: objective(module, arrays, codebook, z), (0, 1), has_aux=True)
     (loss, out), (grad_codebook, grad_z) = gradient(arrays["codebook"], released.nhwc(arrays["z"]))
     np.testing.assert_array_equal(out.indices.reshape(-1), arrays["indices"])
-    for field in ("quant_loss", "sample_entropy", "avg_entropy", "entropy_loss"):
+    released.assert_close(out.batch_entropy, arrays["avg_entropy"])
+    for field in ("quant_loss", "sample_entropy", "entropy_loss"):
         released.assert_close(getattr(out, field), arrays[field])
     released.assert_close(loss, arrays["loss"])
     released.assert_close(out.z_q, released.nhwc(arrays["z_q"]))
@@ -113,7 +114,7 @@ def test_a_codebook_split_over_devices_gives_the_same_loss_and_gradients():
 
         def loss(codebook, z):
             out = module.apply({"params": {"codebook": codebook}}, z)
-            return out.quant_loss + out.sample_entropy + out.avg_entropy
+            return out.quant_loss + out.sample_entropy + out.batch_entropy
 
         return jax.jit(jax.value_and_grad(loss, (0, 1)))(codebook, z)
 
