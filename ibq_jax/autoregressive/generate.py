@@ -157,13 +157,9 @@ def generate(
         codes, caches = carry
         x = model.apply(variables, per_row(codes)[:, None], method="embed")[:, 0].T
         angles = cos[position][None, None], sin[position][None, None]
-        updated = []
-        for layer, modulation, cache in zip(weights.layers, conditions.layers, caches, strict=True):
-            x, cache = _layer_step(model, layer, modulation, cache, x, position, angles)
-            updated.append(cache)
-        scale, shift = conditions.head
-        drawn = draw(rms_norm(x, jnp.broadcast_to(weights.head_norm, x.shape), axis=0) * (1 + scale) + shift, position)
-        return (drawn, tuple(updated)), drawn
+        hidden, caches = _network_step(model, weights, conditions, caches, x, position, angles)
+        drawn = draw(hidden, position)
+        return (drawn, caches), drawn
 
     first = draw(hidden.T, jnp.int32(given))
     _, others = lax.scan(step, (first, caches), jnp.arange(given + 1, model.positions, dtype=jnp.int32))
@@ -182,6 +178,16 @@ def _draw(logits, logit_filter: LogitFilter, temperature, keys, position) -> jax
     logits = logit_filter(logits / temperature)
     noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[1:]))(keys)
     return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+
+
+def _network_step(model, weights: StepWeights, conditions: Conditions, caches, x, position, angles):
+    """Applies all layers at one position, token embeddings x [C, R] -> (the head's input [C, R], the new caches)."""
+    updated = []
+    for layer, modulation, cache in zip(weights.layers, conditions.layers, caches, strict=True):
+        x, cache = _layer_step(model, layer, modulation, cache, x, position, angles)
+        updated.append(cache)
+    scale, shift = conditions.head
+    return rms_norm(x, jnp.broadcast_to(weights.head_norm, x.shape), axis=0) * (1 + scale) + shift, tuple(updated)
 
 
 def _layer_step(model, weights: LayerWeights, modulation, cache, x, position, angles):

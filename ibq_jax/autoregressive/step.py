@@ -68,6 +68,7 @@ class GeneratorTrainer:
 
     @cached_property
     def learning_rate(self) -> optax.Schedule:
+        """Step -> the learning rate."""
         config, steps = self.config.optimizer, total_steps(self.config, self.steps_per_epoch)
         return warmup_hold_decay_schedule(
             config.learning_rate,
@@ -80,11 +81,13 @@ class GeneratorTrainer:
 
     @cached_property
     def weight_decay(self) -> optax.Schedule:
+        """Step -> the weight decay."""
         config, steps = self.config.optimizer, total_steps(self.config, self.steps_per_epoch)
         return cosine_schedule(config.weight_decay, config.weight_decay_end, steps)
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
+        """AdamW with clipped gradients; norms and biases decay only if optimizer.decay_all."""
         config = self.config.optimizer
 
         def decays(name: str) -> bool:

@@ -7,12 +7,12 @@ ones.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import Initializer, ones, zeros
+from jax.nn.initializers import ones, zeros
 
 from ibq_jax.base.errors import UsageError
 
@@ -27,7 +27,7 @@ def conv(
     stride: int = 1,
     padding: str | int | Sequence[tuple[int, int]] = "SAME",
     use_bias: bool = True,
-    kernel_init: Initializer | None = None,
+    kernel_init: Callable[..., jax.Array] | None = None,
     dtype: jnp.dtype = jnp.float32,
     name: str | None = None,
 ) -> nn.Conv:

@@ -1,8 +1,9 @@
-"""IBQ's quantizer: the codebook, its losses, latents to codes and back (arXiv 2412.02692); the interface of all others.
+"""IBQ's quantizer (arXiv 2412.02692): the codebook, its losses, latents to codes and back. The interface of all others.
 
-Shapes: latents [B, h, w, D], codebook [K, D], codes [B, h, w]. Everything here is float32. The other quantizers have
-the same methods, see `ibq_jax.tokenizer.quantizers`.
+Shapes: latents [B, h, w, D], codebook [K, D], codes [B, h, w]. Everything here is float32.
 """
+
+from typing import Literal, Protocol
 
 import flax.linen as nn
 import flax.struct
@@ -29,9 +30,30 @@ class Quantized:
     quant_loss: jax.Array
     entropy_loss: jax.Array
     sample_entropy: jax.Array | None = None  # nats
-    avg_entropy: jax.Array | None = None  # nats
+    batch_entropy: jax.Array | None = None  # nats
     max_probability: jax.Array | None = None  # mean over tokens of the chosen code's probability; no gradient
     max_logit: jax.Array | None = None  # largest |z . e|; no gradient
+
+
+class Quantizer(Protocol):
+    """The interface of every quantizer."""
+
+    @property
+    def latent_dim(self) -> int:
+        """D, the dimensions of its latents."""
+        ...
+
+    def __call__(self, z: jax.Array) -> Quantized:
+        """Quantizes latents [B, h, w, D], for training."""
+        ...
+
+    def nearest(self, z: jax.Array) -> jax.Array:
+        """Latents [B, h, w, D] -> codes int32 [B, h, w]."""
+        ...
+
+    def lookup(self, indices: jax.Array) -> jax.Array:
+        """Codes [...], each in 0..K-1 -> the vectors that they stand for, float32 [..., D]."""
+        ...
 
 
 def straight_through(value: jax.Array, z: jax.Array) -> jax.Array:
@@ -62,7 +84,7 @@ class IndexBackpropQuantizer(nn.Module):
     sample_entropy_weight: float = 1.0
     batch_entropy_weight: float = 1.0
     block_size: int = 0
-    implementation: str = "streamed"
+    implementation: Literal["streamed", "dense"] = "streamed"
     mesh: Mesh | None = None
 
     def setup(self):
@@ -86,6 +108,7 @@ class IndexBackpropQuantizer(nn.Module):
             implementation=self.implementation,
             mesh=self.mesh,
         )
+        sample_term = self.sample_entropy_weight * out.sample_entropy
         z_q = out.z_q.reshape(z.shape)
         indices = out.indices.reshape(z.shape[:-1])
         return Quantized(
@@ -93,8 +116,8 @@ class IndexBackpropQuantizer(nn.Module):
             indices=indices,
             quant_loss=self._quant_loss(z, z_q, indices),
             sample_entropy=out.sample_entropy,
-            avg_entropy=out.avg_entropy,
-            entropy_loss=self.sample_entropy_weight * out.sample_entropy - self.batch_entropy_weight * out.avg_entropy,
+            batch_entropy=out.batch_entropy,
+            entropy_loss=sample_term - self.batch_entropy_weight * out.batch_entropy,
             max_probability=out.max_probability,
             max_logit=out.max_logit,
         )

@@ -7,12 +7,13 @@ config's groups `quantizer` and `codebook` that it uses. To add a quantizer, wri
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 from jax.sharding import Mesh
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.tokenizer.quantizer import IndexBackpropQuantizer
+from ibq_jax.tokenizer.quantizer import IndexBackpropQuantizer, Quantizer
 from ibq_jax.tokenizer.scalar_quantizers import FiniteScalarQuantizer, LookupFreeQuantizer
 from ibq_jax.tokenizer.vector_quantizers import SimVectorQuantizer, VectorQuantizer
 
@@ -31,7 +32,7 @@ OWN_FIELDS = {"l2_normalize": "vq", "levels": "fsq"}
 
 def build_quantizer(
     name: str, settings: Mapping, *, codebook_size: int, dim: int, mesh: Mesh | None = None
-) -> nn.Module:
+) -> Quantizer:
     """Returns the quantizer `name`; of `settings`, `dim` and `mesh` it gets those that its class declares.
 
     Raises UsageError for an unknown name.
@@ -41,7 +42,8 @@ def build_quantizer(
     kind = QUANTIZERS[name]
     known = {field.name for field in dataclasses.fields(kind)}
     fields = {**settings, "codebook_size": codebook_size, "dim": dim, "mesh": mesh}
-    return kind(**{field: value for field, value in fields.items() if field in known})
+    quantizer: Any = kind(**{field: value for field, value in fields.items() if field in known})
+    return quantizer
 
 
 def check_settings(name: str, settings: Mapping) -> None:

@@ -3,6 +3,8 @@
 Shapes: K codes before, L after. An index map int32 [L] holds, for each new code, the index of the old code it copies.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +71,8 @@ def resize_codebook(state: TokenizerState, index_map: np.ndarray, spread: float,
             return rows / copies[:, None] ** 2
         return rows + noise
 
-    window = state.window.replace(
+    window = dataclasses.replace(
+        state.window,
         last_used=jnp.where(is_copy, NEVER, state.window.last_used[index_map]),
         histogram=jnp.where(is_copy, 0.0, state.window.histogram[index_map]),
     )

@@ -6,6 +6,7 @@ levels, and D follows from K. Everything here is float32. The rounding's gradien
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -37,7 +38,7 @@ class LookupFreeQuantizer(nn.Module):
     sample_entropy_weight: float = 1.0
     batch_entropy_weight: float = 1.0
     block_size: int = 0
-    implementation: str = "streamed"
+    implementation: Literal["streamed", "dense"] = "streamed"
     mesh: Mesh | None = None
 
     @property
@@ -65,9 +66,10 @@ class LookupFreeQuantizer(nn.Module):
             z_q=straight_through(corner, z),
             indices=indices,
             quant_loss=self.beta * jnp.mean((corner - z) ** 2),
-            entropy_loss=self.sample_entropy_weight * out.sample_entropy - self.batch_entropy_weight * out.avg_entropy,
+            entropy_loss=self.sample_entropy_weight * out.sample_entropy
+            - self.batch_entropy_weight * out.batch_entropy,
             sample_entropy=out.sample_entropy,
-            avg_entropy=out.avg_entropy,
+            batch_entropy=out.batch_entropy,
         )
 
     def nearest(self, z: jax.Array) -> jax.Array:
@@ -98,7 +100,7 @@ class FiniteScalarQuantizer(nn.Module):
 
     @property
     def _levels(self) -> np.ndarray:
-        """int32 [D]."""
+        """The levels of every dimension, int32 [D]. Raises UsageError as `latent_dim` does."""
         levels = tuple(self.levels) or _usual_levels(self.codebook_size)
         if not all(isinstance(level, int) and 2 <= level <= MOST_LEVELS for level in levels):
             raise UsageError(f"quantizer.levels={levels}: each must be an integer from 2 to {MOST_LEVELS}")

@@ -4,11 +4,12 @@ Shapes: latents [B, h, w, D], codebook [K, D], codes [B, h, w]. Everything here 
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import Initializer, normal
+from jax.nn.initializers import normal
 from jax.sharding import Mesh
 
 from ibq_jax.ops.index_backprop import nearest_codes
@@ -117,7 +118,7 @@ def nearest_rows(z: jax.Array, rows: jax.Array, *, block_size: int = 0, mesh: Me
         return nearest_codes(flat, rows, block_size=block_size, mesh=mesh).reshape(z.shape[:-1])
 
 
-def uniform_within(bound: float) -> Initializer:
+def uniform_within(bound: float) -> Callable[..., jax.Array]:
     """Returns an initialiser that is uniform in +-bound."""
 
     def init(key, shape, dtype):
