@@ -62,7 +62,7 @@ def test_every_parameter_is_float32_and_names_its_axes():
 
 
 def test_convolutions_start_uniform_within_the_root_of_their_inputs():
-    """PyTorch's default, which the released code trains from."""
+    """This is PyTorch's default, with which the released code starts."""
     params = nn.meta.unbox(conv(50, 200).init(jax.random.key(0), jnp.zeros((1, 3, 3, 50))))["params"]
     bound = (3 * 3 * 50) ** -0.5
     for weights in params.values():
@@ -80,7 +80,7 @@ def test_bfloat16_stays_close_to_float32(params):
 
 
 def test_norm_statistics_are_float32():
-    """A mean of 100 leaves bfloat16 no digit for the variance."""
+    """With a mean of 100, bfloat16 has no digits left for the variance."""
     x = (100.0 + jax.random.normal(jax.random.key(4), (1, 16, 16, 32))).astype(jnp.bfloat16)
     y, _ = norm(32, dtype=jnp.bfloat16, name="norm").init_with_output(jax.random.key(0), x)
     wide = np.asarray(x, np.float64)

@@ -1,11 +1,10 @@
-"""The codebook watched: what counts as used, and when a run is stopped."""
+"""The codebook's monitor: which codes count as used, and when a run is stopped."""
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from ibq_jax.base.loop import TrainingStopped
-from ibq_jax.tokenizer.codebook_monitor import CodebookWindow, check_collapse, perplexity
+from ibq_jax.tokenizer.codebook_monitor import CodebookWindow, check_collapse
 
 
 def test_a_code_is_used_while_a_token_inside_the_window_chose_it():
@@ -14,16 +13,8 @@ def test_a_code_is_used_while_a_token_inside_the_window_chose_it():
         window = window.update(jnp.asarray([indices]), jnp.asarray(step), window=3)
         metrics = window.metrics(jnp.asarray(step), window=3)
         seen.append((float(metrics["codebook/usage"]), int(metrics["codebook/dead_codes"])))
-    # Code 3 never; at step 4 code 0, last chosen at step 1, is out of steps 2 to 4.
+    # Code 3 is never used. At step 4 the window is steps 2 to 4, and code 0 was last chosen at step 1.
     assert seen == [(0.5, 2), (0.5, 2), (0.75, 1), (0.5, 2)]
-
-
-def test_perplexity_counts_evenly_used_codes():
-    assert float(perplexity(jnp.asarray([5.0, 5.0, 5.0, 0.0]))) == pytest.approx(3.0)
-    assert float(perplexity(jnp.asarray([9.0, 0.0]))) == pytest.approx(1.0)
-    counts = np.random.default_rng(0).integers(1, 9, 50).astype(np.float32)
-    share = counts / counts.sum()
-    assert float(perplexity(jnp.asarray(counts))) == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-5)
 
 
 METRICS = {"codebook/max_probability": 0.5, "codebook/max_logit": 3.0, "codebook/max_norm": 1.5}

@@ -17,7 +17,7 @@ from ibq_jax.tokenizer.discriminator import PatchDiscriminator
 
 @pytest.fixture(scope="module")
 def variables() -> dict:
-    """Two layers of 8 channels. Norms are away from their initial scale and shift, so that both matter."""
+    """Returns random weights of two layers with 8 channels, with scales and biases of norms that matter."""
     model = PatchDiscriminator(channels=8, num_layers=2, norm_group=0)
     shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
     random = np.random.default_rng(0)
@@ -43,7 +43,7 @@ def plain_conv(x: np.ndarray, params: dict, stride: int) -> np.ndarray:
 
 
 def plain_discriminator(params: dict, x: np.ndarray) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """(logits, mean and unbiased variance before each norm) of one norm group with two layers."""
+    """Returns (logits, (mean, unbiased variance) before each norm) of one norm group with two layers."""
     moments = []
     x = plain_conv(x.astype(np.float64), params["conv_0"], 2)
     for i, stride in ((1, 2), (2, 1)):
@@ -70,7 +70,7 @@ def test_logits_and_running_statistics_of_each_group(variables, images, norm_gro
         assert running["num_batches_tracked"] == 1
 
 
-def test_running_statistics_neither_enter_the_output_nor_move_unasked(variables, images):
+def test_running_statistics_neither_enter_the_output_nor_change_unless_mutable(variables, images):
     model = PatchDiscriminator(channels=8, num_layers=2, norm_group=0)
     elsewhere = variables | {"batch_stats": jax.tree.map(lambda leaf: leaf + 5, variables["batch_stats"])}
     np.testing.assert_array_equal(model.apply(variables, images), model.apply(elsewhere, images))

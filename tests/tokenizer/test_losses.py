@@ -74,7 +74,7 @@ def test_discriminator_loss_adds_up(logits):
 
 
 def test_losses_of_the_released_codes_first_step(tmp_path):
-    """All that is known before the discriminator's first update."""
+    """Compares the losses that do not depend on the discriminator's first update."""
     state_dict, published, _ = released.tokenizer()
     steps = released.load("train_steps")
     images, log = released.nhwc(steps["images"][0]), json.loads(str(steps["logs"]))[0]

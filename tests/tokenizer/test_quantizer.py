@@ -1,4 +1,4 @@
-"""The quantizer module: losses and gradients against the released code, both places of beta, codes and back."""
+"""IBQ's quantizer: losses and gradients against the released code, both meanings of beta, codes and back."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def test_losses_and_gradients_agree_with_the_released_code(name, implementation)
 
 
 def test_beta_on_commitment_moves_beta_from_the_rows_to_the_latents():
-    """The two losses are equal in value; their gradients differ by (1 - beta) of one mean square's."""
+    """The two losses have equal values; their gradients differ by (1 - beta) times that of one mean square."""
     arrays = released.load("quantizer")
     z, codebook = released.nhwc(arrays["z"]), arrays["codebook"]
 

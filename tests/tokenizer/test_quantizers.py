@@ -1,4 +1,4 @@
-"""What all quantizers have in common, on one device and on a mesh."""
+"""Properties that all quantizers share, on one device and on a mesh."""
 
 import math
 

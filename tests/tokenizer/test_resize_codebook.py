@@ -1,4 +1,4 @@
-"""A trained codebook grown or pruned: which codes come from which, and the moments, averages and window with them."""
+"""Growing and pruning a trained codebook: which code each one copies, and its moments, averages and window."""
 
 import jax
 import jax.numpy as jnp

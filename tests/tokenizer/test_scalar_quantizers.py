@@ -57,7 +57,7 @@ def test_lfq_wants_a_power_of_two():
 
 
 def test_fsq_s_codes_are_the_paper_s():
-    """The implicit codebook of levels (3, 5, 4), and the example of the authors' notebook: code 10."""
+    """Checks the implicit codebook of levels (3, 5, 4), and code 10, the example in the authors' notebook."""
     module = FiniteScalarQuantizer(60, levels=(3, 5, 4))
     rows = np.asarray(module.lookup(jnp.arange(60)))
     np.testing.assert_array_equal(rows[:4], [[-1, -1, -1], [0, -1, -1], [1, -1, -1], [-1, -0.5, -1]])

@@ -47,7 +47,7 @@ def test_vq_on_the_unit_sphere_compares_directions():
 
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1 / 16384])
 def test_the_nearest_of_small_rows_is_found_where_plain_distances_in_float32_would_not_do(size):
-    """1/16384 is how a codebook of as many codes starts: z . e is 1e-4 of |z|^2 then."""
+    """A codebook of 16,384 codes starts within 1/16384; z . e is then 1e-4 of |z|^2."""
     z, rows = normal(0, 512, 64), np.random.default_rng(1).uniform(-size, size, (1024, 64)).astype(np.float32)
     exact = distances(z, rows)
     found = np.asarray(nearest_rows(jnp.asarray(z), jnp.asarray(rows)))
