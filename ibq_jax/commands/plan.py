@@ -1,4 +1,4 @@
-"""python -m ibq_jax plan: compiles a config's training step for devices that are not here, and says what it needs."""
+"""`python -m ibq_jax plan` compiles a config's training step for devices that are not present, and prints its needs."""
 
 import contextlib
 import dataclasses
@@ -12,6 +12,7 @@ from ibq_jax.autoregressive import step as autoregressive
 from ibq_jax.autoregressive.token_sizes import preset_sizes, resolve_model
 from ibq_jax.base.config import PREFIX, load_config
 from ibq_jax.base.errors import Failed, UsageError
+from ibq_jax.base.files import write_text
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.commands.arguments import Parser, positive
 from ibq_jax.plan.chips import topology_devices
@@ -29,17 +30,17 @@ PEAKS = (
     "{ici_bytes_per_second:.3g} bytes/s to its neighbours ({source})."
 )
 BETWEEN_SLICES = (
-    "Collectives over data go between the slices too, by a network whose speed is not known here: the bound by "
-    "interconnect takes it for that inside a slice."
+    "Collectives over data also cross between the slices. The speed of that network is unknown here; the bound by "
+    "interconnect assumes the speed inside a slice."
 )
 TO_TRY = (
-    "try a larger codebook or fsdp axis in --mesh, --config.model.remat=blocks, or --config.train.grad_accum_steps=2 "
-    "or more chips (fewer images a chip at a time)"
+    "try a larger codebook or fsdp axis in --mesh, --config.model.remat=blocks, --config.train.grad_accum_steps=2, "
+    "or more chips (fewer images per chip)"
 )
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command; `argv` is what follows the word "plan".
+    """Runs the command with the arguments that follow the word "plan".
 
     Raises:
         UsageError: wrong flags, an unknown topology, sizes that do not divide, or libtpu is not installed.
@@ -56,11 +57,11 @@ def main(argv: list[str]) -> None:
     if config.stage not in STAGES:
         raise UsageError(f"{flags.config} is of stage {config.stage!r}; plan knows {', '.join(STAGES)}")
     stage, make_trainer, check_config = STAGES[config.stage]
-    jax.config.update("jax_platforms", "cpu")  # nothing runs: an accelerator of this machine stays free
+    jax.config.update("jax_platforms", "cpu")  # nothing runs, so this machine's accelerator stays free
     if flags.topology:
         chip, devices = topology_devices(flags.topology, flags.slices)
     elif flags.slices > 1:
-        raise UsageError(f"--slices={flags.slices}: slices are of a --topology")
+        raise UsageError(f"--slices={flags.slices} needs --topology")
     else:
         chip, devices = None, _cpu_devices(flags.cpu_devices)
     mesh = make_mesh(_mesh_sizes(flags.mesh) if flags.mesh else config.mesh, devices)
@@ -81,27 +82,47 @@ def main(argv: list[str]) -> None:
         text = json.dumps(report, indent=2)
         print(text if flags.json == "-" else f"wrote {flags.json}")
         if flags.json != "-":
-            Path(flags.json).write_text(text + "\n")
+            write_text(Path(flags.json), text + "\n")
     if chip is not None and plan.memory.peak > chip.hbm_bytes:
         over = (plan.memory.peak - chip.hbm_bytes) / GB
         raise Failed(f"{flags.config} does not fit: {over:.2f} GB over on every chip; {TO_TRY}")
 
 
 def parser() -> Parser:
+    """Returns the parser of the command's flags."""
     parser = Parser(
         "plan",
-        __doc__.partition(": ")[2],
-        notes=f"Fields of the config are overridden with {PREFIX}NAME=VALUE. Exit code 1 when the step does not fit.",
+        "Compiles a config's training step for devices that are not present, and prints the memory, the time at best "
+        "and the collectives of each device.",
+        examples=[
+            "--config=configs/tokenizer.py:imagenet256_262144 --topology=v5e:8x8\n--mesh=data:4,codebook:16",
+            "--config=configs/autoregressive.py:openmoji32 --cpu-devices=8 --config.data.batch_size=64",
+        ],
+        notes=f"Fields of the config are overridden with {PREFIX}NAME=VALUE. The exit code is 1 if the step does not "
+        "fit. docs/plans.md has examples of the output.",
     )
-    parser.add_argument(
-        "--config", required=True, help="FILE.py:PRESET, such as configs/tokenizer.py:imagenet256_262144"
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE.py:PRESET", help="The config whose training step is compiled.")
+    devices = parser.add_mutually_exclusive_group(required=True)
+    devices.add_argument(
+        "--topology", metavar="CHIP:SHAPE", help="Plan for these TPU chips, such as v5e:16x16. Needs the extra [tpu]."
     )
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--topology", help="TPU chips, such as v5e:16x16 (needs libtpu, see requirements-tpu.txt)")
-    where.add_argument("--cpu-devices", type=positive, metavar="N", help="simulated devices instead")
-    parser.add_argument("--slices", type=positive, default=1, help="so many of that topology; the axis data joins them")
-    parser.add_argument("--mesh", help="such as data:16,codebook:16 (default: the config's)")
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE, or instead of the table")
+    devices.add_argument("--cpu-devices", type=positive, metavar="N", help="Plan for N simulated devices.")
+    add(
+        "--slices",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="Plan for N slices of the topology, joined along the mesh axis data. Default: 1.",
+    )
+    add("--mesh", metavar="AXIS:SIZE,...", help="Mesh, such as data:16,codebook:16. Default: the config's.")
+    add(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="Write the plan as JSON to FILE; without FILE, print JSON. Default: print a table.",
+    )
     return parser
 
 
@@ -110,17 +131,17 @@ def _mesh_sizes(text: str) -> dict[str, int]:
     for part in text.split(","):
         axis, _, size = part.partition(":")
         if not size.isdecimal() or not int(size) or axis in sizes:
-            raise UsageError(f"--mesh={text}: {part!r} is no AXIS:SIZE; write it like data:16,codebook:16")
+            raise UsageError(f"--mesh={text}: {part!r} is not AXIS:SIZE; write it like data:16,codebook:16")
         sizes[axis] = int(size)
     return sizes
 
 
 def _cpu_devices(count: int) -> list[jax.Device]:
-    with contextlib.suppress(RuntimeError):  # where devices exist already, of those
+    with contextlib.suppress(RuntimeError):  # JAX has initialized its devices already; use those
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     if len(devices) < count:
-        raise UsageError(f"--cpu_devices={count}: this process has only {len(devices)}")
+        raise UsageError(f"--cpu-devices={count}: this process has only {len(devices)}")
     return devices[:count]
 
 
@@ -172,8 +193,8 @@ def _table(report: dict) -> str:
     kind = f"{chip['name']} chips" if chip else "simulated devices"
     if report["slices"] > 1:
         kind += f" in {report['slices']} slices"
-    title = f"{report['config']}, {report['images_a_step']} images a step on {report['devices']} {kind}"
-    lines = [f"{title} ({mesh or 'one device'}); a device's share of a step:", "", "| what | figure |", "|---|---|"]
+    title = f"{report['config']}, {report['images_a_step']} images per step on {report['devices']} {kind}"
+    lines = [f"{title} ({mesh or 'one device'}); each device's share of a step:", "", "| what | figure |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows]
     lines += ["", PEAKS.format_map(chip)] if chip else []
     return "\n".join(lines + ([BETWEEN_SLICES] if report["slices"] > 1 else []))

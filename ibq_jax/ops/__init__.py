@@ -1,4 +1,4 @@
-"""Arrays in, arrays out: operations over very large vocabularies that never hold a [tokens, vocabulary] array."""
+"""Array operations over very large vocabularies that never hold an array [tokens, vocabulary]."""
 
 from ibq_jax.ops.cross_entropy import cross_entropy, weighted_cross_entropy
 from ibq_jax.ops.embedding_lookup import embedding_lookup

@@ -1,10 +1,10 @@
-"""What operations that walk over the rows of a large matrix in blocks share, on one device or many.
+"""Scans over the rows of a large matrix in blocks, on one device or many; shared by the operations of this folder.
 
-On a mesh, tokens lie on all axes and the matrix's rows ("codes") on axis `codebook`. Each device gathers the tokens of
-its neighbours along `codebook`, walks over its own rows, and combines what it found along that axis. Without a mesh
-these axes are the empty tuple, over which every collective is the identity, so that one program serves both.
+On a mesh, tokens are split over all axes and the matrix's rows ("codes") over the axis `codebook`. Each device gathers
+the tokens of its neighbours along `codebook`, scans its own rows, and combines the results along that axis. Without a
+mesh these axes are the empty tuple, over which every collective is the identity, so that one program serves both cases.
 
-These functions run inside `BlockScan.on_devices`: the matrix that they take is what one device holds of it.
+The functions below `sizes_on_a_device` run inside `BlockScan.on_devices`: their matrix is one device's part of it.
 """
 
 import dataclasses
@@ -20,21 +20,22 @@ from jax.sharding import PartitionSpec as P
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import AXES, CODEBOOK, DATA, FSDP
 
-OWNED = P(AXES)  # per token, split over every device
-GATHERED = P((DATA, FSDP))  # per token, equal along `codebook`
+OWNED = P(AXES)  # one entry per token, split over all devices
+GATHERED = P((DATA, FSDP))  # one entry per token, equal along `codebook`
 CODES = P(CODEBOOK)
 EQUAL = P()
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockScan:
-    """How a matrix is walked over: rows of a block, and the mesh they are split over (None: one device)."""
+    """A way to scan a matrix: the rows per block, and the mesh they are split over (None: one device)."""
 
     block_size: int
     mesh: Mesh | None = None
 
     @property
     def code_axes(self) -> tuple[str, ...]:
+        """The axes over which the matrix's rows are split."""
         return () if self.mesh is None else (CODEBOOK,)
 
     @property
@@ -43,20 +44,21 @@ class BlockScan:
         return () if self.mesh is None else (DATA, FSDP)
 
     def on_devices(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """Returns `jax.shard_map` of the function over the mesh, or the function itself without a mesh."""
         if self.mesh is None:
             return function
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
     def scan(self, step: Callable, carry: Any, arrays: Any) -> tuple[Any, Any]:
-        """`lax.scan` over blocks of the arrays' rows; the rows that steps return are joined again."""
+        """Applies `lax.scan` to blocks of the arrays' rows, and joins the rows that the steps return."""
         blocks = jax.tree.map(lambda rows: rows.reshape(-1, self.block_size, *rows.shape[1:]), arrays)
         carry, joined = lax.scan(step, carry, blocks)
         return carry, jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), joined)
 
     def fold(self, step: Callable, carry: Any, matrix: jax.Array) -> Any:
-        """carry = step(carry, rows, first) for each block of rows, `first` being the number of its first row here.
+        """Returns the last carry of carry = step(carry, rows, first) over the blocks; `first` is a block's first row.
 
-        The block size need not divide: what remains is a smaller block, and no copy of the matrix is made for it.
+        If the block size does not divide the rows, the last block is smaller. The matrix is not copied for it.
         """
         size = min(self.block_size, matrix.shape[0])
         blocks, remaining = divmod(matrix.shape[0], size)
@@ -69,9 +71,9 @@ class BlockScan:
 
 
 def sizes_on_a_device(tokens: int, codes: int, mesh: Mesh | None, matrix: str, unit: str = "tokens") -> tuple[int, int]:
-    """Tokens, once gathered along `codebook`, and codes.
+    """Returns one device's number of tokens, once they are gathered along `codebook`, and of codes.
 
-    Raises UsageError if they are not whole, naming the `matrix` and the `unit` that is split over all devices.
+    Raises UsageError if the mesh does not divide them, naming the `matrix` and the `unit` that is split.
     """
     if mesh is None:
         return tokens, codes
@@ -84,27 +86,34 @@ def sizes_on_a_device(tokens: int, codes: int, mesh: Mesh | None, matrix: str, u
 
 
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the einsum with a float32 result; the operands are multiplied in their own type."""
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
 def per_token(tokens: jax.Array, value: float) -> jax.Array:
-    """[N] float32 for tokens [N, D]."""
+    """Returns float32 [N] filled with `value`, for tokens [N, D]."""
     return jnp.full_like(tokens[:, 0], value, jnp.float32)
 
 
 def first_code(matrix: jax.Array, stream: BlockScan) -> jax.Array:
+    """Returns the index, in the whole matrix, of this device's first row."""
     return lax.axis_index(stream.code_axes) * matrix.shape[0]
 
 
 def own_rows(matrix: jax.Array, indices: jax.Array, stream: BlockScan) -> tuple[jax.Array, jax.Array]:
-    """The rows [...] of this device's matrix that `indices` name, out of range for other devices' codes, and their
-    values [..., D], zero for other devices' codes."""
+    """Returns `indices` [...] as rows of this device's matrix, and those rows' values [..., D].
+
+    Codes of other devices give rows out of range, and zeros.
+    """
     own = indices - first_code(matrix, stream)
     return own, matrix.at[own].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 def add_rows(total: jax.Array, rows: jax.Array, first: jax.Array, only_once: bool) -> jax.Array:
-    """Adds to the rows from `first` on, in place within a loop; `only_once`: they are zero still."""
+    """Adds `rows` to those of `total` from `first` on, in place within a loop.
+
+    With `only_once` the rows of `total` are known to be zero, and are not read.
+    """
     if not only_once:
         rows += lax.dynamic_slice_in_dim(total, first, rows.shape[0])
     return lax.dynamic_update_slice_in_dim(total, rows, first, 0)

@@ -1,4 +1,4 @@
-"""The cross entropy of a language model over a very large vocabulary, without an array [tokens, vocabulary].
+"""Cross entropy of a language model over a very large vocabulary, without an array [tokens, vocabulary].
 
 Shapes: N tokens, V rows of the output layer, C dimensions; in einsums n, v, c. T tokens of a chunk.
 Logits l = head x^T are held as [rows of a block, T], rows first, as in `ibq_jax.ops.streamed`.
@@ -10,15 +10,15 @@ With g_n the cotangent of loss_n and w_n = g_n / S_n, the gradients are
     dx_n = w_n (sum_v e^(l_vn - m_n) head_v - S_n head_tn)
     dhead_v = sum_n e^(l_vn - m_n) (w_n x_n),  then -S_n (w_n x_n) is added to row t_n
 
-so that a block sees nothing but one exponential. The product w_n x_n may be rounded to bfloat16: since the target's
-part is made of the same rounded numbers, what should cancel for a confident token (m_n = l_tn, S_n near 1) cancels.
+so that a block needs only one exponential. The product w_n x_n may be rounded to bfloat16: since the target's part is
+made of the same rounded numbers, the terms that should cancel for a confident token (m_n = l_tn, S_n near 1) do cancel.
 
-`cross_entropy` walks over the head twice, chunk by chunk of tokens: for m and S, and, once g is known, for the
-gradients, which compute every block's logits anew: four products of N V C multiplications. `weighted_cross_entropy`
-knows g, the weights, beforehand. It takes both walks for one chunk before it goes on to the next, and so can keep the
-chunk's logits [V, T] in between: three products. The price is that dhead is there when the forward pass ends.
+`cross_entropy` scans the head twice, chunk by chunk of tokens: once for m and S and, when g is known, once for the
+gradients, which compute every block's logits again: four products of N V C multiplications. `weighted_cross_entropy`
+knows g, the weights, in advance. It makes both scans for one chunk before it goes on to the next, and can therefore
+keep the chunk's logits [V, T] in between: three products. In exchange, dhead exists from the end of the forward pass.
 
-On a mesh, tokens lie on all axes and the head's rows on axis `codebook` (see `ibq_jax.ops.block_scan`).
+On a mesh, tokens are split over all axes and the head's rows over the axis `codebook` (see `ibq_jax.ops.block_scan`).
 """
 
 import math
@@ -44,11 +44,11 @@ from ibq_jax.ops.block_scan import (
     sizes_on_a_device,
 )
 
-BLOCK_BYTES = 4 * 2**20  # of a block's rows, or of its logits: both are to stay in a CPU's cache
+BLOCK_BYTES = 4 * 2**20  # for a block's rows and for its logits: both should stay in a CPU's cache
 LEAST_BLOCK = 512  # rows
 LARGEST_CHUNK = 512  # tokens; with more, dhead is read and written less often, but CPUs multiply the blocks more slowly
-LEAST_KEPT_CHUNK = 128  # tokens; with fewer, adding to dhead costs about as much as the product that is saved
-KEPT_BYTES = 256 * 2**20  # of the logits that `weighted_cross_entropy` keeps
+LEAST_KEPT_CHUNK = 128  # tokens; with fewer, adding to dhead costs about as much as the saved product
+KEPT_BYTES = 256 * 2**20  # for the logits that `weighted_cross_entropy` keeps
 
 
 def cross_entropy(
@@ -60,23 +60,24 @@ def cross_entropy(
     implementation: Literal["streamed", "dense"] = "streamed",
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """The loss of every token in nats, [N] float32: logsumexp_v(x_n . head_v) - x_n . head_targets_n.
+    """Returns the loss of every token in nats, [N] float32: logsumexp_v(x_n . head_v) - x_n . head_targets_n.
 
-    Differentiable in x and head. Inputs are float32 or bfloat16; bfloat16 is multiplied as it is, everything else is
-    float32, and gradients come back in the inputs' types. Float32 products follow `jax.default_matmul_precision`.
+    Differentiable in x and head. Inputs are float32 or bfloat16. bfloat16 inputs are multiplied without conversion,
+    with float32 results; all other arithmetic is float32, and gradients have the inputs' types. Float32 products follow
+    `jax.default_matmul_precision`.
 
     Args:
       x: [N, C] final hidden states.
       head: [V, C] rows of the output layer.
       targets: [N] integers in 0..V-1.
-      block_size: rows that the streamed form handles at once; it need not divide them. 0 = as many as keep both the
-        rows and the logits of a block within 4 MiB in float32, but at least 512.
-      implementation: "streamed", or "dense", which ignores block_size and leaves a mesh to the partitioner.
-      mesh: None runs on one device (or as the partitioner likes). A mesh with the axes of `ibq_jax.base.sharding`
+      block_size: rows per block of the streamed form; it need not divide V. 0 chooses as many as keep both the rows
+        and the logits of a block within 4 MiB in float32, but at least 512.
+      implementation: "streamed", or "dense", which ignores block_size and leaves the mesh to the partitioner.
+      mesh: None runs on one device (or as the partitioner decides). A mesh with the axes of `ibq_jax.base.sharding`
         splits tokens over all its axes and the head's rows over `codebook`; losses are equal along `codebook`.
 
     Raises:
-      UsageError: a size that does not divide over the mesh, a negative block_size, or an unknown implementation.
+      UsageError: the mesh does not divide a size, block_size is negative, or the implementation does not exist.
       ValueError: arrays of other shapes or types.
     """
     _check_arrays(x, head, targets)
@@ -97,16 +98,16 @@ def weighted_cross_entropy(
     implementation: Literal["streamed", "dense"] = "streamed",
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """sum_n weights_n loss_n, [] float32, with the losses, other arguments and errors of `cross_entropy`.
+    """Returns sum_n weights_n loss_n, [] float32; losses, other arguments and errors are those of `cross_entropy`.
 
     Differentiable in x, head and weights [N]. Under differentiation the streamed form is faster than `cross_entropy`,
-    as it computes the logits once: it keeps those of a chunk of tokens, [V, T] on one device, at most 512 tokens and
-    as many as 256 MiB hold (but at least 128). The gradients are there when the forward pass ends, and take up memory
-    throughout the backward pass of whatever made x: [V, C] on one device, in the type of head.
+    because it computes the logits once: it keeps those of a chunk of tokens, [V, T] on one device, with as many tokens
+    as fit into 256 MiB (at least 128, at most 512). The gradients exist from the end of the forward pass, and occupy
+    memory during the whole backward pass of the network that computed x: [V, C] on one device, in the type of head.
     """
     _check_arrays(x, head, targets)
     if weights.shape != targets.shape:
-        raise ValueError(f"expected weights {targets.shape}, one a token; got {weights.shape}")
+        raise ValueError(f"expected weights {targets.shape}, one per token; got {weights.shape}")
     weights = weights.astype(jnp.float32)
     if implementation == "dense":
         return (_dense(x, head, targets) * weights).sum()
@@ -133,7 +134,7 @@ def _stream(x: jax.Array, head: jax.Array, block_size: int, implementation: str,
     if implementation != "streamed":
         raise UsageError(f"implementation={implementation!r} does not exist; it is 'streamed' or 'dense'")
     if block_size < 0:
-        raise UsageError(f"block_size={block_size} must not be negative (0 = chosen for you)")
+        raise UsageError(f"block_size={block_size} must not be negative (0 chooses one)")
     (tokens, width), rows = x.shape, head.shape[0]
     sizes_on_a_device(tokens, rows, mesh, f"a vocabulary of {rows} rows")
     return BlockScan(block_size or max(BLOCK_BYTES // (4 * max(width, LARGEST_CHUNK)), LEAST_BLOCK), mesh)
@@ -161,7 +162,8 @@ _losses.defvjp(_losses_forward, _losses_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total(stream: BlockScan, x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    return (_losses(stream, x, head, targets) * weights).sum()
+    losses: Any = _losses(stream, x, head, targets)  # `partial` hides the type from checkers
+    return (losses * weights).sum()
 
 
 def _total_forward(stream: BlockScan, x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array):
@@ -180,12 +182,13 @@ _total.defvjp(_total_forward, _total_backward)
 
 
 def _local_losses(stream: BlockScan, x: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
-    """The losses [N]; m and S [N], with those of the tokens that fill the last chunk."""
+    """Returns the losses [N], and m and S with the entries of the padding tokens of the last chunk."""
     tokens = targets.shape[0]
     x = lax.all_gather(x, stream.code_axes, tiled=True)
 
     def chunk(arrays):
-        losses, m, s, _ = _chunk_losses(stream, *arrays, head, None)
+        own_x, own_targets = arrays
+        losses, m, s, _ = _chunk_losses(stream, own_x, own_targets, head, None)
         return losses, m, s
 
     losses, m, s = _joined(lax.map(chunk, _chunks((x, targets), LARGEST_CHUNK)))
@@ -193,7 +196,7 @@ def _local_losses(stream: BlockScan, x: jax.Array, head: jax.Array, targets: jax
 
 
 def _local_gradients(stream: BlockScan, x, head, targets, m, s, g) -> tuple[jax.Array, jax.Array]:
-    """dx of the device's own tokens, dhead of its own rows."""
+    """Returns dx of the device's own tokens and dhead of its own rows."""
     x = lax.all_gather(x, stream.code_axes, tiled=True)
 
     def chunk(dhead, arrays):
@@ -211,7 +214,7 @@ def _local_gradients(stream: BlockScan, x, head, targets, m, s, g) -> tuple[jax.
 
 
 def _local_losses_and_gradients(stream: BlockScan, x, head, targets, weights) -> tuple[jax.Array, ...]:
-    """The losses [N]; dx of the device's own tokens, dhead of its own rows."""
+    """Returns the losses [N], dx of the device's own tokens and dhead of its own rows."""
     x = lax.all_gather(x, stream.code_axes, tiled=True)
 
     def chunk(carry, arrays):
@@ -236,8 +239,8 @@ def _local_losses_and_gradients(stream: BlockScan, x, head, targets, weights) ->
 
 def _chunk_losses(
     stream: BlockScan, x: jax.Array, targets: jax.Array, head: jax.Array, kept: jax.Array | None
-) -> tuple[jax.Array, ...]:
-    """The losses, m and S [T] of a chunk; and `kept` [V, T] with the chunk's logits, unless it is None."""
+) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+    """Returns the losses, m and S [T] of a chunk, and `kept` [V, T] with the chunk's logits (or None if it is None)."""
 
     def step(carry, rows, first):
         m_before, s, kept = carry
@@ -257,9 +260,9 @@ def _chunk_losses(
 def _chunk_gradients(
     stream: BlockScan, x, targets, m, s, g, head, dhead: jax.Array, logits_of: Callable, only_once: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """dhead with this chunk's share added, and dx [T, C], both by this device's rows alone.
+    """Returns dhead with this chunk's part added, and dx [T, C], both from this device's rows alone.
 
-    `logits_of(rows, first)` are a block's logits; `only_once`: dhead is zero still.
+    `logits_of(rows, first)` gives a block's logits. With `only_once`, dhead is known to be zero.
     """
     w = (g / s)[:, None]
     weighted = (w * x).astype(x.dtype)
@@ -283,12 +286,12 @@ def _to_owners(stream: BlockScan, dx: jax.Array, dhead: jax.Array, dtype: jnp.dt
 
 
 def _zeros(stream: BlockScan, shape: tuple[int, ...]) -> jax.Array:
-    """Float32, about to become different on every device."""
+    """Returns float32 zeros, marked as varying over the devices, on each of which they will be added to."""
     return lax.pcast(jnp.zeros(shape, jnp.float32), stream.token_axes + stream.code_axes, to="varying")
 
 
 def _chunks(arrays: Any, most: int) -> Any:
-    """[N, ...] -> [chunks, T, ...], T <= most and as even as it goes; zeros fill the last chunk."""
+    """Splits [N, ...] into [chunks, T, ...] with T <= most, as evenly as possible; zeros fill the last chunk."""
 
     def split(array):
         tokens = array.shape[0]
@@ -301,5 +304,5 @@ def _chunks(arrays: Any, most: int) -> Any:
 
 
 def _joined(arrays: Any) -> Any:
-    """[chunks, T, ...] -> [chunks T, ...]."""
+    """Joins [chunks, T, ...] to [chunks * T, ...]."""
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), arrays)

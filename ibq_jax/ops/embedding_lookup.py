@@ -1,4 +1,4 @@
-"""Rows of a table that is split over devices, by their indices, without gathering the table."""
+"""Lookup of rows in a table that is split over devices, without gathering the table."""
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +9,17 @@ from ibq_jax.ops.block_scan import CODES, GATHERED, OWNED, BlockScan, own_rows, 
 
 
 def embedding_lookup(table: jax.Array, indices: jax.Array, *, mesh: Mesh | None = None) -> jax.Array:
-    """table [V, C], indices [B, S] -> table[indices], [B, S, C] in the table's type; differentiable in the table.
-
-    Indices out of range name the nearest row.
+    """Returns table[indices], [B, S, C] in the table's type; differentiable in the table.
 
     Args:
-      table: of a floating type, in which the gradient is summed up, too.
-      indices: integers.
-      mesh: None runs on one device (or as the partitioner likes). A mesh with the axes of `ibq_jax.base.sharding`
-        splits the table's rows over `codebook`, and B over all axes: a device takes the rows that it has for its
-        neighbours along `codebook`, zero for the others, and their sum goes back to the indices' owners.
+      table: [V, C] of a floating type, in which the gradient is accumulated too.
+      indices: [B, S] integers; those out of range are clipped to the nearest row.
+      mesh: None runs on one device (or as the partitioner decides). A mesh with the axes of `ibq_jax.base.sharding`
+        splits the table's rows over `codebook`, and B over all axes: each device looks up the rows that it holds for
+        its neighbours along `codebook`, with zeros for the others, and the sums are scattered to the indices' owners.
 
     Raises:
-      UsageError: B or V does not divide over the mesh.
+      UsageError: the mesh does not divide B or V.
       ValueError: arrays of other shapes or types.
     """
     if table.ndim != 2 or indices.ndim != 2 or 0 in (*table.shape, len(indices)):

@@ -4,10 +4,10 @@ With logits l = z E^T [N, K] of N tokens and K codes, p = softmax(l) and q = sof
 
     z_q            = (onehot(i) - sg(p) + p) E,   i_n = argmax_k l_nk;   its value is E[i], its gradient goes through p
     sample_entropy = mean_n H(q_n)                                        how undecided a token is
-    avg_entropy    = mean over groups of tokens of -sum_k a_k log(a_k + 1e-5),   a_k = mean of q_nk over the group
+    batch_entropy  = mean over groups of tokens of -sum_k a_k log(a_k + 1e-5),   a_k = mean of q_nk over the group
 
-Two implementations with the same values, indices and gradients: "dense" is the lines above, differentiated by JAX, and
-holds several [N, K] arrays; "streamed" (`ibq_jax.ops.streamed`) holds none, and splits the codebook over devices.
+Two implementations give the same values, indices and gradients: "dense" is the formulas above, differentiated by JAX,
+and holds several [N, K] arrays; "streamed" (`ibq_jax.ops.streamed`) holds none and splits the codebook over devices.
 """
 
 from collections.abc import Iterable
@@ -26,17 +26,22 @@ BLOCK_BYTES = 8 * 2**20
 
 
 class IndexBackprop(NamedTuple):
-    """What `index_backprop` returns for N tokens of D dimensions. Entropies are in nats.
+    """The result of `index_backprop` for N tokens of D dimensions. Entropies are in nats.
 
-    Gradients flow through z_q, sample_entropy and avg_entropy; the last two fields are for watching only.
+    Gradients flow through z_q, sample_entropy and batch_entropy. The last two fields are diagnostics without gradient.
     """
 
     z_q: jax.Array  # [N, D] float32, exactly codebook[indices]
     indices: jax.Array  # [N] int32, the smallest one on a tie
     sample_entropy: jax.Array  # []
-    avg_entropy: jax.Array  # []
+    batch_entropy: jax.Array  # []
     max_probability: jax.Array  # [] mean over tokens of the largest probability at temperature 1
     max_logit: jax.Array  # [] the largest |logit|
+
+    @property
+    def avg_entropy(self) -> jax.Array:
+        """The batch entropy, under the name of the released code."""
+        return self.batch_entropy
 
 
 def index_backprop(
@@ -51,22 +56,26 @@ def index_backprop(
 ) -> IndexBackprop:
     """Quantizes z [N, D] to rows of codebook [K, D]; differentiable in both.
 
-    Inputs are float32 or bfloat16; bfloat16 is multiplied as it is, everything else is float32, and gradients come
-    back in the inputs' types. Float32 products follow `jax.default_matmul_precision`.
+    Inputs are float32 or bfloat16. bfloat16 inputs are multiplied without conversion, with float32 results; all other
+    arithmetic is float32, and gradients have the inputs' types. Float32 products follow
+    `jax.default_matmul_precision`.
 
     Args:
-      z: tokens, raw (not normalised).
-      codebook: codes, raw.
-      entropy_temperature: divides the logits of q, and only of q.
-      entropy_group_tokens: consecutive tokens whose probabilities are averaged before avg_entropy is taken;
-        0 = all N. A property of the loss: the number of devices does not enter. The streamed form keeps K numbers
-        for each group.
-      block_size: codes that the streamed form handles at once; it must divide the codes of one device. 0 = as many as
-        keep one float32 [chunk, block_size] array within 8 MiB, or 4 times the size of the chunk of z where that is
-        more; a chunk is a device's tokens, or the whole entropy groups among them that make about a thousand.
-      implementation: "streamed", or "dense", which ignores block_size and leaves a mesh to the partitioner.
-      mesh: None runs on one device (or as the partitioner likes). A mesh with the axes of `ibq_jax.base.sharding`
+      z: latents of N tokens, not normalized.
+      codebook: K codes, not normalized.
+      entropy_temperature: divides the logits of q only.
+      entropy_group_tokens: consecutive tokens whose probabilities are averaged before the batch entropy is computed;
+        0 = all N. It is a property of the loss and independent of the number of devices. The streamed form keeps K
+        numbers per group.
+      block_size: codes per block of the streamed form; it must divide the codes on one device. 0 chooses the largest
+        size for which a float32 array [chunk, block_size] stays within 8 MiB, or within 4 times the size of the chunk
+        of z if that is more. A chunk is all tokens of a device, or as many whole entropy groups as make about 1,000.
+      implementation: "streamed", or "dense", which ignores block_size and leaves the mesh to the partitioner.
+      mesh: None runs on one device (or as the partitioner decides). A mesh with the axes of `ibq_jax.base.sharding`
         splits tokens over all its axes and the codebook's rows over `codebook`.
+
+    Returns:
+      the quantized latents, their codes, the two entropies and diagnostics.
 
     Raises:
       UsageError: a size that does not divide, or an unknown implementation.
@@ -91,7 +100,10 @@ def index_backprop(
 
 
 def nearest_codes(z: jax.Array, codebook: jax.Array, *, block_size: int = 0, mesh: Mesh | None = None) -> jax.Array:
-    """The `indices` of `index_backprop` alone, [N] int32: one streamed product. Arguments and errors are the same."""
+    """Returns only the `indices` of `index_backprop`, [N] int32, with one streamed product instead of several.
+
+    Arguments and errors are those of `index_backprop`.
+    """
     _check_arrays(z, codebook)
     return streamed_nearest_codes(z, codebook, _stream(z, codebook, block_size, mesh, group_tokens=z.shape[0]))
 
@@ -101,7 +113,9 @@ def _dense(z: jax.Array, codebook: jax.Array, temperature: float, group_tokens: 
     logits = jnp.einsum("nd,kd->nk", z, codebook)
     indices = jnp.argmax(logits, axis=1).astype(jnp.int32)
     p = jax.nn.softmax(logits)
-    soft = jnp.einsum("nk,kd->nd", p - lax.stop_gradient(p), lax.stop_gradient(codebook))  # zero, with p's gradient
+    soft = jnp.einsum(
+        "nk,kd->nd", p - lax.stop_gradient(p), lax.stop_gradient(codebook)
+    )  # zero, with p's gradient
     log_q = jax.nn.log_softmax(logits / temperature)
     q = jnp.exp(log_q)
     a = q.reshape(-1, group_tokens, q.shape[1]).mean(axis=1)
@@ -109,7 +123,7 @@ def _dense(z: jax.Array, codebook: jax.Array, temperature: float, group_tokens: 
         z_q=codebook[indices] + soft,
         indices=indices,
         sample_entropy=-(q * log_q).sum(axis=1).mean(),
-        avg_entropy=-(a * jnp.log(a + LOG_EPSILON)).sum(axis=1).mean(),
+        batch_entropy=-(a * jnp.log(a + LOG_EPSILON)).sum(axis=1).mean(),
         max_probability=lax.stop_gradient(p.max(axis=1).mean()),
         max_logit=lax.stop_gradient(jnp.abs(logits).max()),
     )
@@ -140,6 +154,6 @@ def _divisors(number: int) -> Iterable[int]:
     return (divisor for divisor in range(1, number + 1) if number % divisor == 0)
 
 
-def _near_divisors(number: int, wanted: int) -> str:
-    nearest = sorted(_divisors(number), key=lambda divisor: abs(divisor - wanted))[:2]
+def _near_divisors(number: int, target: int) -> str:
+    nearest = sorted(_divisors(number), key=lambda divisor: abs(divisor - target))[:2]
     return ", ".join(map(str, sorted(nearest)))

@@ -3,37 +3,39 @@
 Shapes: N tokens, K codes, D dimensions, C codes of a block, R runs of T consecutive tokens; in einsums n, k, d.
 Logits are held as [C, N], codes first: the products of both gradients then transpose only the smaller operand.
 
-The codebook is walked over in blocks, three times, and a block's logits l = E z^T are computed anew each time:
+The codebook is scanned in blocks, three times, and a block's logits l = E z^T are computed again each time:
 
   pass 1, forward   m_n = max_k l_kn, its index i_n, and S_n = sum_k e^((l_kn - m_n)/tau), rescaled whenever m_n grows.
 
   pass 2, forward   Now log q_kn = (l_kn - m_n)/tau - log S_n is known. A block holds every token, so its means a over
-                    the groups are final, and v = d avg_entropy / d a = -log(a + eps) - a/(a + eps) is too. Summed up:
+                    the groups are final, and so is v = d batch_entropy / d a = -log(a + eps) - a/(a + eps). Sums:
                         s_n  = sum_k e^(l_kn - m_n)          p_kn = e^(l_kn - m_n) / s_n
                         mu_n = sum_k e^(l_kn - m_n) e_k
                         H_n  = -sum_k q_kn log q_kn = log S_n - sum_k q_kn (l_kn - m_n)/tau
                         u_n  = sum_k q_kn v_k
 
-  pass 3, backward  With g = dL/dz_q, gs = dL/dsample_entropy, ga = dL/davg_entropy and r_n = g_n . mu_n / s_n
+  pass 3, backward  With g = dL/dz_q, gs = dL/dsample_entropy, ga = dL/dbatch_entropy and r_n = g_n . mu_n / s_n
                         dl_kn = p_kn (g_n . e_k - r_n) + q_kn / (N tau) (ga (v_k - u_n) - gs (log q_kn + H_n))
                         dz = dl^T E          dE = dl z, and g_n added to row i_n
 
-dl holds the derivatives of two softmaxes, x -> p (x - sum p x); r, u and H are their inner sums. Because v is free of
-cotangents, u is had in the forward pass. All in all seven products of N K D multiplications (l three times, mu, g E^T,
-dz, dE) and five exponentials of N K elements. Kept in between: mu [N, D], v [K, R] and six numbers a token.
+dl holds the derivatives of two softmaxes, x -> p (x - sum p x); r, u and H are their inner sums. Because v does not
+depend on cotangents, the forward pass can compute u. The total is seven products of N K D multiplications (l three
+times, mu, g E^T, dz, dE) and five exponentials of N K elements. Kept between the passes: mu [N, D], v [K, R] and six
+numbers per token.
 
-Every column of dl sums to zero, but for rounding: g_n . e_k and r_n come from different products. For a confident token
-nearly all of the excess lies in its winner's entry, p = 1 times a difference that should vanish, and may outweigh the
-gradient itself. So pass 3 sums the columns too, and takes the winner's share, p_in times the excess, off that entry.
+Every column of dl sums to zero except for rounding, since g_n . e_k and r_n come from different products. For a
+confident token nearly all of that excess lies in the winner's entry, p = 1 times a difference that should vanish, and
+may outweigh the gradient itself. Pass 3 therefore also sums the columns, and subtracts the winner's share of the
+excess, p_in times it, from that entry.
 
 Entropy groups of G tokens need not match devices. A run is gcd(G, a device's tokens) tokens, so that both consist of
-whole runs; a and v have a column for every run, which for runs of the same group are equal. Where a device holds whole
-groups, which need nothing of each other, every pass takes them in chunks of about a thousand tokens, one after another:
-blocks can then have more codes, and a block's columns need no dividing into groups, which a TPU does by copying.
+whole runs; a and v have one column per run, and the columns of runs of the same group are equal. If a device holds
+whole groups, which are independent of each other, every pass takes them in chunks of about a thousand tokens, one after
+another: blocks can then have more codes, and their columns need not be split into groups, which a TPU does by copying.
 
-On a mesh, tokens lie on all axes and codes on axis `codebook`. Each device gathers the tokens of its neighbours along
-`codebook`, walks over its own codes, and combines maxima and sums along that axis; z_q, mu and dz are scattered back to
-the tokens' owners, and dE is summed over the other axes.
+On a mesh, tokens are split over all axes and codes over the axis `codebook`. Each device gathers the tokens of its
+neighbours along `codebook`, scans its own codes, and combines maxima and sums along that axis; z_q, mu and dz are
+scattered back to the tokens' owners, and dE is summed over the other axes.
 """
 
 import dataclasses
@@ -60,15 +62,15 @@ from ibq_jax.ops.block_scan import (
     product,
 )
 
-LOG_EPSILON = 1e-5  # eps: within the logarithm of avg_entropy, as in the released code
-LEAST_CHUNK = 1024  # tokens; products of fewer do not keep a TPU's matrix units busy
+LOG_EPSILON = 1e-5  # eps, in the logarithm of the batch entropy, as in the released code
+LEAST_CHUNK = 1024  # tokens; products of fewer tokens do not keep a TPU's matrix units busy
 NO_CODE = jnp.iinfo(jnp.int32).max
 
 CODES_BY_RUNS = P(CODEBOOK, (DATA, FSDP))
 
 
 def streamed_nearest_codes(z: jax.Array, codebook: jax.Array, stream: BlockScan) -> jax.Array:
-    """argmax_k of z E^T, [N] int32. Sizes are taken to divide; the public functions check them."""
+    """Returns argmax_k of z E^T, [N] int32. The public functions check beforehand that sizes divide."""
 
     def local(z, codebook):
         z = lax.all_gather(z, stream.code_axes, tiled=True)
@@ -86,7 +88,7 @@ def streamed_nearest_codes(z: jax.Array, codebook: jax.Array, stream: BlockScan)
 def streamed_quantize(
     z: jax.Array, codebook: jax.Array, temperature: float, group_tokens: int, stream: BlockScan
 ) -> tuple[jax.Array, ...]:
-    """The fields of `IndexBackprop` in their order. Sizes are taken to divide; the public functions check them."""
+    """Returns the fields of `IndexBackprop` in order. The public functions check beforehand that sizes divide."""
     dtype = jnp.result_type(z, codebook)
     plan = _Plan(temperature, group_tokens, z.shape[0], stream)
     return _quantize(plan, z.astype(dtype), codebook.astype(dtype))
@@ -94,7 +96,7 @@ def streamed_quantize(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Everything but the arrays."""
+    """All static arguments of the passes."""
 
     temperature: float
     group_tokens: int
@@ -103,7 +105,7 @@ class _Plan:
 
 
 class _Saved(NamedTuple):
-    """What pass 3 needs of passes 1 and 2; letters as in the module's docstring."""
+    """The results of passes 1 and 2 that pass 3 needs, with the letters of the module's docstring."""
 
     indices: jax.Array  # [N]
     m: jax.Array  # [N]
@@ -115,7 +117,7 @@ class _Saved(NamedTuple):
     v: jax.Array  # [K, R]
 
 
-SAVED = _Saved(*[GATHERED] * 6, mu=OWNED, v=CODES_BY_RUNS)
+SAVED = _Saved(*[GATHERED] * 6, mu=OWNED, v=CODES_BY_RUNS)  # pyright: ignore[reportArgumentType]: specs, not arrays
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -131,7 +133,7 @@ def _forward(plan: _Plan, z: jax.Array, codebook: jax.Array):
 
 
 def _backward(plan: _Plan, residuals, cotangents):
-    g, _, g_sample, g_avg, _, _ = cotangents  # indices and diagnostics pass no gradient on
+    g, _, g_sample, g_avg, _, _ = cotangents  # indices and diagnostics have no gradient
     in_specs = (OWNED, CODES, SAVED, OWNED, EQUAL, EQUAL)
     run = plan.stream.on_devices(partial(_local_backward, plan), in_specs, (OWNED, CODES))
     return run(*residuals, g, g_sample, g_avg)
@@ -145,18 +147,18 @@ def _local_forward(plan: _Plan, z: jax.Array, codebook: jax.Array) -> tuple[tupl
     z = lax.all_gather(z, stream.code_axes, tiled=True)
     m, indices, s_tau, largest = _maxima(plan, z, codebook)
     log_s_tau = jnp.log(s_tau)
-    s, mu, h, u, avg_entropy, v = _expectations(plan, z, codebook, m, log_s_tau)
+    s, mu, h, u, batch_entropy, v = _expectations(plan, z, codebook, m, log_s_tau)
 
     _, winners = own_rows(codebook, indices, stream)
     z_q = lax.psum_scatter(winners.astype(jnp.float32), stream.code_axes, tiled=True)
     sample_entropy = lax.psum(h.sum(), stream.token_axes) / plan.tokens
     max_probability = lax.psum((1 / s).sum(), stream.token_axes) / plan.tokens
-    outputs = (z_q, indices, sample_entropy, avg_entropy, max_probability, largest)
+    outputs = (z_q, indices, sample_entropy, batch_entropy, max_probability, largest)
     return outputs, _Saved(indices, m, s, log_s_tau, h, u, mu, v)
 
 
 def _maxima(plan: _Plan, z: jax.Array, codebook: jax.Array) -> tuple[jax.Array, ...]:
-    """Pass 1: m, i, S [N], and the largest |l| []."""
+    """Runs pass 1: returns m, i, S [N], and the largest |l| []."""
     stream, tau = plan.stream, plan.temperature
 
     def chunk(z):
@@ -182,7 +184,7 @@ def _maxima(plan: _Plan, z: jax.Array, codebook: jax.Array) -> tuple[jax.Array, 
 def _expectations(
     plan: _Plan, z: jax.Array, codebook: jax.Array, m: jax.Array, log_s_tau: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Pass 2: s [N], mu [N, D] of the device's own tokens, H and u [N], avg_entropy [] and v [K, R]."""
+    """Runs pass 2: returns s [N], mu [N, D] of the device's own tokens, H and u [N], batch_entropy [] and v [K, R]."""
     stream, tau, run_tokens = plan.stream, plan.temperature, _run_tokens(plan, z)
 
     def chunk(arrays):
@@ -220,7 +222,7 @@ def _expectations(
 
 
 def _local_backward(plan: _Plan, z, codebook, saved: _Saved, g, g_sample, g_avg) -> tuple[jax.Array, jax.Array]:
-    """Pass 3: dz of the device's own tokens, dE of its own codes."""
+    """Runs pass 3: returns dz of the device's own tokens and dE of its own codes."""
     stream, tau = plan.stream, plan.temperature
     r = lax.all_gather(jnp.einsum("nd,nd->n", g, saved.mu), stream.code_axes, tiled=True) / saved.s
     z = lax.all_gather(z, stream.code_axes, tiled=True)
@@ -267,7 +269,7 @@ def _local_backward(plan: _Plan, z, codebook, saved: _Saved, g, g_sample, g_avg)
 
 
 def chunk_tokens(tokens: int, group_tokens: int) -> int:
-    """Tokens, of the `tokens` on a device, that the passes take at once: whole groups, or all."""
+    """Returns how many of the `tokens` on a device the passes take at once: whole groups, or all of them."""
     if tokens % group_tokens:
         return tokens
     groups = tokens // group_tokens
@@ -276,7 +278,7 @@ def chunk_tokens(tokens: int, group_tokens: int) -> int:
 
 
 def _chunks(plan: _Plan, arrays: Any) -> Any:
-    """[N, ...] -> [chunks, N / chunks, ...]."""
+    """Splits [N, ...] into [chunks, N / chunks, ...]."""
 
     def split(array):
         return array.reshape(-1, chunk_tokens(array.shape[0], plan.group_tokens), *array.shape[1:])
@@ -285,7 +287,7 @@ def _chunks(plan: _Plan, arrays: Any) -> Any:
 
 
 def _joined(arrays: Any) -> Any:
-    """[chunks, T, ...] -> [N, ...]."""
+    """Joins [chunks, T, ...] to [N, ...]."""
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), arrays)
 
 
@@ -298,9 +300,9 @@ def _no_best(z: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _improve(best: tuple[jax.Array, jax.Array], logits: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Takes a block of logits [C, N] into the running maxima [N] and their codes [N]; on a tie the first code stays.
+    """Updates the running maxima [N] and their codes [N] with a block of logits [C, N]; the first code wins a tie.
 
-    Two plain reductions, since XLA's argmax (one reduction of pairs) takes twice as long as the product on CPU.
+    It uses two plain reductions: on CPUs XLA's argmax (one reduction of pairs) takes twice as long as the product.
     """
     m, index = best
     top = logits.max(axis=0)
@@ -318,7 +320,7 @@ def _run_tokens(plan: _Plan, z: jax.Array) -> int:
 
 
 def _group_means(plan: _Plan, q: jax.Array, run_tokens: int) -> jax.Array:
-    """q [C, N] -> [C, R]: for each run on this device, the mean of q over the whole group that the run belongs to."""
+    """Returns [C, R]: for each run on this device, the mean of q [C, N] over the whole group of that run."""
     axes = plan.stream.token_axes
     shares = q.reshape(q.shape[0], -1, run_tokens).sum(axis=2) / plan.group_tokens
     if run_tokens == plan.group_tokens:
@@ -330,5 +332,5 @@ def _group_means(plan: _Plan, q: jax.Array, run_tokens: int) -> jax.Array:
 
 
 def _to_tokens(v: jax.Array, run_tokens: int) -> jax.Array:
-    """[C, R] -> [C, N]."""
+    """Repeats a value per run, [C, R], for every token of the run, [C, N]."""
     return jnp.broadcast_to(v[:, :, None], (*v.shape, run_tokens)).reshape(v.shape[0], -1)

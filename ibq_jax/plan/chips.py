@@ -1,4 +1,4 @@
-"""What a TPU chip can do, and topologies of chips that are not here, for compiling ahead of time."""
+"""Peaks of TPU chips, and topologies of chips that are not present, for compiling ahead of time."""
 
 import difflib
 import importlib.util
@@ -6,6 +6,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -15,16 +16,16 @@ from ibq_jax.base.errors import UsageError
 
 @dataclass(frozen=True)
 class Chip:
-    """Peaks of one chip. Where each comes from: `source`."""
+    """The peaks of one TPU chip. `source` is the page that states them."""
 
     name: str
-    flops: float  # bfloat16 operations a second
+    flops: float  # bfloat16 operations per second
     hbm_bytes: float
     hbm_bytes_per_second: float
-    ici_bytes_per_second: float  # to all neighbours together, one direction
+    ici_bytes_per_second: float  # to all neighbours together, in one direction
     source: str
     dimensions: int  # of the torus
-    options: tuple[tuple[str, str], ...] = ()  # that make libtpu show a chip as one device
+    options: tuple[tuple[str, str], ...] = ()  # settings with which libtpu shows a chip as one device
 
 
 DOCUMENTATION = "https://docs.cloud.google.com/tpu/docs/"
@@ -41,7 +42,7 @@ SHAPES = {
     2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     3: ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
 }
-# Read by libtpu when it loads: no lock against other processes, no question to a cloud's metadata server.
+# libtpu reads these when it loads: take no lock against other processes, do not query a cloud's metadata server.
 ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -51,14 +52,21 @@ ENVIRONMENT = {
 INSTALL = "VENV=.venv-tpu bash launch/setup.sh tpu"
 
 
-def topology_devices(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
-    """The chip and the devices of a topology such as "v5e:16x16", or of several such slices; none need exist here.
+def topology_devices(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:  # pyright: ignore[reportInvalidTypeForm]: JAX's is a variable
+    """Returns the chip and the devices of a topology such as "v5e:16x16"; no TPU needs to be present.
 
-    Raises UsageError for a name that libtpu does not know (with near ones), or when libtpu is not installed.
+    Args:
+        name: the chip and the shape of a slice.
+        slices: the number of such slices.
+
+    Raises:
+        UsageError: libtpu does not know the name (the message lists similar ones), or is not installed.
     """
     family, _, shape = name.partition(":")
     if family not in CHIPS:
-        raise UsageError(f"topology {name!r}: no chip {family!r}; the chips are {', '.join(CHIPS)}, as in v5e:4x4")
+        raise UsageError(
+            f"topology {name!r}: there is no chip {family!r}; the chips are {', '.join(CHIPS)}, as in v5e:4x4"
+        )
     chip = CHIPS[family]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{chip.dimensions - 1}}}", shape):
         raise UsageError(f"topology {name!r} is not a shape of {chip.dimensions} dimensions; {_near(chip, shape)}")
@@ -66,7 +74,7 @@ def topology_devices(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]
         raise UsageError(f"the TPU compiler (libtpu) is not installed here; {INSTALL} makes an environment with it")
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    options = dict(chip.options)
+    options: dict[str, Any] = dict(chip.options)
     if math.prod(map(int, shape.split("x"))) == 1:
         options["chips_per_host_bounds"] = [1, 1, 1]
     if slices > 1:
@@ -82,4 +90,4 @@ def topology_devices(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]
 def _near(chip: Chip, shape: str) -> str:
     shapes = SHAPES[chip.dimensions]
     near = difflib.get_close_matches(shape, shapes, n=3, cutoff=0.1) or shapes
-    return "near ones: " + ", ".join(f"{chip.name}:{name}" for name in near)
+    return "similar ones: " + ", ".join(f"{chip.name}:{name}" for name in near)

@@ -1,4 +1,4 @@
-"""What a compiled step will need of its devices, told before there are any: memory, time at best, collectives."""
+"""Plans of a training step, read from its compiled program without the devices: memory, time bounds, collectives."""
 
 import re
 import time
@@ -18,26 +18,26 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device."""
+    """The memory that a step needs on one device, in bytes."""
 
     arguments: int
     temporaries: int
     peak: int
 
     def spare(self, capacity: float) -> float:
-        """The share of `capacity` that stays free; negative where it does not fit."""
+        """Returns the fraction of `capacity` that stays free; negative if the step does not fit."""
         return 1 - self.peak / capacity
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind over the same mesh axes, in one step: how many run, and their bytes on one device."""
+    """All collectives of one kind over the same mesh axes in one step: how often they run, and bytes on one device."""
 
     kind: str
     axes: str
     count: int
     bytes: float
-    ici_bytes: float  # that leave one device where neighbours form rings
+    ici_bytes: float  # bytes that leave one device if the neighbours form rings
 
     def __str__(self) -> str:
         return f"{self.kind} over {self.axes}: {self.count} x, {self.bytes / 1e6:,.1f} MB"
@@ -45,20 +45,20 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step on one device of `devices`. Times are bounds at the chip's peaks; None without a chip."""
+    """What one training step needs on each of `devices`. Time bounds need a `chip` with known peaks."""
 
     devices: int
     memory: Memory
     flops: float
     hbm_bytes: float
-    accessed_bytes: float  # XLA's own figure: loops counted once, vector memory included
+    accessed_bytes: float  # XLA's own figure, which counts loops once and includes vector memory
     collectives: tuple[Traffic, ...]
     compile_seconds: float
     chip: Chip | None
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Seconds that each side needs at least, by its name."""
+        """The least seconds per step that each resource of the chip allows; empty without a chip."""
         if self.chip is None:
             return {}
         ici = sum(traffic.ici_bytes for traffic in self.collectives)
@@ -70,17 +70,24 @@ class Plan:
 
 
 class DoesNotFit(RuntimeError):
-    """The compiler found no way to fit the program into a chip's memory; bytes needed, bytes there."""
+    """A program for which the compiler needs more bytes (`needed`) than a chip's memory has (`capacity`)."""
 
     def __init__(self, needed: float, capacity: float):
-        super().__init__(f"needs {needed / 2**30:.1f} GiB a chip, which has {capacity / 2**30:.1f} GiB")
+        super().__init__(f"needs {needed / 2**30:.1f} GiB on a chip, which has {capacity / 2**30:.1f} GiB")
         self.needed, self.capacity = needed, capacity
 
 
 def compile_plan(step, arguments: tuple, mesh: jax.sharding.Mesh, chip: Chip | None) -> Plan:
-    """Compiles `step` (a `jax.jit` function) for abstract `arguments` on the devices of `mesh`, and reads the result.
+    """Compiles a step for the devices of `mesh`, and reads its plan from the compiled program.
 
-    Raises DoesNotFit where the compiler runs out of memory.
+    Args:
+        step: a function made by `jax.jit`.
+        arguments: its abstract arguments, with shardings on `mesh`.
+        mesh: the devices, which need not be present.
+        chip: the devices' peaks, if they are known.
+
+    Raises:
+        DoesNotFit: the program does not fit into the devices' memory.
     """
     start = time.monotonic()
     try:
@@ -115,7 +122,7 @@ def _parse_size(text: str) -> float:
 
 
 def _by_axes(collectives: list[Collective], mesh: jax.sharding.Mesh) -> tuple[Traffic, ...]:
-    totals = defaultdict(lambda: [0, 0.0, 0.0])
+    totals: dict[tuple[str, str], list] = defaultdict(lambda: [0, 0.0, 0.0])
     for collective in collectives:
         total = totals[collective.kind, _axes(collective, mesh)]
         total[0] += collective.times
@@ -126,17 +133,17 @@ def _by_axes(collectives: list[Collective], mesh: jax.sharding.Mesh) -> tuple[Tr
 
 
 def _axes(collective: Collective, mesh: jax.sharding.Mesh) -> str:
-    """The mesh axes along which the members of a group differ."""
+    """Returns the mesh axes along which the members of a group differ, as text."""
     sizes = list(mesh.shape.values())
     groups = collective.groups or (tuple(range(mesh.size)),)
-    places = np.stack(np.unravel_index([device for group in groups for device in group], sizes))
-    places = np.split(places, np.cumsum([len(group) for group in groups])[:-1], axis=1)
-    differ = np.any([np.ptp(place, axis=1) > 0 for place in places], axis=0)
+    positions = np.stack(np.unravel_index([device for group in groups for device in group], sizes))
+    by_group = np.split(positions, np.cumsum([len(group) for group in groups])[:-1], axis=1)
+    differ = np.any([np.ptp(members, axis=1) > 0 for members in by_group], axis=0)
     return ", ".join(np.array(mesh.axis_names)[differ]) or "itself"
 
 
 def _ring_share(collective: Collective, mesh: jax.sharding.Mesh) -> float:
-    """Of the bytes, how many times over they leave each device when its group is a ring."""
+    """Returns how many times over a collective's bytes leave each device if its group forms a ring."""
     if collective.kind == "collective-permute":
         return 1.0
     size = max(map(len, collective.groups), default=mesh.size)

@@ -1,7 +1,8 @@
-"""What a compiled XLA module does, read off its text: memory traffic, matrix products and collectives of one device.
+"""Reads a compiled XLA module's text: the memory traffic, matrix products and collectives of one device.
 
-XLA's own cost analysis counts the body of a loop once, however often it runs, and bytes that never leave a TPU's vector
-memory like those that do. Here a body counts as often as its loop runs, and only main memory (HBM) counts.
+XLA's own cost analysis counts the body of a loop once, however often it runs, and counts bytes that stay in a TPU's
+vector memory like those that leave it. Here a body counts as often as its loop runs, and only main memory (HBM) counts.
+The reader is written by hand because no library parses optimized HLO text; it was checked with the text of jax 0.10.2.
 """
 
 import math
@@ -17,7 +18,7 @@ BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BOOKKEEPING = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id", "replica-id")
 ORDERING = ("after-all", "opt-barrier", "domain", "add-dependency", "while", "call", "conditional")
-NO_TRAFFIC = {*BOOKKEEPING, *ORDERING}  # what they call is counted by itself
+NO_TRAFFIC = {*BOOKKEEPING, *ORDERING}  # the computations that they call are counted separately
 
 ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -33,16 +34,18 @@ OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 @dataclass(frozen=True)
 class Array:
-    """One array of an instruction's result."""
+    """An array in an instruction's result."""
 
     dtype: str
     shape: tuple[int, ...]
     in_hbm: bool
-    bytes: int  # as laid out, with the padding of its tiles
+    bytes: int  # in memory, including the padding of its tiles
 
 
 @dataclass
 class Instruction:
+    """An instruction of a computation. `operands` are names, or the text of a parameter or constant."""
+
     name: str
     opcode: str
     arrays: list[Array]
@@ -51,29 +54,34 @@ class Instruction:
 
     @property
     def hbm_bytes(self) -> int:
+        """Bytes of the result that lie in HBM."""
         return sum(array.bytes for array in self.arrays if array.in_hbm)
 
     @property
     def called(self) -> list[str]:
+        """Names of the computations that it calls."""
         branches = BRANCHES.search(self.attributes)
         names = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
         return names + CALLED.findall(self.attributes)
 
     @property
     def op_name(self) -> str:
-        """Where in the traced program it comes from."""
+        """The operation of the traced program that it comes from."""
         found = OP_NAME.search(self.attributes)
         return found[1] if found else ""
 
 
 @dataclass
 class Computation:
+    """A named list of instructions, such as the body of a loop or of a fusion."""
+
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
     root: str = ""
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
+        """Name of an instruction -> the instructions that use its result."""
         users = defaultdict(list)
         for instruction in self.instructions.values():
             for operand in dict.fromkeys(instruction.operands):
@@ -82,14 +90,14 @@ class Computation:
 
     @cached_property
     def parameters(self) -> list[Instruction]:
-        """In the order of their numbers."""
+        """The parameter instructions, in the order of their numbers."""
         found = [i for i in self.instructions.values() if i.opcode == "parameter"]
         return sorted(found, key=lambda i: int(i.operands[0]))
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective operation: `times` it runs, and on each the bytes that one device holds of its result."""
+    """A collective operation: how many `times` it runs, and the bytes of its result on one device each time."""
 
     kind: str
     groups: tuple[tuple[int, ...], ...]
@@ -99,7 +107,7 @@ class Collective:
 
 
 class Module:
-    """A compiled module's text (`jax.stages.Compiled.as_text()`), after partitioning: one device's program."""
+    """One device's program, parsed from a compiled module's text (`jax.stages.Compiled.as_text()`)."""
 
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}
@@ -122,7 +130,7 @@ class Module:
                 current.root = instruction.name if found[1] else current.root
 
     def executed(self) -> Iterator[tuple[Computation, Instruction, int]]:
-        """Every instruction that runs by itself (those inside fusions do not), and how often."""
+        """Yields every instruction outside fusions, with its computation and how often it runs."""
         stack = [(self.entry, 1)]
         while stack:
             name, times = stack.pop()
@@ -130,22 +138,22 @@ class Module:
             for instruction in computation.instructions.values():
                 yield computation, instruction, times
                 if instruction.opcode == "while":
-                    body = re.search(r"body=%?([\w.\-]+)", instruction.attributes)[1]
+                    body = _found(r"body=%?([\w.\-]+)", instruction.attributes)[1]
                     stack.append((body, times * self.trip_count(instruction)))
                 elif instruction.opcode in ("call", "conditional"):
                     stack += [(called, times) for called in instruction.called]
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often the body of a `while` runs: as XLA says, or the bound in its condition (loops count from 0)."""
+        """Returns how often a `while` runs: as XLA states, or the bound in its condition, since loops count from 0."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
-        condition = self.computations[re.search(r"condition=%?([\w.\-]+)", loop.attributes)[1]]
+        condition = self.computations[_found(r"condition=%?([\w.\-]+)", loop.attributes)[1]]
         bounds = [i.operands[0] for i in condition.instructions.values() if i.opcode == "constant"]
         return max((int(bound) for bound in bounds if bound.isdigit()), default=1)
 
     def hbm_traffic(self) -> dict[str, float]:
-        """Bytes that one device reads and writes in HBM, by the name of the operation in the traced program."""
+        """Returns the bytes that one device reads and writes in HBM, by operation of the traced program."""
         traffic = defaultdict(float)
         for computation, instruction, times in self.executed():
             traffic[instruction.op_name or instruction.opcode] += times * self._traffic(computation, instruction)
@@ -155,7 +163,7 @@ class Module:
         if instruction.opcode in NO_TRAFFIC or instruction.opcode.endswith("-done"):
             return 0.0
         operands = [computation.instructions[name] for name in dict.fromkeys(instruction.operands)]
-        if instruction.opcode in ("copy-start", "slice-start"):  # the result names source and destination
+        if instruction.opcode in ("copy-start", "slice-start"):  # the result lists source and destination
             moved = min(array.bytes for array in instruction.arrays[:2])
             return moved * sum(array.in_hbm for array in instruction.arrays[:2])
         if instruction.opcode == "fusion":
@@ -174,7 +182,7 @@ class Module:
         return sum(operand.hbm_bytes for operand in operands) + instruction.hbm_bytes
 
     def _read(self, computation: Computation, source: Instruction) -> float:
-        """Bytes of a fusion's parameter that are read: the slices only, where slices are all that is used."""
+        """Returns the bytes of a fusion's parameter that are read; if only slices of it are used, only those."""
         total = 0.0
         for user in computation.users[source.name]:
             if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == source.name:
@@ -191,7 +199,7 @@ class Module:
         return total
 
     def _written(self, computation: Computation, name: str) -> float:
-        """Bytes of a fusion's result that are written: the update only, where a slice is updated in place."""
+        """Returns the bytes of a fusion's result that are written; if a slice is updated in place, only that slice."""
         result = computation.instructions[name]
         if result.opcode == "dynamic-update-slice":
             return _size(computation.instructions[result.operands[1]])
@@ -205,7 +213,7 @@ class Module:
         return _size(result)
 
     def loop_flops(self) -> float:
-        """Operations of matrix products in loops beyond those of one run of each body, which XLA's own count has."""
+        """Returns the operations of matrix products in loops, except each body's first run, which XLA counts."""
         return sum((times - 1) * self._product_flops(c, i) for c, i, times in self.executed() if times > 1)
 
     def _product_flops(self, computation: Computation, instruction: Instruction) -> float:
@@ -217,11 +225,12 @@ class Module:
         left, right = (computation.instructions[name].arrays[0].shape for name in instruction.operands[:2])
         if instruction.opcode == "dot":
             outputs = math.prod(instruction.arrays[0].shape)
-            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
+            contracted = _found(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
             return 2.0 * outputs * math.prod(left[int(i)] for i in contracted.split(",") if i)
         return _convolution_flops(instruction, left, right)
 
     def collectives(self) -> list[Collective]:
+        """Returns all collective operations of the program."""
         found = []
         for computation, instruction, times in self.executed():
             kind = instruction.opcode.removesuffix("-start")
@@ -229,15 +238,17 @@ class Module:
                 operands = sum(
                     array.bytes for o in instruction.operands for array in computation.instructions[o].arrays
                 )
-                whole = max(operands, max((a.bytes for a in instruction.arrays), default=0))
-                found.append(Collective(kind, _groups(instruction), whole, times, instruction.op_name))
+                result = max(operands, max((a.bytes for a in instruction.arrays), default=0))
+                found.append(Collective(kind, _groups(instruction), result, times, instruction.op_name))
         return found
 
 
 def _convolution_flops(convolution: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
-    """Without the places of a window that see padding, or the holes of a dilated input: as a window with holes in all
-    places but one is how the compiler for TPUs writes a product's batch dimensions."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes).groups()
+    """Returns a convolution's operations, without window positions that read padding or holes of a dilated input.
+
+    The compiler for TPUs writes the batch dimensions of a product as a window in which all positions but one are holes.
+    """
+    labels = _found(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes).groups()
     window = re.search(r"window=\{(.*?)\}", convolution.attributes)
     window = {name: text.split("x") for name, text in re.findall(r"(\w+)=(\S+)", window[1])} if window else {}
     result = convolution.arrays[0].shape
@@ -248,14 +259,22 @@ def _convolution_flops(convolution: Instruction, left: tuple[int, ...], right: t
     )
     seen = result[labels[2].index("b")] * result[labels[2].index("f")] * right[labels[1].index("i")]
     for axis in range(axes):
-        places, size, outputs = (
+        inputs, size, outputs = (
             shape[label.index(str(axis))] for shape, label in zip((left, right, result), labels, strict=True)
         )
 
         where = np.arange(outputs)[:, None] * strides[axis] - pads[axis] + np.arange(size) * spacings[axis]
-        inside = (where >= 0) & (where <= (places - 1) * holes[axis])
+        inside = (where >= 0) & (where <= (inputs - 1) * holes[axis])
         seen *= np.count_nonzero(inside & (where % holes[axis] == 0))
     return 2.0 * seen
+
+
+def _found(pattern: str | re.Pattern, text: str) -> re.Match:
+    """Returns the first match of `pattern`. Raises ValueError if there is none."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"the text of the program has no {pattern} where one is expected: {text}")
+    return match
 
 
 def _size(instruction: Instruction) -> int:
@@ -265,6 +284,8 @@ def _size(instruction: Instruction) -> int:
 def _instruction(name: str, text: str) -> Instruction:
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     opcode = OPCODE.match(text, end)
+    if opcode is None:
+        raise ValueError(f"{name} is followed by no operation: {text}")
     closing = _closing(text, opcode.end() - 1)
     inside = text[opcode.end() : closing]
     operands = [inside] if opcode[1] in ("parameter", "constant") else re.findall(r"%([\w.\-]+)", inside)
@@ -296,7 +317,7 @@ def _width(dtype: str) -> float:
 
 
 def _padded(shape: tuple[int, ...], layout: str) -> list[int]:
-    """Sizes with the minor-most dimensions rounded up to the layout's first tile, such as T(8,128)."""
+    """Returns a shape with its minor-most dimensions rounded up to the layout's first tile, such as T(8,128)."""
     order, _, tiling = layout.partition(":")
     tile = re.match(r"T\(([\d,]+)\)", tiling)
     sizes = list(shape)
@@ -309,7 +330,7 @@ def _padded(shape: tuple[int, ...], layout: str) -> list[int]:
 
 
 def _groups(instruction: Instruction) -> tuple[tuple[int, ...], ...]:
-    """The devices that take part together, as positions in the program's device order."""
+    """Returns the groups of devices that take part together, as positions in the program's device order."""
     pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", instruction.attributes)
     if pairs:
         return tuple(tuple(map(int, pair.split(","))) for pair in re.findall(r"\{([\d,]+)\}", pairs[1]))
@@ -325,38 +346,44 @@ def _groups(instruction: Instruction) -> tuple[tuple[int, ...], ...]:
     if mesh:
         return _groups_of_mesh(dict(MESH_AXIS.findall(mesh[1])), mesh[2], mesh[3], mesh[4])
     if "replica_groups={}" not in instruction.attributes:
-        raise ValueError(f"replica groups of a form this does not know: {instruction.attributes}")
+        raise ValueError(f"replica groups of an unknown form: {instruction.attributes}")
     return ()
 
 
 def _groups_of_mesh(
     sizes: dict[str, str], shape: str | None, order: str | None, along: str
 ) -> tuple[tuple[int, ...], ...]:
-    """`sizes` of a mesh's axes over ids laid out as in `_transposed`; a group: devices that differ `along` some of
-    them, or along part of one: 'axis':(4)2 is the middle of three factors of it, 4 before it and 2 itself."""
-    factors, taken = [], []  # sizes of all axes and parts of axes, major first; positions among them of those `along`
-    wanted = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in MESH_PART.findall(along)}
+    """Returns the groups of devices that differ only along some axes of a mesh, or along a factor of one.
+
+    Args:
+        sizes: the mesh's axes -> their sizes.
+        shape: with `order`, the layout of the device ids (see `_transposed`); None: 0, 1, 2, ...
+        order: the transposition of that layout.
+        along: the axes; 'axis':(4)2 is the factor 2 of an axis of which 4 is the factor before it.
+    """
+    factors, taken = [], []  # the sizes of all axes and factors, major first; the positions among them of `along`
+    parts = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in MESH_PART.findall(along)}
     for name, size in sizes.items():
-        before, part = wanted.get(name, (1, 1))
-        if name in wanted:
+        before, part = parts.get(name, (1, 1))
+        if name in parts:
             taken.append(len(factors) + 1)
         factors += [before, part, int(size) // (before * part)]
     ids = _transposed(_integers(shape), _integers(order)) if shape else list(range(math.prod(factors)))
     others = [i for i in range(len(factors)) if i not in taken]
-    places = _transposed(factors, others + taken)
-    return _rows([ids[i] for i in places], math.prod(factors[i] for i in taken))
+    positions = _transposed(factors, others + taken)
+    return _rows([ids[i] for i in positions], math.prod(factors[i] for i in taken))
 
 
-def _integers(text: str | None) -> list[int] | None:
-    return [int(n) for n in text.split(",")] if text else None
+def _integers(text: str | None) -> list[int]:
+    return [int(n) for n in text.split(",")] if text else []
 
 
 def _rows(ids: list[int], size: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(ids[i : i + size]) for i in range(0, len(ids), size))
 
 
-def _transposed(shape: list[int], order: list[int] | None) -> list[int]:
-    """0, 1, 2, ... laid out as `shape`, transposed to `order`, read row by row."""
+def _transposed(shape: list[int], order: list[int]) -> list[int]:
+    """Returns 0, 1, 2, ... laid out as `shape`, transposed to `order` (empty: not transposed), read row by row."""
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     ids = [0]
     for axis in order or range(len(shape)):

@@ -40,7 +40,7 @@ def training_step(cotangent: jax.Array, **arguments) -> Callable:
 
     def loss(z, codebook):
         out = index_backprop(z, codebook, **arguments)
-        return (out.z_q * cotangent).sum() + 0.05 * (out.sample_entropy - out.avg_entropy)
+        return (out.z_q * cotangent).sum() + 0.05 * (out.sample_entropy - out.batch_entropy)
 
     return jax.value_and_grad(loss, argnums=(0, 1))
 

@@ -1,4 +1,4 @@
-"""Plans of a training step for devices that are not here; those for TPUs need libtpu and are skipped without it."""
+"""Plans of a training step for devices that are not present; those for TPUs are skipped without libtpu."""
 
 import dataclasses
 import importlib.util
@@ -61,7 +61,7 @@ def test_bounds_and_collectives_of_a_known_step():
     assert plan.flops == pytest.approx(2 * 128 * 512 * 256, rel=0.01)
     (gather,) = plan.collectives
     assert (gather.kind, gather.axes, gather.count, gather.bytes) == ("all-gather", "codebook", 1, 4 * 128 * 1024)
-    assert gather.ici_bytes == gather.bytes * 3 / 4  # each device passes on what it got from its neighbour, three times
+    assert gather.ici_bytes == gather.bytes * 3 / 4  # each device passes on its neighbour's part, three times
     assert plan.bounds["interconnect"] == gather.ici_bytes / CHIPS["v5e"].ici_bytes_per_second
     assert plan.bounds["matrix units"] == plan.flops / 197e12
     assert plan.bounds["HBM"] == plan.hbm_bytes / 819e9
@@ -70,7 +70,7 @@ def test_bounds_and_collectives_of_a_known_step():
 
 @pytest.mark.slow
 def test_the_whole_step_holds_no_array_of_all_codes_on_one_device():
-    """Neither [tokens, codes] nor [codes, dimensions], of parameters, gradients, moments or averages."""
+    """Neither [tokens, codes], nor [codes, dimensions] of parameters, gradients, moments or averages."""
     codes, width = 65_536, 32
     sizes = [f"--config.codebook.size={codes}", f"--config.codebook.dim={width}", "--config.codebook.block_size=256"]
     config = load_config(CONFIG, SMALL + sizes)
@@ -82,7 +82,7 @@ def test_the_whole_step_holds_no_array_of_all_codes_on_one_device():
         return max(math.prod(array.shape) for array in arrays)
 
     assert largest(make_mesh({"data": 2, "codebook": 4})) == codes * width // 4
-    assert largest(make_mesh({"data": 8})) == codes * width  # what the search finds where the codebook is not split
+    assert largest(make_mesh({"data": 8})) == codes * width  # the same search, with a codebook that is not split
 
 
 @pytest.mark.slow
@@ -111,15 +111,15 @@ def test_a_plan_of_a_generator(capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--topology=v9:2x2"], "topology 'v9:2x2': no chip 'v9'; the chips are v4, v5e, v5p, v6e"),
-        (["--topology=v5e:4x4x4"], "topology 'v5e:4x4x4' is not a shape of 2 dimensions; near ones: v5e:4x4"),
+        (["--topology=v9:2x2"], "topology 'v9:2x2': there is no chip 'v9'; the chips are v4, v5e, v5p, v6e"),
+        (["--topology=v5e:4x4x4"], "topology 'v5e:4x4x4' is not a shape of 2 dimensions; similar ones: v5e:4x4"),
         (["--topology=v5e"], "topology 'v5e' is not a shape of 2 dimensions"),
         (["--cpu-devices=8", "--mesh=data:3"], "mesh data=3, fsdp=1, codebook=1 does not fit 8 devices"),
         (["--cpu-devices=8", "--mesh=data:8,rows:1"], "mesh axis 'rows' does not exist"),
-        (["--cpu-devices=8", "--mesh=data=8"], "'data=8' is no AXIS:SIZE; write it like data:16,codebook:16"),
+        (["--cpu-devices=8", "--mesh=data=8"], "'data=8' is not AXIS:SIZE; write it like data:16,codebook:16"),
         (["--cpu-devices=8", "--mesh=codebook:8", "--config.codebook.size=1020"], "codebook.size=1020 does not divide"),
         (["--cpu-devices=8", "--config.codebook.block_size=48"], "in blocks of codebook.block_size=48"),
-        (["--cpu-devices=0"], "'0' is no whole number of at least 1"),
+        (["--cpu-devices=0"], "'0' is not an integer of at least 1"),
         (["--cpu-devices=8", "--topology=v5e:2x2"], "not allowed with argument"),
         ([], "one of the arguments --topology --cpu_devices is required"),
         (["--cpu-devices=8", "--steps=3"], "unknown argument --steps=3"),
@@ -141,11 +141,11 @@ def test_without_libtpu_the_command_that_installs_it_is_named(capsys):
 def test_a_shape_that_no_pod_has_is_one_line(capsys):
     assert main(["plan", f"--config={CONFIG}", "--topology=v5e:3x3"]) == 2
     error = capsys.readouterr().err
-    assert "libtpu does not know the topology 'v5e:3x3'" in error and "near ones: v5e:" in error
+    assert "libtpu does not know the topology 'v5e:3x3'" in error and "similar ones: v5e:" in error
 
 
 @pytest.mark.slow
-def test_a_step_larger_than_the_chip_is_said_and_exits_with_1(capsys, monkeypatch):
+def test_a_step_larger_than_the_chip_is_reported_and_exits_with_1(capsys, monkeypatch):
     chip = dataclasses.replace(CHIPS["v5e"], hbm_bytes=1e6)
     monkeypatch.setattr(plan_command, "topology_devices", lambda name, slices: (chip, jax.devices()))
     assert main(["plan", f"--config={CONFIG}", "--topology=v5e:2x4", *SMALL]) == 1
@@ -157,11 +157,11 @@ def test_a_step_larger_than_the_chip_is_said_and_exits_with_1(capsys, monkeypatc
 
 
 @needs_libtpu
-def test_a_program_that_the_compiler_cannot_fit_says_by_how_much():
+def test_a_program_that_does_not_fit_reports_by_how_much():
     chip, devices = topology_devices("v5e:1x1")
     mesh = make_mesh({"data": 1}, devices)
     x = jax.ShapeDtypeStruct((60_000, 60_000), jnp.float32, sharding=NamedSharding(mesh, P()))
-    with pytest.raises(DoesNotFit, match=r"needs .* GiB a chip, which has 15\.. GiB") as found:
+    with pytest.raises(DoesNotFit, match=r"needs .* GiB on a chip, which has 15\.. GiB") as found:
         compile_plan(jax.jit(lambda x: (x @ x) @ x + 1), (x,), mesh, chip)
     assert found.value.needed > 2 * 4 * 60_000**2  # two of the three arrays at least
 
@@ -192,9 +192,9 @@ def test_a_plan_for_two_slices(capsys):
     assert main(["plan", f"--config={CONFIG}", *SMALL, *flags]) == 0
     table = capsys.readouterr().out
     assert "16 v5e chips in 2 slices (data 4, codebook 4)" in table and "over codebook" in table
-    assert "Collectives over data go between the slices too" in table
+    assert "Collectives over data also cross between the slices" in table
 
 
-def test_slices_are_of_a_topology(capsys):
+def test_slices_need_a_topology(capsys):
     assert main(["plan", f"--config={CONFIG}", "--cpu-devices=8", "--slices=2"]) == 2
-    assert "--slices=2: slices are of a --topology" in capsys.readouterr().err
+    assert "--slices=2 needs --topology" in capsys.readouterr().err

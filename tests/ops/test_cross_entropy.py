@@ -1,4 +1,4 @@
-"""The streamed cross entropy, per token and weighted, against the dense one, differentiated by JAX, and PyTorch's."""
+"""The streamed cross entropy, per token and weighted, against the dense form differentiated by JAX and PyTorch's."""
 
 import functools
 import itertools
@@ -32,7 +32,7 @@ def assert_same(actual, expected, tolerance=EXACT):
 
 
 def random_inputs(tokens, width, vocabulary, scale=1.0):
-    """x, head, targets, and the cotangents of the losses."""
+    """Returns x, head, targets, and the cotangents of the losses."""
     keys = jax.random.split(jax.random.key(0), 4)
     x, head = jax.random.normal(keys[0], (tokens, width)), jax.random.normal(keys[1], (vocabulary, width))
     targets = jax.random.randint(keys[2], (tokens,), 0, vocabulary)
@@ -40,13 +40,13 @@ def random_inputs(tokens, width, vocabulary, scale=1.0):
 
 
 def per_token(x, head, targets, g, **arguments):
-    """(losses, and the gradients of x and head)."""
+    """Returns the losses and the gradients of x and head."""
     losses, pull = jax.vjp(lambda x, head: cross_entropy(x, head, targets, **arguments), x, head)
     return losses, *pull(g)
 
 
 def weighted(x, head, targets, g, **arguments):
-    """The same, all of them got as derivatives of the weighted sum."""
+    """Returns the same as `per_token`, computed as derivatives of the weighted sum."""
     total = functools.partial(weighted_cross_entropy, **arguments)
     dx, dhead, losses = jax.grad(total, argnums=(0, 1, 3))(x, head, targets, g)
     return losses, dx, dhead
@@ -72,7 +72,7 @@ def test_streamed_equals_dense(form, vocabulary, block_size):
 @pytest.mark.parametrize("form", [per_token, weighted])
 @pytest.mark.parametrize("tokens", [1, 513])
 def test_tokens_taken_in_chunks(form, tokens):
-    """513 are two chunks of 257, the second of which is filled up."""
+    """513 tokens are two chunks of 257, and the second one is padded."""
     assert_same(compiled(form, block_size=40)(*random_inputs(tokens, 16, 96)), dense(tokens, 16, 96))
 
 
@@ -116,11 +116,11 @@ def test_large_logits(form, scale):
 @pytest.mark.parametrize("form", [per_token, weighted])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_confident_tokens_have_no_gradient_left(form, dtype):
-    """Where p is 1 for the target, rounding must leave nothing either."""
+    """If the target has p = 1, rounding must not leave a gradient either."""
     x, head, _, g = random_inputs(48, 16, 96, scale=1e4)
     x, head = x.astype(dtype), head.astype(dtype)
-    likeliest = jnp.argmax(x.astype(jnp.float32) @ head.astype(jnp.float32).T, axis=1)
-    losses, dx, dhead = compiled(form, block_size=12)(x, head, likeliest, g)
+    most_likely = jnp.argmax(x.astype(jnp.float32) @ head.astype(jnp.float32).T, axis=1)
+    losses, dx, dhead = compiled(form, block_size=12)(x, head, most_likely, g)
     assert np.abs(losses).max() < 1e-6 * 1e5  # of the logits, two products of the same numbers
     assert not dx.any()
     assert np.abs(dhead).max() < 1e-6 * np.abs(g[:, None] * x).max()  # where tokens share a target
@@ -150,7 +150,7 @@ def test_gradients_have_the_types_of_the_inputs():
 @pytest.mark.parametrize("form", [per_token, weighted])
 @pytest.mark.parametrize("sizes", MESHES)
 def test_mesh_equals_one_device(sizes, form):
-    """Rows of 96 are 12 to 96 on a device, and tokens up to 3 chunks."""
+    """A device holds 12 to 96 of the 96 rows, and up to 3 chunks of tokens."""
     mesh = make_mesh(dict(zip(AXES, sizes, strict=True)))
     x, head, targets, g = random_inputs(MANY, 16, 96)
     x, targets = (jax.device_put(array, NamedSharding(mesh, P(AXES))) for array in (x, targets))
@@ -182,7 +182,7 @@ def test_as_pytorch_has_it(form):
 
 
 def arrays_of(form, tokens, width, vocabulary, mesh=None, **arguments):
-    """Sizes of all arrays in the compiled program of losses and gradients."""
+    """Returns the sizes of all arrays in the compiled program of losses and gradients."""
     specs = [((tokens, width), AXES), ((vocabulary, width), CODEBOOK), ((tokens,), AXES), ((tokens,), AXES)]
     dtypes = jnp.float32, jnp.float32, jnp.int32, jnp.float32
     shapes = [
@@ -208,7 +208,7 @@ def test_mesh_never_gathers_the_head(form):
     split = arrays_of(form, tokens, width, vocabulary, mesh, block_size=64)
     assert max(split) == vocabulary // 4 * width
     whole = arrays_of(form, tokens, width, vocabulary, make_mesh({"data": 8}), block_size=64)
-    assert max(whole) == vocabulary * width  # what the search finds where the head is not split
+    assert max(whole) == vocabulary * width  # the same search, with a head that is not split
 
 
 @pytest.mark.parametrize(("form", "share"), [(per_token, 50), (weighted, 10)])
@@ -264,6 +264,6 @@ def test_bad_arrays(x, head, targets):
         cross_entropy(x, head, targets)
 
 
-def test_weights_are_one_a_token():
+def test_weights_are_one_per_token():
     with pytest.raises(ValueError, match="expected weights"):
         weighted_cross_entropy(*random_inputs(48, 16, 96)[:3], jnp.ones(()))

@@ -1,4 +1,4 @@
-"""Looking rows up in a split table, and its gradient, against plain indexing."""
+"""Lookup of rows in a split table, and its gradient, against plain indexing."""
 
 import functools
 import itertools
@@ -25,7 +25,7 @@ def rows_and_gradient(table, indices, cotangent, mesh=None):
 
 
 def random_inputs(batch, length, vocabulary, width):
-    """table, indices with repetitions and both ends of every device's rows, and a cotangent."""
+    """Returns a table, indices with repetitions and both ends of every device's rows, and a cotangent."""
     keys = jax.random.split(jax.random.key(0), 3)
     indices = jax.random.randint(keys[0], (batch, length), 0, vocabulary)
     borders = [border for first in range(0, vocabulary, 12) for border in (first, first + 11)]
@@ -53,7 +53,7 @@ def test_rows_and_gradient(sizes):
 
 
 @pytest.mark.parametrize("mesh_sizes", [None, {"data": 2, CODEBOOK: 4}])
-def test_indices_out_of_range_name_the_nearest_row(mesh_sizes):
+def test_indices_out_of_range_give_the_nearest_row(mesh_sizes):
     table, indices, _ = random_inputs(8, 16, 96, 8)
     indices = indices.at[:, 0].set(-1).at[:, 1].set(96)
     rows = embedding_lookup(table, indices, mesh=mesh_sizes and make_mesh(mesh_sizes))
@@ -70,7 +70,7 @@ def test_bfloat16_rows_are_exact(mesh_sizes):
 
 
 def largest_array(mesh, vocabulary, width):
-    """Elements of the largest array in the compiled program of rows and gradient."""
+    """Returns the number of elements of the largest array in the compiled program of rows and gradient."""
     shapes = [
         jax.ShapeDtypeStruct((vocabulary, width), jnp.float32, sharding=NamedSharding(mesh, P(CODEBOOK))),
         jax.ShapeDtypeStruct((8, 4), jnp.int32, sharding=NamedSharding(mesh, P(AXES))),
@@ -84,7 +84,9 @@ def largest_array(mesh, vocabulary, width):
 def test_mesh_never_gathers_the_table():
     vocabulary, width = 4096, 16
     assert largest_array(make_mesh({"data": 2, CODEBOOK: 4}), vocabulary, width) == vocabulary * width // 4
-    assert largest_array(make_mesh({"data": 8}), vocabulary, width) == vocabulary * width  # where it is not split
+    assert (
+        largest_array(make_mesh({"data": 8}), vocabulary, width) == vocabulary * width
+    )  # the table is not split
 
 
 @pytest.mark.parametrize(

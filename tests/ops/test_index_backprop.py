@@ -33,19 +33,19 @@ def assert_close(actual, expected, tolerance=EXACT):
 
 
 def random_inputs(tokens, width, codes, scale=1.0):
-    """z, codebook, and a cotangent for z_q."""
+    """Returns z, a codebook, and a cotangent for z_q."""
     keys = jax.random.split(jax.random.key(0), 3)
     z, cotangent = jax.random.normal(keys[0], (tokens, width)), jax.random.normal(keys[1], (tokens, width))
     return z * scale, jax.random.normal(keys[2], (codes, width)), cotangent
 
 
 def value_and_gradients(cotangent, **arguments):
-    """A function of z and codebook -> (outputs, gradients), by way of every differentiable output."""
+    """Returns a function (z, codebook) -> (outputs, gradients) that uses every differentiable output."""
 
     def loss(z, codebook):
         out = index_backprop(z, codebook, **arguments)
         scale = jnp.abs(cotangent).sum()  # so that the entropies' share of the gradients is as large as that of z_q
-        return (out.z_q * cotangent).sum() + scale * (0.3 * out.sample_entropy - 0.7 * out.avg_entropy), out
+        return (out.z_q * cotangent).sum() + scale * (0.3 * out.sample_entropy - 0.7 * out.batch_entropy), out
 
     def run(z, codebook):
         gradients, out = jax.grad(loss, argnums=(0, 1), has_aux=True)(z, codebook)
@@ -82,7 +82,7 @@ def test_released_code(name, implementation):
         )
         code, stop = codebook[out.indices], jax.lax.stop_gradient
         quant_loss = ((out.z_q - z) ** 2 + (stop(code) - z) ** 2 + golden["beta"] * (code - stop(z)) ** 2).mean()
-        entropy_loss = out.sample_entropy - out.avg_entropy
+        entropy_loss = out.sample_entropy - out.batch_entropy
         total = (out.z_q * upstream).sum() + quant_loss + golden["entropy_weight"] * entropy_loss
         return total, (out, {"quant_loss": quant_loss, "entropy_loss": entropy_loss})
 
@@ -118,8 +118,8 @@ def test_groups_are_consecutive_tokens(implementation):
     z, codebook, _ = random_inputs(48, 16, 96, scale=0.1)
     quantize = jax.jit(functools.partial(index_backprop, implementation=implementation))
     grouped = functools.partial(index_backprop, entropy_group_tokens=12, implementation=implementation)
-    groups = [quantize(part, codebook).avg_entropy for part in jnp.split(z, 4)]
-    assert_close(jax.jit(grouped)(z, codebook).avg_entropy, np.mean(groups))
+    groups = [quantize(part, codebook).batch_entropy for part in jnp.split(z, 4)]
+    assert_close(jax.jit(grouped)(z, codebook).batch_entropy, np.mean(groups))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 4)])
@@ -169,7 +169,7 @@ def test_diagnostics(implementation):
 
 
 def test_ties_take_the_smallest_code():
-    """Whole numbers make logits exact; the same 8 codes stand in every block, and twice within one."""
+    """Integers make logits exact, and the codebook holds the same 8 codes twelve times."""
     z = jax.random.randint(jax.random.key(0), (64, 8), -3, 4).astype(jnp.float32)
     codebook = jnp.tile(jax.random.randint(jax.random.key(1), (8, 8), -3, 4).astype(jnp.float32), (12, 1))
     expected = np.argmax(np.asarray(z) @ np.asarray(codebook).T, axis=1)
@@ -200,7 +200,7 @@ def test_large_logits(reach):
 
 
 def test_saturated_tokens_keep_their_precision():
-    """Where p is 1 for one code and 0 for all others, what is left of dE is the winners' g."""
+    """If p is 1 for one code and 0 for all others, dE consists of the winners' g alone."""
     z, codebook, cotangent = random_inputs(48, 16, 96, scale=1e4)
     gradient = jax.grad(lambda codebook: (index_backprop(z, codebook, block_size=12).z_q * cotangent).sum())(codebook)
     winners = nearest_codes(z, codebook)

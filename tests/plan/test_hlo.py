@@ -1,4 +1,4 @@
-"""What is read off a compiled program, against programs whose figures are known."""
+"""Figures read from a compiled program's text, against programs whose figures are known."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.plan.hlo import Module
 
-# As libtpu prints them: tiles of 8 x 128, S(1) for vector memory, the loop's length in its condition alone.
+# The form that libtpu prints: tiles of 8 x 128, S(1) for vector memory, the loop's length only in its condition.
 TPU_PROGRAM = """HloModule jit_f, is_scheduled=true
 
 %fused (param_0: f32[512,512], param_1: bf16[64,512,512], param_2: s32[]) -> f32[512,512] {
@@ -57,8 +57,8 @@ ENTRY %main (x.1: f32[512,512], w.1: bf16[64,512,512]) -> f32[512,512] {
 def test_a_tpu_program_counts_main_memory_and_loops():
     module = Module(TPU_PROGRAM)
     traffic = module.hbm_traffic()
-    assert traffic["copy-start"] == 4 * 512 * 512  # in; what it becomes lies in vector memory
-    assert traffic["f/dot"] == 64 * 2 * 512 * 512  # of the weights a slice each time, of x and y nothing
+    assert traffic["copy-start"] == 4 * 512 * 512  # read; its copy lies in vector memory
+    assert traffic["f/dot"] == 64 * 2 * 512 * 512  # one slice of the weights each time; x and y stay in vector memory
     assert traffic["copy"] == 4 * 512 * 512
     assert traffic["broadcast"] == 4 * (4 * 104 * 128) + 4  # tiles pad 100 x 3 to 104 x 128; and the scalar
     assert module.loop_flops() == 63 * 2 * 512**3
@@ -75,7 +75,7 @@ def test_a_loop_counts_as_often_as_it_runs(steps):
     flops = compiled.cost_analysis()["flops"] + module.loop_flops()
     assert flops == pytest.approx(steps * 2 * 64**3, rel=0.1)
     traffic = sum(module.hbm_traffic().values())
-    assert steps * 4 * 3 * 64**2 <= traffic <= steps * 4 * 10 * 64**2  # x, w and y at least; not all weights each time
+    assert steps * 4 * 3 * 64**2 <= traffic <= steps * 4 * 10 * 64**2  # at least x, w and y; not all weights each time
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_loop_counts_as_often_as_it_runs(steps):
         ((2, 9, 7, 4), (3, 3, 4, 8), ("NHWC", "HWIO", "NHWC"), {"padding": "SAME", "window_strides": (2, 2)}),
         ((2, 9, 7, 4), (3, 3, 4, 8), ("NHWC", "HWIO", "NHWC"), {"padding": [(1, 2), (0, 1)], "lhs_dilation": (3, 1)}),
         ((2, 9, 7, 4), (3, 3, 4, 8), ("NHWC", "HWIO", "NHWC"), {"padding": "VALID", "rhs_dilation": (2, 3)}),
-        (  # the products of 4 x 3 pairs of matrices, as the compiler for TPUs writes them
+        (  # products of 4 x 3 pairs of matrices, in the form of the compiler for TPUs
             (4, 5, 3, 7),
             (4, 3, 6, 5),
             ("HCWN", "HWOI", "HWNC"),
