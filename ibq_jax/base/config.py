@@ -1,8 +1,8 @@
 """Config files, command-line overrides, and the config that a run saves.
 
 A config is an `ml_collections.ConfigDict` from a Python file's `get_config(preset)`. Config files are Python code that
-runs when they are loaded: load only files you trust. A saved config is JSON and runs nothing. Overrides are parsed here
-because `ml_collections.config_flags` needs absl's flags, of which a process has one set; sweeps load many configs.
+runs when they are loaded: load only files you trust. A saved config is JSON and runs nothing. Overrides are parsed
+here, not by `ml_collections.config_flags`, so that commands, sweeps and Python callers need no absl flags.
 """
 
 import ast

@@ -41,10 +41,10 @@ def comparison_page(runs: Sequence[Run]) -> tuple[str, list[str]]:
 
 def _config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Returns (field, its value in each run) of the fields that differ."""
-    configs = [flatten(run.config) for run in runs]
-    fields = sorted(set().union(*configs))
-    differing = [name for name in fields if len({repr(config.get(name)) for config in configs}) > 1]
-    return [(name, [str(config.get(name, "")) for config in configs]) for name in differing]
+    flat = [flatten(run.config) for run in runs]
+    fields = sorted(set().union(*flat))
+    differing = [name for name in fields if len({repr(values.get(name)) for values in flat}) > 1]
+    return [(name, [str(values.get(name, "")) for values in flat]) for name in differing]
 
 
 def _last_logged(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

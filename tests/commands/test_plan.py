@@ -121,7 +121,7 @@ def test_a_plan_of_a_generator(capsys):
         (["--cpu-devices=8", "--config.codebook.block_size=48"], "in blocks of codebook.block_size=48"),
         (["--cpu-devices=0"], "'0' is not an integer of at least 1"),
         (["--cpu-devices=8", "--topology=v5e:2x2"], "not allowed with argument"),
-        ([], "one of the arguments --topology --cpu_devices is required"),
+        ([], "one of the arguments --topology --cpu-devices is required"),
         (["--cpu-devices=8", "--steps=3"], "unknown argument --steps=3"),
     ],
 )
