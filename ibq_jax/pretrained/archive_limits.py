@@ -25,7 +25,7 @@ def unpacked_limit(path: Path) -> int:
 
 
 def check_archive(path: Path, archive: zipfile.ZipFile) -> None:
-    """Raises ValueError for a zip bomb, judged by its declared sizes: zipfile reads no more of a member than that."""
+    """Raises ValueError for a zip bomb, detected by its declared sizes: zipfile reads no more of a member than that."""
     unpacked, limit = sum(member.file_size for member in archive.infolist()), unpacked_limit(path)
     if unpacked > limit:
         raise ValueError(f"it unpacks to {unpacked >> 20:,} MiB; a file of its size may have {limit >> 20:,} MiB")

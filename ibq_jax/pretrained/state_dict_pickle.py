@@ -64,6 +64,7 @@ class _Storage(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return self.elements * STORAGES[self.kind].itemsize
 
 

@@ -239,12 +239,12 @@ def test_a_set_that_was_killed_ends_with_exactly_its_samples(whole_set, run, tmp
     out, drawn = tmp_path / "set.npz", []
     save = np.save
 
-    def killed(file, pictures):
-        drawn.append(len(pictures))
+    def killed(file, samples):
+        drawn.append(len(samples))
         if len(drawn) == 4:
             file.write(b"half")
             raise KeyboardInterrupt
-        save(file, pictures)
+        save(file, samples)
 
     with monkeypatch.context() as patch:
         patch.setattr(sample_set.np, "save", killed)
