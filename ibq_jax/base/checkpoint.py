@@ -48,6 +48,7 @@ class Restored:
 
     @property
     def weights_only(self) -> bool:
+        """Whether the checkpoint holds only weights, such as one imported from a file."""
         return self.metadata.get(WEIGHTS_ONLY, False)
 
     def completed(self, fresh: Callable[[], Any]) -> Any:
@@ -222,7 +223,7 @@ class Checkpoints:
         return saved
 
     def _saved_tree(self, step: int):
-        """Returns the structure and the shapes of a step's state as it lies on disk."""
+        """Returns the structure and the shapes of a step's state as it is on disk."""
         return ocp.PyTreeCheckpointHandler().metadata(self.directory / str(step) / "state").tree
 
     def _saved_name(self, name: str, saved: Collection[str]) -> str:

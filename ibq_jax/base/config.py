@@ -112,7 +112,7 @@ def renamed_leaves(stage: str) -> Mapping[str, str]:
 
 @functools.cache
 def _history():
-    """Returns the module with the field names of earlier versions; it lies in configs/, next to today's names."""
+    """Returns the module with the field names of earlier versions, which is in configs/ next to today's names."""
     return run_file(preset_folder() / "renamed_fields.py")
 
 

@@ -66,7 +66,7 @@ def atomic_file(path: Path, wait: bool = False) -> Iterator[Path | None]:
         except BaseException as error:
             os.ftruncate(lock, 0)  # not unlinked: one process could lock the old file while another creates a new one
             if isinstance(error, OSError | RuntimeError) and _is_disk_full(error):
-                raise UsageError(f"{path}: the disk is full; free room and rerun, what is whole was kept") from error
+                raise UsageError(f"{path}: the disk is full; free room and rerun; complete files were kept") from error
             raise
     finally:
         os.close(lock)

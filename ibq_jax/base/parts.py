@@ -1,8 +1,8 @@
-"""Jobs cut into parts, such as the shards of a token cache: killed, they continue; several processes may share them.
+"""Jobs cut into parts, such as the shards of a token cache: they continue after a kill, and processes may share them.
 
-FOLDER/settings.json   what the parts depend on, written first; whoever continues the job has to agree with it
-FOLDER/...             one file per part, under its name only once it is whole
-the joined file        written once all parts are whole, by whichever process finishes last
+FOLDER/settings.json   the settings that the parts depend on, written first; a continued job must have the same
+FOLDER/...             one file per part, renamed to its final name once it is complete
+the joined file        written once all parts are complete, by the process that finishes last
 """
 
 import json

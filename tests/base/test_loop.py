@@ -16,7 +16,7 @@ from ibq_jax.base.telemetry import Telemetry
 
 
 class CountingStage:
-    """State: the sum of all it saw. `at` maps a step to what happens while it is queued."""
+    """A stage whose state is the sum of its batches' means. `at` maps a step to a function of its loss."""
 
     def __init__(self, **at):
         self.at = {int(name.removeprefix("step")): action for name, action in at.items()}

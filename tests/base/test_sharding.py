@@ -1,4 +1,4 @@
-"""The mesh and where arrays lie on it."""
+"""The mesh and the placement of arrays on it."""
 
 from types import SimpleNamespace
 

@@ -52,14 +52,14 @@ def test_a_row_that_a_kill_cut_short_is_skipped(tmp_path):
 
 
 def test_an_overlong_phase_is_reported_once_with_the_stacks(tmp_path):
-    timer, said = PhaseTimer(), []
+    timer, reported = PhaseTimer(), []
     for _ in range(3):
         with timer("data"):
             pass
-    with Watchdog(timer, tmp_path / "stacks.txt", factor=10, seconds=0.2, hang_seconds=0, say=said.append):
+    with Watchdog(timer, tmp_path / "stacks.txt", factor=10, seconds=0.2, hang_seconds=0, say=reported.append):
         with timer("data"):
             time.sleep(1.0)
-    assert len(said) == 1 and "in 'data', usually" in said[0], said
+    assert len(reported) == 1 and "in 'data', usually" in reported[0], reported
     assert "test_timing.py" in (tmp_path / "stacks.txt").read_text()
 
 

@@ -181,7 +181,7 @@ def test_slices_share_the_axis_data_alone():
     slices = np.vectorize(lambda device: device.slice_index, otypes=[int])(mesh.devices)
     assert mesh.shape["data"] == 4
     np.testing.assert_array_equal(slices[:, 0, :], np.repeat([[0], [0], [1], [1]], 4, axis=1))
-    with pytest.raises(UsageError, match="the devices are 2 slices, between which only the axis 'data' can lie"):
+    with pytest.raises(UsageError, match="the devices are 2 slices, and only the axis 'data' can span slices"):
         make_mesh({"data": 1, "codebook": 16}, devices)
 
 
