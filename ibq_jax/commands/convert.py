@@ -125,75 +125,75 @@ def parser() -> Parser:
         dest="input",
         required=True,
         metavar="SOURCE",
-        help="what to read: a run's folder, a step's folder under its checkpoints/, a file of weights (.safetensors, "
-        ".ckpt, .pt, .pth) or hf://OWNER/NAME (required)",
+        help="What to read: a run's folder, a step's folder under its checkpoints/, a file of weights (.safetensors, "
+        ".ckpt, .pt, .pth) or hf://OWNER/NAME.",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="PATH",
-        help="what to write: the folder of a new run, or a .safetensors, .ckpt, .pt or .pth file; it must not exist "
-        "(default: nothing, with --verify)",
+        help="What to write: the folder of a new run, or a .safetensors, .ckpt, .pt or .pth file; it must not exist. "
+        "Default: nothing, with --verify.",
     )
     parser.add_argument(
         "--weights",
         choices=WEIGHTS,
         default="all",
-        help="weights of a tokenizer's run to write: all that a published file holds, only the averaged (ema), or only "
-        "the raw ones (default: all)",
+        help="Weights of a tokenizer's run to write: all that a published file holds, only the averaged (ema), or only "
+        "the raw ones. Default: all.",
     )
     parser.add_argument(
         "--hub",
         action="store_true",
-        help="write --out as a folder for the Hugging Face hub, with a model card (default: off)",
+        help="Write --out as a folder for the Hugging Face hub, with a model card.",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="compare what PyTorch and JAX compute, layer by layer; needs PyTorch (default: off)",
+        help="Compare what PyTorch and JAX compute, layer by layer; needs PyTorch.",
     )
     parser.add_argument(
         "--images",
         type=Path,
         metavar="DIR",
-        help="folder of images that --verify uses for a tokenizer (default: images of the embedded data set)",
+        help="Folder of images that --verify uses for a tokenizer. Default: images of the embedded data set.",
     )
     parser.add_argument(
         "--config",
         default="",
         metavar="FILE:PRESET",
-        help="preset that gives a new run the fields which a file does not say (default: the preset of its size)",
+        help="Preset that gives a new run the fields which a file does not say. Default: the preset of its size.",
     )
     parser.add_argument(
         "--tokenizer",
         type=Path,
         metavar="RUN",
-        help="tokenizer's run that decodes the codes of a new generator's run (default: the one in the file, if any)",
+        help="Tokenizer's run that decodes the codes of a new generator's run. Default: the one in the file, if any.",
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--codebook-size",
         type=positive,
         metavar="N",
-        help="write a run whose codebook has N codes, more than now, by splitting codes (default: unchanged)",
+        help="Write a run whose codebook has N codes, more than now, by splitting codes. Default: unchanged.",
     )
     size.add_argument(
         "--prune",
         action="store_true",
-        help="write a run without the codes that the validation split does not use (default: off)",
+        help="Write a run without the codes that the validation split does not use.",
     )
     parser.add_argument(
         "--multiple-of",
         type=positive,
         default=64,
         metavar="N",
-        help="the size that --prune reaches is a multiple of N codes (default: 64)",
+        help="The size that --prune reaches is a multiple of N codes. Default: 64.",
     )
     parser.add_argument(
         "--spread",
         type=share,
         default=0.02,
-        help="distance of the copies of a split code from it, relative to the root mean square of the codebook "
-        "(default: 0.02)",
+        help="Distance of the copies of a split code from it, relative to the root mean square of the codebook. "
+        "Default: 0.02.",
     )
     return parser

@@ -144,51 +144,61 @@ def parser() -> Parser:
         notes="docs/evaluation.md explains the protocols and where the feature nets' files come from.",
     )
     add = parser.add_argument
-    add("--run", type=as_path, metavar="RUN", help="evaluate this run: its folder, or one of its checkpoints")
-    add("--weights", choices=("ema", "raw"), default="ema", help="averaged (ema) or last (raw) weights (default: ema)")
-    add("--protocol", choices=tuple(PROTOCOLS), help="how to measure (default: clean; for samples: adm)")
+    add(
+        "--run",
+        type=as_path,
+        metavar="RUN",
+        help="The run to evaluate: its folder, or one of its checkpoints. Default: none, with --samples.",
+    )
+    add("--weights", choices=("ema", "raw"), default="ema", help="Averaged (ema) or last (raw) weights. Default: ema.")
+    add("--protocol", choices=tuple(PROTOCOLS), help="How to measure. Default: clean; for samples: adm.")
     add(
         "--num-images",
         "--examples",
         type=count,
         default=0,
         metavar="N",
-        help="measure N images, evenly spaced in the split (default: 0, all of them)",
+        help="Measure N images, evenly spaced in the split. Default: 0, all of them.",
     )
-    add("--split", metavar="NAME", help="split of the data to measure (default: the config's validation split)")
-    add("--data", metavar="NAME", help="data set on which to evaluate a tokenizer (default: the config's)")
-    add("--data-dir", metavar="DIR", help="folder of the data sets (default: the config's)")
+    add("--split", metavar="NAME", help="Split of the data to measure. Default: the config's validation split.")
+    add("--data", metavar="NAME", help="Data set on which to evaluate a tokenizer. Default: the config's.")
+    add("--data-dir", metavar="DIR", help="Folder of the data sets. Default: the config's.")
     add(
         "--token-cache",
         "--codes",
         default="",
         metavar="DIR",
-        help="token cache on which to evaluate a generator (default: the config's)",
+        help="Token cache on which to evaluate a generator. Default: the config's.",
     )
-    add("--num", type=positive, metavar="N", help="draw N samples from a generator and evaluate those (default: none)")
-    add("--samples", type=Path, metavar="NPZ", help="evaluate the samples in this file, which `sample --num` wrote")
+    add("--num", type=positive, metavar="N", help="Draw N samples from a generator and evaluate those. Default: none.")
+    add(
+        "--samples",
+        type=Path,
+        metavar="NPZ",
+        help="Evaluate the samples in this file, which `sample --num` wrote. Default: none.",
+    )
     add(
         "--reference",
         type=Path,
         metavar="NPZ",
-        help="images or statistics to compare samples with (default: the images that the run was trained on)",
+        help="Images or statistics to compare samples with. Default: the images that the run was trained on.",
     )
-    add("--batch-size", type=positive, default=32, metavar="N", help="samples per batch, all devices (default: 32)")
+    add("--batch-size", type=positive, default=32, metavar="N", help="Samples per batch, all devices. Default: 32.")
     for kind, description in WEIGHT_FILES.items():
         add(
             f"--{kind}",
             default="",
             metavar="FILE",
-            help=f"weights of {description} (default: ${'IBQ_' + kind.upper()}, or the file in ~/.cache/ibq_jax)",
+            help=f"Weights of {description}. Default: ${'IBQ_' + kind.upper()}, or the file in ~/.cache/ibq_jax.",
         )
     add(
         "--reconstructions",
         "--pictures",
         type=output_file,
         metavar="PNG",
-        help="write originals with their reconstructions below to this file (default: no file)",
+        help="Write originals with their reconstructions below to this file. Default: no file.",
     )
-    add("--columns", type=positive, default=8, metavar="N", help="images per row of that PNG (default: 8)")
-    add("--rows", type=positive, default=2, metavar="N", help="rows of originals in that PNG (default: 2)")
-    add("--json", type=output_file, metavar="FILE", help="write the numbers with their protocol here too (default: no)")
+    add("--columns", type=positive, default=8, metavar="N", help="Images per row of that PNG. Default: 8.")
+    add("--rows", type=positive, default=2, metavar="N", help="Rows of originals in that PNG. Default: 2.")
+    add("--json", type=output_file, metavar="FILE", help="Write the numbers with their protocol here too. Default: no.")
     return parser

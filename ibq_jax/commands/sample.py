@@ -61,59 +61,59 @@ def parser() -> Parser:
         ],
         notes="The same command continues an interrupted set. Sample number i of a seed is always the same.",
     )
-    add, own = parser.add_argument, "(default: the run's config)"
+    add, own = parser.add_argument, "Default: the run's config."
     add(
         "--run",
         required=True,
         type=as_path,
         metavar="RUN",
-        help="folder of a generator's run, or one of its checkpoints",
+        help="Folder of a generator's run, or one of its checkpoints.",
     )
-    add("--out", required=True, type=output_file, metavar="FILE", help="file to write: a .png, or with --num an .npz")
+    add("--out", required=True, type=output_file, metavar="FILE", help="File to write: a .png, or with --num an .npz.")
     add(
         "--labels",
         type=numbers(int),
         default=(),
         metavar="N,N,...",
-        help="classes to draw, such as 0,1,2 (default: all; in a contact sheet the first 10)",
+        help="Classes to draw, such as 0,1,2. Default: all; in a contact sheet the first 10.",
     )
-    add("--per-class", type=positive, default=8, metavar="N", help="samples per class in a contact sheet (default: 8)")
+    add("--per-class", type=positive, default=8, metavar="N", help="Samples per class in a contact sheet. Default: 8.")
     add(
-        "--num", type=positive, metavar="N", help="draw a set of N samples, every class equally often (default: no set)"
+        "--num", type=positive, metavar="N", help="Draw a set of N samples, every class equally often. Default: no set."
     )
-    add("--seed", type=count, default=0, metavar="N", help="seed of the samples, 0 to 2^32 - 1 (default: 0)")
-    add("--cfg-scale", type=float, metavar="X", help=f"scale of classifier-free guidance; 1 turns it off {own}")
+    add("--seed", type=count, default=0, metavar="N", help="Seed of the samples, 0 to 2^32 - 1. Default: 0.")
+    add("--cfg-scale", type=float, metavar="X", help=f"Scale of classifier-free guidance; 1 turns it off. {own}")
     add(
         "--cfg-schedule",
         choices=SCHEDULES,
         default="constant",
-        help="how guidance grows from 1 to its scale over the codes of an image (default: constant, at full scale)",
+        help="How guidance grows from 1 to its scale over the codes of an image. Default: constant, at full scale.",
     )
-    add("--cfg-power", type=float, default=1.0, metavar="X", help="exponent of the cosine schedule (default: 1.0)")
+    add("--cfg-power", type=float, default=1.0, metavar="X", help="Exponent of the cosine schedule. Default: 1.0.")
     add(
         "--cfg-interval",
         type=numbers(float),
         default=(0.0, 1.0),
         metavar="A,B",
-        help="use guidance only between these fractions of an image's codes, such as 0.2,0.8 (default: 0,1)",
+        help="Use guidance only between these fractions of an image's codes, such as 0.2,0.8. Default: 0,1.",
     )
-    add("--temperature", type=float, metavar="X", help=f"softmax temperature; 0 takes the most likely code {own}")
-    add("--top-k", type=count, metavar="N", help=f"draw from the N most likely codes; 0 means all {own}")
-    add("--top-p", type=float, metavar="P", help=f"draw from the most likely codes with total probability P {own}")
+    add("--temperature", type=float, metavar="X", help=f"Softmax temperature; 0 takes the most likely code. {own}")
+    add("--top-k", type=count, metavar="N", help=f"Draw from the N most likely codes; 0 means all. {own}")
+    add("--top-p", type=float, metavar="P", help=f"Draw from the most likely codes with total probability P. {own}")
     add(
-        "--image", type=Path, metavar="FILE", help="start every sample with this image's first rows (default: no image)"
+        "--image", type=Path, metavar="FILE", help="Start every sample with this image's first rows. Default: no image."
     )
-    add("--keep-rows", type=count, metavar="N", help="rows of codes kept from --image (default: the upper half)")
+    add("--keep-rows", type=count, metavar="N", help="Rows of codes kept from --image. Default: the upper half.")
     add(
         "--per-device-batch",
         "--lane",
         type=count,
         default=0,
         metavar="N",
-        help="samples that each device draws at once (default: 0, which is 4 on CPUs and 64 elsewhere)",
+        help="Samples that each device draws at once. Default: 0, which is 4 on CPUs and 64 elsewhere.",
     )
-    add("--weights", choices=("ema", "raw"), default="ema", help="averaged (ema) or last (raw) weights (default: ema)")
+    add("--weights", choices=("ema", "raw"), default="ema", help="Averaged (ema) or last (raw) weights. Default: ema.")
     add(
-        "--tokenizer", default="", metavar="RUN", help="run of the codes' tokenizer (default: where it was at training)"
+        "--tokenizer", default="", metavar="RUN", help="Run of the codes' tokenizer. Default: where it was at training."
     )
     return parser

@@ -8,7 +8,7 @@ from ibq_jax.commands.arguments import Parser
 from ibq_jax.training.train import train
 
 NEXT = {  # the command to run after a stage
-    "tokenizer": "evaluate --run={0} --pictures={0}/reconstructions.png",
+    "tokenizer": "evaluate --run={0} --reconstructions={0}/reconstructions.png",
     "autoregressive": "sample --run={0} --out={0}/samples.png",
 }
 
@@ -60,21 +60,21 @@ def parser() -> Parser:
         "--config",
         required=True,
         metavar="FILE.py:PRESET",
-        help="config file and preset, such as configs/tokenizer.py:openmoji64 (required)",
+        help="Config file and preset, such as configs/tokenizer.py:openmoji64.",
     )
     parser.add_argument(
         "--workdir",
         required=True,
         type=as_path,
         metavar="DIR",
-        help="folder of the run, local or gs://, created if it does not exist (required)",
+        help="Folder of the run, local or gs://, created if it does not exist.",
     )
     parser.add_argument(
         "--profile",
         type=_steps,
         default=range(0),
         metavar="STEP:COUNT",
-        help="write a trace of COUNT steps, from step STEP on, to the run's folder (default: no trace)",
+        help="Write a trace of COUNT steps, from step STEP on, to the run's folder. Default: no trace.",
     )
     return parser
 
