@@ -130,4 +130,4 @@ def test_a_malformed_job_position_is_refused(text, monkeypatch):
 def test_commands_of_one_process_refuse_to_be_several(monkeypatch, capsys):
     monkeypatch.setenv("IBQ_PROCESSES", "localhost:1,2,0")
     assert main(["report", "--workdir=x"]) == 2
-    assert "runs in one process: unset IBQ_PROCESSES" in capsys.readouterr().err
+    assert "runs in a single process only; unset IBQ_PROCESSES" in capsys.readouterr().err
