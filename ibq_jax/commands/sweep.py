@@ -70,12 +70,13 @@ def parser() -> Parser:
         examples=EXAMPLES,
         notes=NOTES,
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--config",
         metavar="FILE.py:PRESET",
         help="The config to vary, such as configs/tokenizer.py:openmoji32. Default: the study's.",
     )
-    parser.add_argument(
+    add(
         "--over",
         action="append",
         default=[],
@@ -83,32 +84,26 @@ def parser() -> Parser:
         help="A field to sweep and its values; repeat the flag for a grid of several fields. Commas in brackets are "
         "part of a value: (1,2),(1,2,2). Default: none.",
     )
-    parser.add_argument(
+    add(
         "--seeds",
         type=positive,
         metavar="N",
         help="Number of seeds: every setting is trained with the seeds 0 to N - 1. Default: 1, or as the study says.",
     )
-    parser.add_argument(
+    add(
         "--study",
         metavar="FILE.py",
         help="Read CONFIG, OVER, SEEDS and OVERRIDES from this file. Default: none, use the flags above.",
     )
-    parser.add_argument(
-        "--workdir",
-        required=True,
-        type=as_path,
-        metavar="DIR",
-        help="The folder of the sweep, here or in a bucket (gs://...), created if it does not exist.",
-    )
-    parser.add_argument(
+    add("--workdir", required=True, type=as_path, metavar="DIR", help="The folder of the sweep, local or gs://.")
+    add(
         "--metrics",
         type=_names,
         default=(),
         metavar="A,B",
         help="Scalars of metrics.jsonl to tabulate and plot. Default: the usual validation and codebook scalars.",
     )
-    parser.add_argument(
+    add(
         "--launcher",
         type=_command,
         default=[sys.executable, "-m", "ibq_jax"],
