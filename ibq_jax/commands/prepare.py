@@ -20,7 +20,28 @@ from ibq_jax.data.store import WriteSummary, find_dataset, made_with, write_data
 from ibq_jax.data.tar_shards import tar_shards
 
 CLASSES_LISTED = 20
-HOW = ("collect", "data_dir", "overwrite", "beam", "beam_options")  # flags that change nothing in the data set
+HOW = ("collect", "data_dir", "overwrite", "beam", "beam_options")  # flags that do not change the data set's content
+SOURCES = {  # a line of help, examples
+    "openmoji": (
+        "the embedded data set: 1,898 colour images in 9 categories",
+        ["--data-dir=/data", "--size=256 --name=openmoji256"],
+    ),
+    "folder": (
+        "a folder of images, with a subfolder per class or without classes",
+        ["--in=photos", "--in=photos --name=photos --validation=0.1 --data-dir=/data"],
+    ),
+    "tar": (
+        "webdataset tar shards: images with .cls or .json labels, or without labels",
+        [
+            "--in='shards/*.tar' --name=web",
+            "--in='shards/*.tar' --name=web --beam --beam-options='--direct_num_workers=8'",
+        ],
+    ),
+    "imagenet": (
+        "ImageNet 2012 from its two tars, as data set imagenet2012",
+        ["--tars=downloads", "--tars=downloads --data-dir=/data --overwrite"],
+    ),
+}
 PRESETS = {
     "openmoji": "openmoji64",
     "folder": "imagenet256_16384",
@@ -30,7 +51,10 @@ PRESETS = {
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command; `argv` is what follows the word "prepare".
+    """Runs the command.
+
+    Args:
+        argv: the words after "prepare".
 
     Raises:
         UsageError: wrong flags, a source that is missing or holds nothing readable, or a data set of the same name that
@@ -43,7 +67,7 @@ def main(argv: list[str]) -> None:
     existing = find_dataset(args.name, args.data_dir)
     if existing and not args.overwrite:
         _check_same_settings(existing, settings)
-        print(f"{existing} is there already; --overwrite builds it anew")
+        print(f"{existing} is there already; --overwrite builds it again")
     else:
         _describe(*_write(args, settings))
     print(f"next: {_next_command(args)}")
@@ -52,7 +76,7 @@ def main(argv: list[str]) -> None:
 def _write(args: Namespace, settings: dict) -> tuple[ImageCollection, WriteSummary]:
     if args.beam is None:
         if args.beam_options:
-            raise UsageError("--beam_options goes with --beam")
+            raise UsageError("--beam-options goes with --beam")
         collection = args.collect(args, map)
         return collection, write_dataset(collection, args.data_dir, settings, args.overwrite)
     collect, runner = functools.partial(args.collect, args), find_beam(args.beam, args.beam_options)
@@ -60,59 +84,103 @@ def _write(args: Namespace, settings: dict) -> tuple[ImageCollection, WriteSumma
 
 
 def parser() -> Parser:
-    parser = Parser("prepare", __doc__.partition(": ")[2])
+    """Returns the parser of the command's flags."""
+    parser = Parser(
+        "prepare",
+        "Builds a data set for training from files that are already on this machine; nothing is downloaded.",
+        examples=[
+            "openmoji",
+            "folder --in=photos --name=photos",
+            "tar --in='shards/*.tar' --name=web --validation=0.01 --beam",
+            "imagenet --tars=downloads --data-dir=/data",
+        ],
+        notes="Each source has flags and examples of its own: python -m ibq_jax prepare SOURCE --help",
+    )
     sources = parser.add_subparsers(title="sources", dest="source", metavar="SOURCE", required=True)
+    emoji, folder, tar, imagenet = (_source(sources, name) for name in PRESETS)
 
-    emoji = sources.add_parser("openmoji", help="the embedded data set: 1,898 colour pictures in 9 categories")
-    emoji.add_argument("--size", type=int, default=128, help="pixels of a side (default: 128)")
-    emoji.add_argument("--name", type=_dataset_name, default="openmoji", help="of the data set (default: openmoji)")
+    emoji.add_argument("--size", type=int, default=128, metavar="N", help="Pixels per side, 8 to 2048. Default: 128.")
+    emoji.add_argument("--name", type=_dataset_name, default="openmoji", help="The data set's name. Default: openmoji.")
     emoji.set_defaults(collect=lambda args, _: openmoji(args.size, args.name), beam=None, beam_options="")
 
-    folder = sources.add_parser("folder", help="a folder of images: a class per subfolder, or no classes")
-    folder.add_argument("--in", dest="input", required=True, type=os.path.abspath, metavar="DIR", help="the folder")
-    folder.add_argument("--name", type=_dataset_name, help="of the data set (default: the folder's)")
+    _add_input(folder, "DIR", "Folder of images (.jpg .jpeg .png .webp .bmp), with or without a subfolder per class.")
+    folder.add_argument("--name", type=_dataset_name, help="The data set's name. Default: made of the folder's name.")
     folder.set_defaults(collect=lambda args, _: image_folder(args.input, args.name, args.validation))
 
-    tar = sources.add_parser("tar", help="webdataset shards: images with .cls or .json labels, or none")
-    tar.add_argument(
-        "--in", dest="input", required=True, type=os.path.abspath, metavar="'DIR/*.tar'", help="the shards"
-    )
-    tar.add_argument("--name", type=_dataset_name, required=True, help="of the data set")
+    _add_input(tar, "'DIR/*.tar'", "Pattern of the shards' paths, in quotes; gzip, bzip2 and xz are unpacked.")
+    tar.add_argument("--name", type=_dataset_name, required=True, help="The data set's name.")
     tar.set_defaults(collect=lambda args, each: tar_shards(args.input, args.name, args.validation, each))
 
-    imagenet = sources.add_parser("imagenet", help="ImageNet 2012 from its two tars, as data set imagenet2012")
-    imagenet.add_argument("--tars", required=True, type=os.path.abspath, metavar="DIR", help="the folder of the tars")
+    imagenet.add_argument(
+        "--tars",
+        required=True,
+        type=os.path.abspath,
+        metavar="DIR",
+        help="Folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.",
+    )
     imagenet.set_defaults(collect=lambda args, _: imagenet2012(args.tars), name="imagenet2012")
 
     for source in (folder, tar):
         source.add_argument(
-            "--validation", type=share, default=0.05, metavar="FRACTION", help="held out (default: 0.05)"
+            "--validation",
+            type=share,
+            default=0.05,
+            metavar="FRACTION",
+            help="Fraction of the images to hold out, at least 0 and below 1. Default: 0.05.",
         )
     for source in (folder, tar, imagenet):
-        source.add_argument(
-            "--beam",
-            nargs="?",
-            const=LOCAL_RUNNER,
-            metavar="RUNNER",
-            help="work on an Apache Beam runner; restartable (default: every core of this machine)",
-        )
-        source.add_argument("--beam-options", default="", metavar="'--OPTION=VALUE ...'", help="of the runner")
+        _add_beam(source)
     for source in (emoji, folder, tar, imagenet):
-        source.add_argument("--data-dir", default="data", help="where the data sets are (default: data)")
-        source.add_argument("--overwrite", action="store_true", help="build it anew if it is there")
+        source.add_argument("--data-dir", default="data", help="Folder that holds all data sets. Default: data.")
+        source.add_argument("--overwrite", action="store_true", help="Replace the data set if it exists.")
     return parser
+
+
+def _source(sources, name: str) -> Parser:
+    """Adds the parser of one source."""
+    words, examples = SOURCES[name]
+    return sources.add_parser(
+        name,
+        command=f"prepare {name}",
+        description=words[0].upper() + words[1:] + ".",
+        examples=examples,
+        help=words,
+    )
+
+
+def _add_input(source: Parser, metavar: str, words: str) -> None:
+    source.add_argument("--in", dest="input", required=True, type=os.path.abspath, metavar=metavar, help=words)
+
+
+def _add_beam(source: Parser) -> None:
+    source.add_argument(
+        "--beam",
+        nargs="?",
+        const=LOCAL_RUNNER,
+        metavar="RUNNER",
+        help="Spread the work over the workers of an Apache Beam runner; a rerun continues; --beam alone means "
+        f"{LOCAL_RUNNER}. Default: no Beam, all cores of this machine.",
+    )
+    source.add_argument(
+        "--beam-options",
+        default="",
+        metavar="'--OPTION=VALUE ...'",
+        help="Options of the Beam runner, in quotes. Default: none.",
+    )
 
 
 def _dataset_name(text: str) -> str:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", text):
-        raise ArgumentTypeError(f"{text!r} is no name for a data set: small letters, digits and _, a letter first")
+        raise ArgumentTypeError(
+            f"{text!r} is not a data set's name: use small letters, digits and _, starting with a letter"
+        )
     return text
 
 
 def _name_from_folder(folder: str) -> str:
     name = re.sub(r"[^a-z0-9]+", "_", Path(folder).name.lower()).strip("_")
     if not name[:1].isalpha():
-        raise UsageError(f"{folder} does not make a data set's name: give one with --name=NAME")
+        raise UsageError(f"{folder} does not give a data set's name: choose one with --name=NAME")
     return name
 
 
@@ -125,14 +193,17 @@ def _check_same_settings(existing: Path, settings: dict) -> None:
 
 
 def _describe(collection: ImageCollection, written: WriteSummary) -> None:
-    """Says what was stored, what was left out and whose the images are."""
+    """Prints what was stored, what was skipped, and the images' licence."""
     print(f"wrote {written.path}")
     for split, counts in written.counts.items():
         print(f"  {split}: {counts.total():,} images{_by_class(collection.class_names, counts)}")
         if collection.name == "imagenet2012" and counts.total() != EXPECTED_IMAGES[split]:
-            print(f"    ImageNet 2012 has {EXPECTED_IMAGES[split]:,} there: these numbers compare with no one's")
+            print(
+                f"    warning: ImageNet 2012 has {EXPECTED_IMAGES[split]:,} there; results will not be comparable with "
+                "published numbers"
+            )
     if "validation" not in written.counts:
-        print("  no validation images: a larger --validation keeps some back")
+        print("  no validation images: a larger --validation holds some out")
     if written.skipped:
         print(f"  {len(written.skipped):,} unreadable, skipped: named above and in {written.path / 'metadata.json'}")
     if collection.license:

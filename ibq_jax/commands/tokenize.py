@@ -1,8 +1,8 @@
-"""python -m ibq_jax tokenize: stores the codes that a tokenizer gives a data set's images, to train a generator on."""
+"""python -m ibq_jax tokenize: stores the codes of a data set's images in a token cache, to train a generator on."""
 
 import shlex
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -15,29 +15,32 @@ from ibq_jax.data.pipeline import open_split
 from ibq_jax.data.preprocess import VIEWS
 from ibq_jax.data.token_cache import read_manifest
 from ibq_jax.tokenizer.restore import restore_run
-from ibq_jax.tokenizer.tokenize import Job, extract
+from ibq_jax.tokenizer.tokenize import TokenizeJob, tokenize
 
-SPLITS = ("train", "validation")  # as the cache calls them
+SPLITS = ("train", "validation")  # their names in the cache
 VALIDATION_VIEWS = ("centre",)
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command; `argv` is what follows the word "tokenize".
+    """Runs the command.
+
+    Args:
+        argv: the words after "tokenize".
 
     Raises:
         UsageError: wrong flags, no run or nothing saved in it, no such data set or split, an --out that is something
             else or a cache of other settings, or an image that cannot be decoded.
     """
     flags = parser().parse_args(argv)
-    trainer, restored = restore_run(flags.tokenizer)
-    params = restored.state.ema if flags.weights == "ema" else restored.state.params
+    trainer, restored = restore_run(flags.run)
+    params = restored.state.weights(flags.weights)
     origin = {
-        "path": str(resolve(flags.tokenizer)),
+        "path": str(resolve(flags.run)),
         "step": restored.step,
         "weights": flags.weights,
         "config": trainer.config.to_dict(),
     }
-    manifest = extract(
+    manifest = tokenize(
         trainer.model,
         params,
         _job(flags, trainer.config),
@@ -47,55 +50,48 @@ def main(argv: list[str]) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    barrier("tokenized")  # the last process to end its part completes the cache
+    barrier("tokenized")  # the process that finishes last completes the cache
     if joined():
         manifest = read_manifest(flags.out.resolve())
     if manifest is None:
-        print(f"{flags.out}: this process is done; the last of the others to end completes the cache")
+        print(f"{flags.out}: this process is done; the last process to finish completes the cache")
     else:
         _describe(flags.out, manifest)
 
 
-def _job(flags: Namespace, config: ConfigDict) -> Job:
-    """What the flags ask for; what they leave open is as in the tokenizer's config."""
+def _job(flags: Namespace, config: ConfigDict) -> TokenizeJob:
+    """Returns the job that the flags describe; missing flags take the values of the tokenizer's config."""
     data = config.data
     name, data_dir = flags.data or data.name, flags.data_dir or data.dir
     splits = flags.splits or (data.train_split, data.validation_split)
-    return Job(
+    return TokenizeJob(
         sources={split: open_split(name, data_dir, source) for split, source in zip(SPLITS, splits, strict=True)},
         views=dict(zip(SPLITS, (flags.views, VALIDATION_VIEWS), strict=True)),
         image_size=data.image_size,
         resize=flags.resize or data.resize,
         batch_size=flags.batch_size or config.evaluate.batch_size,
-        threads=flags.threads or data.num_threads,
+        num_threads=flags.num_threads or data.num_threads,
     )
 
 
 def _describe(out: Path, manifest: Mapping) -> None:
-    tokenizer, codes = manifest["tokenizer"], manifest["codes"]
-    whose = f"{tokenizer['path']}, step {tokenizer['step']}, {tokenizer['weights']} weights"
-    print(f"{out}/ holds the codes of {manifest['data']['name']} by {whose}")
+    tokenizer = manifest["tokenizer"]
+    weights = f"{tokenizer['path']}, step {tokenizer['step']}, {tokenizer['weights']} weights"
+    print(f"{out}/ holds the codes of {manifest['data']['name']} by {weights}")
     for split, counts in manifest["splits"].items():
         views = ", ".join(manifest["data"]["splits"][split]["views"])
         print(
-            f"  {split}: {counts['images']:,} images ({views}), {counts['codes']:,} codes; {counts['used']:,} of "
-            f"{codes:,} used, perplexity {counts['perplexity']:.0f}, entropy {counts['entropy']:.3f} nats"
+            f"  {split}: {counts['images']:,} images ({views}), {counts['num_tokens']:,} tokens; {counts['used']:,} of "
+            f"{manifest['codebook_size']:,} codes used, perplexity {counts['perplexity']:.0f}, "
+            f"entropy {counts['entropy']:.3f} nats"
         )
-    print(f"next: python -m ibq_jax train {' '.join(_training_flags(out, manifest))} --workdir=runs/ar")
-
-
-def _training_flags(out: Path, manifest: Mapping) -> Iterator[str]:
-    """A small preset for small pictures and a large one for others, with what the codes leave no choice about."""
     preset = "openmoji32" if manifest["preprocessing"]["image_size"] < 128 else "imagenet256_B"
-    yield f"--config=configs/autoregressive.py:{preset}"
-    yield f"--config.token_cache={shlex.quote(str(out))}"
-    yield f"--config.model.vocab_size={manifest['codes']}"
-    yield f"--config.model.grid={','.join(map(str, manifest['grid']))}"
-    yield f"--config.model.num_classes={len(manifest['data']['class_names'])}"
+    fields = f"--config=configs/autoregressive.py:{preset} --config.token_cache={shlex.quote(str(out))}"
+    print(f"next: python -m ibq_jax train {fields} --workdir=runs/ar")
 
 
 def _views(text: str) -> tuple[str, ...]:
-    """argparse type: names of views."""
+    """argparse type: names of crops, separated by commas."""
     names = tuple(text.split(","))
     for name in names:
         if name not in VIEWS:
@@ -104,33 +100,60 @@ def _views(text: str) -> tuple[str, ...]:
 
 
 def _two_splits(text: str) -> tuple[str, ...]:
-    """argparse type: the source's names of the two splits."""
+    """argparse type: two splits of the data set, separated by a comma."""
     names = tuple(text.split(","))
     if len(names) != len(SPLITS) or not all(names):
-        raise ArgumentTypeError(f"{text!r} is not the names of two splits: one to train on, one to validate on")
+        raise ArgumentTypeError(f"{text!r} is not two splits separated by a comma, such as train,validation")
     return names
 
 
 def parser() -> Parser:
-    parser = Parser("tokenize", __doc__.partition(": ")[2])
-    parser.add_argument(
-        "--tokenizer", required=True, type=as_path, metavar="RUN", help="folder of a tokenizer's run, or a checkpoint"
+    """Returns the parser of the command's flags."""
+    parser = Parser(
+        "tokenize",
+        "Stores the codes that a tokenizer gives a data set's images in a token cache, to train a generator on.",
+        examples=[
+            "--run=runs/quickstart/tokenizer --out=runs/codes",
+            "--run=runs/imagenet --out=runs/codes --views=ten_crop --resize=282",
+            "--run=runs/imagenet --out=runs/photos --data=photos --splits='train[:90%],train[90%:]'",
+        ],
+        notes="The same command continues an interrupted cache. Several processes may share the work.",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the token cache")
-    parser.add_argument(
+    add, own = parser.add_argument, "Default: the tokenizer's config."
+    add(
+        "--run",
+        "--tokenizer",
+        required=True,
+        type=as_path,
+        metavar="RUN",
+        help="Folder of a tokenizer's run, or one of its checkpoints.",
+    )
+    add("--out", required=True, type=Path, metavar="DIR", help="Folder of the token cache.")
+    add(
         "--views",
         type=_views,
         default=("centre", "flip"),
         metavar="NAMES",
-        help=f"crops of a training image, of {', '.join(VIEWS)} (default: centre,flip); validation has the centre",
+        help=f"Crops of each training image to store, of {', '.join(VIEWS)}; of a validation image, the centre. "
+        "Default: centre,flip.",
     )
-    parser.add_argument("--resize", type=positive, metavar="N", help="pixels of the shorter side before cropping")
-    parser.add_argument("--data", metavar="NAME", help="the data set")
-    parser.add_argument("--data-dir", metavar="DIR", help="where the data sets are")
-    parser.add_argument("--splits", type=_two_splits, metavar="A,B", help="to train on, to validate on")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last ones")
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="crops at once on all devices of a process")
-    parser.add_argument("--threads", type=positive, metavar="N", help="that decode images")
-    parser.add_argument("--overwrite", action="store_true", help="remove the cache that is there, and make it anew")
-    parser.epilog = "What is not given is as in the tokenizer's config; the batch size, as its evaluate.batch_size."
+    add("--resize", type=positive, metavar="N", help=f"Pixels of the shorter side before cropping. {own}")
+    add("--data", metavar="NAME", help=f"Name of the data set. {own}")
+    add("--data-dir", metavar="DIR", help=f"Folder that holds all data sets. {own}")
+    add("--splits", type=_two_splits, metavar="A,B", help=f"Splits to train on and to validate on. {own}")
+    add("--weights", choices=("ema", "raw"), default="ema", help="Averaged (ema) or raw weights. Default: ema.")
+    add(
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="Images encoded at once on all devices of a process. Default: the config's evaluate.batch_size.",
+    )
+    add(
+        "--num-threads",
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="Threads that decode images in each process. Default: the config's data.num_threads.",
+    )
+    add("--overwrite", action="store_true", help="Replace the token cache if it exists.")
     return parser

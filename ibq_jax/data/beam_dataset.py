@@ -1,20 +1,19 @@
 """A TFDS data set in ArrayRecord form, written by the workers of an Apache Beam runner.
 
-The records are the local path's (`store.write_dataset`): every split holds the same file names, labels and image bytes
-in the same order, so that whatever reads by index, batches of training included, is the same to the bit. Only how many
-records lie in a file differs: a work item, a tar shard or several in a row, gives one file of each split, at times an
-empty one.
+The records are those of `store.write_dataset`: every split holds the same file names, labels and image bytes in the
+same order, so reading by index, and so every training batch, is the same bit for bit. Only the number of records per
+file differs: a work item (one tar shard, or several in a row) writes one file per split, which may be empty.
 
 TFDS 4.9.10 has two Beam writers (`tensorflow_datasets.core.writer`). `BeamWriter` needs no TensorFlow for ArrayRecord
-files, but sends every image through the runner's shuffle, holds a shard's images in memory, orders them by hashes, and
-starts from nothing when it is killed; `NoShuffleBeamWriter` has no sink for ArrayRecord files. So the workers write
-with `tfds.core.SequentialWriter`, as the local path does, and TFDS's metadata are put together at the end.
+files, but sends every image through the runner's shuffle, holds a shard's images in memory, orders them by hash, and
+starts from nothing after a kill; `NoShuffleBeamWriter` cannot write ArrayRecord files. So the workers write with
+`tfds.core.SequentialWriter`, as `store` does, and TFDS's metadata are assembled at the end.
 
 DATA_DIR/NAME/beam.incomplete/labels/    results of the first pass over tar shards (`beam_map`)
-DATA_DIR/NAME/beam.incomplete/shards/    results of the second
-DATA_DIR/NAME/beam.incomplete/data/      what becomes DATA_DIR/NAME/VERSION
+DATA_DIR/NAME/beam.incomplete/shards/    results of the second pass
+DATA_DIR/NAME/beam.incomplete/data/      becomes DATA_DIR/NAME/VERSION
 
-Workers write with ordinary files: input and DATA_DIR have to lie on a file system that each has under the same path.
+Workers write ordinary files, so every worker has to see the input and DATA_DIR under the same paths.
 """
 
 import dataclasses
@@ -29,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -37,7 +37,8 @@ from tensorflow_datasets.core.file_adapters import FileFormat
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import PARTIAL
-from ibq_jax.data.beam_map import BeamRunner, beam_map, partial_name, paths_in
+from ibq_jax.base.parts import remove_partials, unique_partial
+from ibq_jax.data.beam_map import BeamRunner, beam_map, paths_in
 from ibq_jax.data.preprocess import UnreadableImage
 from ibq_jax.data.sources import Example, ImageCollection, ParallelMap
 from ibq_jax.data.store import (
@@ -54,10 +55,10 @@ from ibq_jax.data.store import (
 )
 
 SPLITS = ("train", "validation")
-MOST_NAMED = 10_000  # unreadable images in the metadata, which are read whole whenever the data set is opened
-MOST_ITEMS = 4096  # a file of each split for every item, and a reader keeps all of them open
+MAX_NAMED = 10_000  # unreadable images listed in the metadata, which are read whole whenever the data set is opened
+MAX_ITEMS = 4096  # every item makes one file per split, and a reader keeps all of them open
 KEPT = "free room and rerun, what is whole was kept"
-SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"  # as SequentialWriter has it
+SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"  # the pattern that SequentialWriter uses
 
 
 def write_dataset_with_beam(
@@ -68,17 +69,20 @@ def write_dataset_with_beam(
     runner: BeamRunner,
     overwrite: bool = False,
 ) -> tuple[ImageCollection, WriteSummary]:
-    """Does what `store.write_dataset` does. Killed and called again, it makes only the shards that are missing.
+    """Writes the data set that `store.write_dataset` would. Killed and called again, it makes only the missing shards.
 
-    A shard is missing, too, when its tar or the settings have changed since; of a folder's images, when the names have.
+    A shard whose tar or settings have changed, or for a folder of images the file names, counts as missing.
 
     Args:
-        collect: makes the collection, which needs parts; is given a map over files that Beam runs.
-        name: the collection's.
-        data_dir: of the data sets.
-        settings: kept in the metadata.
+        collect: makes the collection, which must have parts, from a map over files that Beam runs.
+        name: the collection's name.
+        data_dir: the folder of the data sets.
+        settings: stored in the metadata.
         runner: where it runs.
-        overwrite: whether to replace the data set once this one is complete.
+        overwrite: whether to replace an existing data set once this one is complete.
+
+    Returns:
+        the collection and what was written.
 
     Raises:
         UsageError: as `store.write_dataset`; or a worker does not see the input.
@@ -94,7 +98,7 @@ def write_dataset_with_beam(
         check_absent(path, overwrite)
         data = work / "data"
         data.mkdir(exist_ok=True)
-        _remove_partial(data)
+        remove_partials(data)
         writer = _ShardWriter(dataclasses.replace(collection, examples=tuple, parts=()), data)
         results = mapped(
             writer,
@@ -105,27 +109,22 @@ def write_dataset_with_beam(
             still_whole=writer.has_whole,
         )
         counts, skipped = _finish(collection, data, settings, results)
-        _remove_partial(data)
+        remove_partials(data)
         replace_folder(data, path)
         shutil.rmtree(work, ignore_errors=True)
     return collection, WriteSummary(Path(data_dir, name, collection.version), counts, tuple(skipped))
 
 
-def _remove_partial(data: Path) -> None:
-    for leftover in data.glob(f"*{PARTIAL}"):
-        shutil.rmtree(leftover, ignore_errors=True)  # a worker that outlived its runner may be writing still
-
-
 def _items(collection: ImageCollection) -> list[tuple]:
-    """(number, *parts): at most MOST_ITEMS runs of neighbouring parts, as even as may be."""
-    count = min(len(collection.parts), MOST_ITEMS)
+    """Returns (number, *parts) for at most MAX_ITEMS runs of neighbouring parts, of as equal lengths as possible."""
+    count = min(len(collection.parts), MAX_ITEMS)
     bounds = [len(collection.parts) * number // count for number in range(count + 1)]
     return [(number, *collection.parts[bounds[number] : bounds[number + 1]]) for number in range(count)]
 
 
 @dataclass(frozen=True)
 class _ShardWriter:
-    """Writes the images of an item: a file of each split in `data`, and what there is to tell of them."""
+    """Writes the images of an item to `data`, one file per split, and returns their counts and sizes."""
 
     collection: ImageCollection  # without its parts, which are many
     data: Path
@@ -135,7 +134,7 @@ class _ShardWriter:
         for path in paths_in(parts):
             if not path.exists():
                 raise UsageError(f"the worker {socket.gethostname()} does not see {path}: it needs it under this path")
-        folder = partial_name(self.data / f"{number:05}")
+        folder = unique_partial(self.data / f"{number:05}")
         folder.mkdir()
         try:
             with disk_full_as_usage_error(self.data, KEPT):
@@ -166,7 +165,7 @@ class _ShardWriter:
         return Path(_template(self.collection, self.data, split).sharded_filepath(shard_index=number, num_shards=None))
 
     def has_whole(self, result: Mapping) -> bool:
-        """Whether the files that a result tells of are there, as long as they were."""
+        """Returns whether the files of a result are there and have their sizes."""
         for split, size in result["files"].items():
             path = self._shard(split, result["number"])
             if not path.is_file() or path.stat().st_size != size:
@@ -185,7 +184,7 @@ def _readable(examples: Iterable[Example], skipped: list[str]) -> Iterator[tuple
 
 
 def _empty_shard(path: Path) -> Path:
-    """Numbers of shards have no gaps."""
+    """Writes a shard without records, so that the shards' numbers have no gaps."""
     ArrayRecordWriter(str(path), "group_size:1").close()
     return path
 
@@ -193,7 +192,7 @@ def _empty_shard(path: Path) -> Path:
 def _template(collection: ImageCollection, folder: Path, split: str) -> naming.ShardedFileTemplate:
     return naming.ShardedFileTemplate(
         dataset_name=collection.name,
-        data_dir=folder,
+        data_dir=epath.Path(folder),
         split=split,
         filetype_suffix=FileFormat.ARRAY_RECORD.file_suffix,
         template=SHARD_NAME,
@@ -203,7 +202,7 @@ def _template(collection: ImageCollection, folder: Path, split: str) -> naming.S
 def _finish(
     collection: ImageCollection, data: Path, settings: Mapping, results: list[Mapping]
 ) -> tuple[dict[str, Counter], list[str]]:
-    """Writes TFDS's metadata. Returns images per split and label, and what was skipped."""
+    """Writes TFDS's metadata. Returns the images per split and label, and one line per skipped image."""
     skipped = [line for result in results for line in result["skipped"]]
     counts: dict[str, Counter] = {}
     splits, whole = [], set()
@@ -221,14 +220,14 @@ def _finish(
             Path(template.sharded_filepath(shard_index=number, num_shards=None)) for number in range(len(results))
         }
     check_some(collection, counts, skipped)
-    for path in set(data.iterdir()) - whole:  # of a split without images, or of an earlier call with more shards
+    for path in set(data.iterdir()) - whole:  # from a split without images, or from an earlier call with more shards
         if not path.name.endswith(PARTIAL):
             path.unlink()
-    for line in skipped[:MOST_NAMED]:
+    for line in skipped[:MAX_NAMED]:
         print(f"skipped {line}", file=sys.stderr)
-    info = dataset_info(collection, data, settings)
-    info.metadata["skipped"] = skipped[:MOST_NAMED]
+    info: Any = dataset_info(collection, data, settings)
+    info.metadata["skipped"] = skipped[:MAX_NAMED]
     info.set_file_format(FileFormat.ARRAY_RECORD)
-    info.set_splits(tfds.core.splits.SplitDict(splits))
+    info.set_splits(SplitDict(splits))
     info.write_to_directory(data)
     return counts, skipped

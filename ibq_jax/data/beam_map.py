@@ -1,9 +1,10 @@
-"""A map over work items on the workers of an Apache Beam runner, of which a restart does only what is missing.
+"""A map over work items on the workers of an Apache Beam runner; run again, it does only the items that are missing.
 
-FOLDER/00012.json     what the function gave for item 12, under this name only once whole; and a digest of what it is of
-FOLDER/00012.error    one line, where the item cannot be done
+FOLDER/00012.json     the function's result for item 12 and a digest of its inputs; has this name only once it is whole
+FOLDER/00012.error    one line, if the item cannot be done
 
-Results lie in files, not in the pipeline, so that they outlive it. Beam is imported here alone, and only if asked for.
+Results are files and do not pass through the pipeline, so that they outlive it. Only this module imports Beam, and only
+on use.
 """
 
 import contextlib
@@ -12,11 +13,9 @@ import hashlib
 import io
 import json
 import logging
-import os
 import shlex
 import socket
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +24,17 @@ from typing import Any
 from tqdm import tqdm
 
 from ibq_jax.base.errors import Failed, UsageError, one_line
-from ibq_jax.base.files import PARTIAL
+from ibq_jax.base.parts import remove_partials, replace_text
 
 LOCAL_RUNNER = "DirectRunner"
-# A process a core: in threads, whatever holds Python's lock would wait for one another.
+# One process per core: threads would wait for each other's hold of Python's global lock.
 LOCAL_OPTIONS = (
     "--direct_num_workers=0",
     "--direct_running_mode=multi_processing",
     "--default_sdk_harness_log_level=ERROR",
 )
 SECONDS_BETWEEN_COUNTS = 5
-TRACEBACK_LINES = 8  # a runner's message as long as that is a worker's traceback, whose last line tells
+TRACEBACK_LINES = 8  # a runner's message this long is a worker's traceback, whose last line names the error
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,14 @@ class BeamRunner:
 
 
 def find_beam(name: str, options: str = "") -> BeamRunner:
-    """The runner `name`, e.g. "DirectRunner" or "DataflowRunner", with `options` as Beam's own command lines have them.
+    """Checks that Beam has a runner and its options, and returns them.
 
-    "--runner=..." among the options goes before `name`. The direct runner gets a process a core unless they say else.
+    Args:
+        name: the runner, such as "DirectRunner" or "DataflowRunner". "--runner=..." in `options` takes precedence.
+        options: as on a Beam command line. The direct runner uses one process per core unless they say otherwise.
 
     Raises:
-        UsageError: apache-beam is not installed, there is no such runner or option, or a value is none of the option's.
+        UsageError: apache-beam is not installed, there is no such runner or option, or an option has a wrong value.
     """
     try:
         with _without_warnings():
@@ -69,11 +70,14 @@ def find_beam(name: str, options: str = "") -> BeamRunner:
         with _without_warnings(), contextlib.redirect_stderr(printed):
             known = given.get_all_options(drop_default=True)
             unknown = given.get_all_options(drop_default=True, retain_unknown_options=True).keys() - known
-    except (SystemExit, ValueError) as error:  # argparse's, after its usage; and an open quotation mark
+    except (
+        SystemExit,
+        ValueError,
+    ) as error:  # from argparse, after its usage text; from shlex for an open quotation mark
         reason = (printed.getvalue().strip() or str(error)).splitlines()[-1].partition("error: ")
-        raise UsageError(f"--beam_options={options}: {reason[2] or reason[0]}") from error
+        raise UsageError(f"--beam-options={options}: {reason[2] or reason[0]}") from error
     if unknown:
-        raise UsageError(f"--beam_options={options}: Beam has no option --{min(unknown)}")
+        raise UsageError(f"--beam-options={options}: Beam has no option --{min(unknown)}")
     name = known.get("runner") or name
     try:
         create_runner(name)
@@ -93,24 +97,25 @@ def beam_map(
     description: str = "",
     still_whole: Callable[[Any], bool] = lambda result: True,
 ) -> list[Any]:
-    """`function(item)` of every item, in order. What `folder` holds of an earlier call with the same items is kept.
+    """Returns `function(item)` for every item, in order. Results of an earlier call with the same items are kept.
 
     Args:
-        function: gives JSON values; is pickled, as the items are, and may be called more than once for an item. A
-            UsageError of it stops the map, but only once all other items are done.
-        items: told apart by their repr; of a Path the size and the time of its last change count too.
-        folder: of the results, on a file system that every worker has under the same path.
+        function: returns JSON values. It is pickled, as the items are, and may be called more than once for an item. If
+            it raises UsageError, the map stops once all other items are done.
+        items: identified by their repr, and by size and modification time of every Path in them.
+        folder: where the results go, on a file system that every worker sees under the same path.
         runner: where it runs.
-        identity: what else the results depend on. Results of another identity, or of other items, are made anew.
-        description: of the progress bar.
-        still_whole: whether a result of an earlier call can be kept.
+        identity: whatever else the results depend on. Results of another identity, or of other items, are made again.
+        description: the progress bar's.
+        still_whole: says whether a result of an earlier call can be kept.
 
     Raises:
         UsageError: `function` raised one.
         Failed: the runner gave up.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in (*folder.glob("*.error"), *folder.glob(f"*{PARTIAL}")):
+    remove_partials(folder)
+    for leftover in folder.glob("*.error"):
         leftover.unlink(missing_ok=True)
     digests = [_digest(identity, item) for item in items]
     missing = [
@@ -118,7 +123,7 @@ def beam_map(
         for number, item in enumerate(items)
         if not _is_whole(_result(folder, number), digests[number], still_whole)
     ]
-    for number, *_ in missing:  # of other settings; what is there counts as done
+    for number, *_ in missing:  # results of other inputs, which the progress bar would count as done
         _result(folder, number).unlink(missing_ok=True)
     if missing:
         with _progress(folder, len(items), description):
@@ -130,13 +135,8 @@ def beam_map(
     return [json.loads(_result(folder, number).read_text())["result"] for number in range(len(items))]
 
 
-def partial_name(path: Path) -> Path:
-    """A name to write `path` under until it is whole: one that nobody else uses, for Beam may try an item twice."""
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
-
-
 def paths_in(item: Any) -> Iterator[Path]:
-    """The Paths in tuples and lists, however nested."""
+    """Yields the Paths in tuples and lists, however nested."""
     if isinstance(item, Path):
         yield item
     elif isinstance(item, tuple | list):
@@ -162,12 +162,12 @@ def _is_whole(path: Path, digest: str, still_whole: Callable[[Any], bool]) -> bo
 
 
 def _work(function: Callable[[Any], Any], folder: Path, numbered: tuple[int, str, Any]) -> None:
-    """What a worker does for an item."""
+    """Does one item on a worker and writes its result."""
     number, digest, item = numbered
     path = _result(folder, number)
     if not folder.is_dir():
         raise Failed(
-            f"{socket.gethostname()} does not see {folder}: workers need --data_dir and the input as shown here"
+            f"{socket.gethostname()} does not see {folder}: workers need --data-dir and the input under the same paths"
         )
     try:
         text = json.dumps({"digest": digest, "result": function(item)})
@@ -175,9 +175,7 @@ def _work(function: Callable[[Any], Any], folder: Path, numbered: tuple[int, str
         path, text = path.with_suffix(".error"), str(error)
     except OSError as error:  # such as a file that this worker may not read
         path, text = path.with_suffix(".error"), f"on {socket.gethostname()}: {error}"
-    partial = partial_name(path)
-    partial.write_text(text)
-    os.replace(partial, path)
+    replace_text(path, text)  # Beam may try an item twice, even at the same time
 
 
 def _run(work: Callable[[Any], None], missing: list, runner: BeamRunner) -> None:
@@ -188,15 +186,15 @@ def _run(work: Callable[[Any], None], missing: list, runner: BeamRunner) -> None
         with apache_beam.Pipeline(runner=runner.name, options=PipelineOptions(list(runner.options))) as pipeline:
             spread = pipeline | "items" >> apache_beam.Create(missing) | "spread" >> apache_beam.Reshuffle()
             _ = spread | "work" >> apache_beam.Map(work)
-    except Exception as error:  # whatever a runner may raise; Beam has logged what happened where
+    except Exception as error:  # runners raise anything; Beam has logged what happened where
         lines = str(error).strip().splitlines()
         reason = one_line(error) if len(lines) < TRACEBACK_LINES else one_line(Exception(lines[-1]))
-        raise Failed(f"{runner.name} gave up ({reason}); what is whole was kept, the same command goes on") from error
+        raise Failed(f"{runner.name} gave up ({reason}); what is whole was kept, the same command continues") from error
 
 
 @contextlib.contextmanager
 def _progress(folder: Path, total: int, description: str) -> Iterator[None]:
-    """Shows how many results there are while the block runs; the runner itself tells nothing in between."""
+    """Shows how many results there are while the block runs, since the runner reports nothing until it ends."""
     done = threading.Event()
 
     def count() -> int:
@@ -219,7 +217,7 @@ def _progress(folder: Path, total: int, description: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Beam warns on import of a package it would like for a format that is not used here, and of options twice."""
+    """Silences Beam's warnings about optional packages that are not needed here, and its doubled ones about options."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

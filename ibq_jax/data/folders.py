@@ -111,7 +111,7 @@ def _class_names(root: Path, images: list[_Image]) -> list[str]:
             f"{root} holds images in class folders ({min(examples.values())}) and beside them ({beside}): "
             "move the latter into a class folder or away"
         )
-    return sorted(examples)
+    return sorted(name for name in examples if name is not None)
 
 
 def _with_validation(images: list[_Image], fraction: float) -> list[_Image]:

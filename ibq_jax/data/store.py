@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
@@ -79,7 +80,8 @@ def _check_features(described: object) -> None:
 
 def made_with(path: Path) -> Mapping[str, str | int | float] | None:
     """The settings that the data set at `path` was written with; None where something else wrote it."""
-    return open_builder(path).info.metadata.get("settings")
+    info: Any = open_builder(path).info
+    return info.metadata.get("settings")
 
 
 def write_dataset(
@@ -102,7 +104,7 @@ def write_dataset(
     counts: dict[str, Counter] = {}
     skipped: list[str] = []
     with _complete_or_absent(path) as folder:
-        info = dataset_info(collection, folder, settings)
+        info: Any = dataset_info(collection, folder, settings)
         info.metadata["skipped"] = skipped
         write_examples(_readable(collection, skipped), info, counts, EXAMPLES_PER_SHARD)
         check_some(collection, counts, skipped)

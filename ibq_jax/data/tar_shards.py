@@ -10,6 +10,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -107,7 +108,7 @@ def _checked(label: Label, where: str) -> Label:
     return label
 
 
-def _class_names(seen: dict[Label, str]) -> tuple[str, ...]:
+def _class_names(seen: dict[Any, str]) -> tuple[str, ...]:
     kinds = {type(label): label for label in seen}
     if len(kinds) > 1:
         found = " and ".join(f"{label!r} at {printable(seen[label])}" for label in kinds.values())

@@ -2,8 +2,8 @@
 
 Shapes: B crops of a batch, each [S, S, 3]; V crops of an image; codes [h, w].
 
-A shard of the cache is encoded by itself, its last batch padded, so that its content depends on its number, not on how
-many processes share the work or how often they were killed.
+Each shard of the cache is encoded on its own, with its last batch padded. So its content depends on its number alone,
+not on how many processes share the work or how often they were killed.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -24,16 +25,17 @@ import numpy as np
 from tqdm import tqdm
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.files import atomic_file
+from ibq_jax.base.parts import write_part
 from ibq_jax.base.sharding import batch_sharding, check_batch, global_batch, make_mesh, replicated
-from ibq_jax.data.pipeline import ImageSource, check_readers, check_sizes, decode_record, iterate
+from ibq_jax.data.batches import check_readers, iterate
+from ibq_jax.data.pipeline import ImageSource, check_sizes, decode_record
 from ibq_jax.data.preprocess import VIEWS, resize_shorter_side, to_float, views
-from ibq_jax.data.token_cache import MANIFEST, VERSION, read_manifest, record_type
+from ibq_jax.data.token_cache import VERSION, find_manifest, read_manifest, record_type
 from ibq_jax.data.token_cache_writer import Shard, finish, list_shards, locked_cache, shard_count, write_records
 from ibq_jax.tokenizer.model import TokenizerModel
 from ibq_jax.tokenizer.quantizers import fingerprint_fields
 
-# Fields of the model that decide which codes an image gets; the others say where and how fast, or how it was trained.
+# The model's fields that decide which codes an image gets; the others affect only training, speed or placement.
 DECIDING_FIELDS = (
     "channels",
     "channel_multipliers",
@@ -45,33 +47,33 @@ DECIDING_FIELDS = (
     "code_dim",
     "dtype",
 )
-FINGERPRINT_NAMES = {"codebook_size": "num_codes"}  # as the field was called when the first caches were made
+FINGERPRINT_NAMES = {"codebook_size": "num_codes"}  # the name this field had when the first caches were made
 
 Encode = Callable[[np.ndarray], jax.Array]  # uint8 [B, S, S, 3] -> codes int32 [B, h, w]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to encode, in which portions. `sources` and the names of `views` stand under the cache's names of splits."""
+class TokenizeJob:
+    """The images to encode and how; `sources` and `views` are by split, "train" and "validation"."""
 
     sources: Mapping[str, ImageSource]
-    views: Mapping[str, tuple[str, ...]]
+    views: Mapping[str, tuple[str, ...]]  # names of the crops
     image_size: int  # S
     resize: int  # pixels of the shorter side before cropping (antialiased)
     batch_size: int  # B, over this process's devices
-    threads: int  # that decode images; each holds a batch
+    num_threads: int  # threads that decode images; each holds a batch
 
     def crops(self, split: str) -> int:
-        """V, the crops of an image."""
+        """Returns V, the number of crops of an image."""
         blank = np.zeros((self.image_size, self.image_size, 3), np.uint8)
         return len(views(blank, self.views[split], self.image_size))
 
 
 def fingerprint(model: TokenizerModel, params: Mapping) -> str:
-    """sha256 of what makes two tokenizers the same: the model's fields that decide codes, and every parameter.
+    """Returns a sha256 that is equal for tokenizers of equal codes: of the deciding fields and every parameter.
 
-    The same on any number of devices, and for a tokenizer that was trained here or imported. `params` must be readable
-    from this process: whole on its devices or the host, as `restore_run` gives them.
+    It does not depend on the number of devices, nor on whether the tokenizer was trained here or imported. `params`
+    must be readable from this process: whole on its devices or on the host, as `restore_run` returns them.
     """
     fields = {FINGERPRINT_NAMES.get(name, name): getattr(model, name) for name in DECIDING_FIELDS}
     fields["dtype"] = jnp.dtype(model.dtype).name
@@ -86,10 +88,10 @@ def fingerprint(model: TokenizerModel, params: Mapping) -> str:
     return digest.hexdigest()
 
 
-def extract(
+def tokenize(
     model: TokenizerModel,
     params: Mapping,
-    job: Job,
+    job: TokenizeJob,
     folder: Path,
     origin: Mapping,
     *,
@@ -97,23 +99,24 @@ def extract(
     process_index: int,
     process_count: int,
 ) -> dict | None:
-    """Encodes this process's shards into the cache `folder`, but for those that are there already.
+    """Encodes this process's shards into the token cache `folder`, except those that are there already.
 
     Args:
         model: the tokenizer.
         params: its parameters, as for `fingerprint`.
         job: what to encode.
-        folder: of the cache, made when it is not there; the same for all processes.
-        origin: what the manifest says of the tokenizer beside its fingerprint: path, step, weights, config.
-        overwrite: remove what is in the cache first.
-        process_index: this process's place among process_count.
-        process_count: processes that share the shards.
+        folder: the cache's folder, created if absent; the same for all processes.
+        origin: the manifest's fields about the tokenizer besides its fingerprint: path, step, weights, config.
+        overwrite: whether to empty the cache first.
+        process_index: this process's index among process_count.
+        process_count: the number of processes that share the shards.
 
     Returns:
-        the manifest, if with these shards the cache is complete; None while other processes write theirs.
+        the manifest, if these shards complete the cache; None while other processes write theirs.
 
     Raises:
-        UsageError: bad input, with nothing written; a record that is no image, or a full disk, with whole shards kept.
+        UsageError: bad input, with nothing written; or a record that is not an image, or a full disk, with whole
+            shards kept.
     """
     mesh = make_mesh({"data": -1}, jax.local_devices())
     _check(job)
@@ -123,36 +126,36 @@ def extract(
     folder, params = Path(folder).resolve(), jax.device_get(params)
     settings = _settings(model, params, job, origin)
     with locked_cache(folder, settings, overwrite):
-        if (folder / MANIFEST).exists():
-            print(f"{folder} is complete already; --overwrite makes it anew")
+        if find_manifest(folder):
+            print(f"{folder} is complete already; --overwrite makes it again")
             return read_manifest(folder)
-        mine = [shard for shard in list_shards(folder, settings) if shard.number % process_count == process_index]
-        _write_shards(mine, settings, job, _encoder(model, params, mesh))
+        own = [shard for shard in list_shards(folder, settings) if shard.number % process_count == process_index]
+        _write_shards(own, settings, job, _encoder(model, params, mesh))
         return finish(folder, settings)
 
 
-def _check(job: Job) -> None:
+def _check(job: TokenizeJob) -> None:
     check_sizes(job.image_size, job.resize)
-    check_readers(job.threads)
+    check_readers(job.num_threads)
     for names in job.views.values():
         _check_views(job, names)
 
 
-def _check_views(job: Job, names: tuple[str, ...]) -> None:
+def _check_views(job: TokenizeJob, names: tuple[str, ...]) -> None:
     for name in names:
         if name not in VIEWS:
             raise UsageError(f"there is no view {name!r}; the views are {', '.join(VIEWS)}")
     if len(set(names)) < len(names) or ("ten_crop" in names and len(names) > 1):
-        raise UsageError(f"--views={','.join(names)} has a crop twice; ten_crop has the centre and its flip in it")
-    if "ten_crop" in names and job.resize < job.image_size + 2:  # the centre is a corner even where one pixel is left
+        raise UsageError(f"--views={','.join(names)} repeats a crop; ten_crop includes the centre and its flip")
+    if "ten_crop" in names and job.resize < job.image_size + 2:  # with one spare pixel the centre is still a corner
         raise UsageError(
-            f"ten_crop would store equal crops: a crop of {job.image_size} pixels has no corners to go to in images "
-            f"resized to {job.resize}; give --resize={max(job.image_size + 2, round(1.1 * job.image_size))}, or more"
+            f"ten_crop would store equal crops: images resized to {job.resize} pixels leave no room around crops of "
+            f"{job.image_size}; give --resize={max(job.image_size + 2, round(1.1 * job.image_size))}, or more"
         )
 
 
-def _settings(model: TokenizerModel, params: Mapping, job: Job, origin: Mapping) -> dict:
-    """The cache's settings, as `code_writer` describes them. Raises UsageError for a size the model does not take."""
+def _settings(model: TokenizerModel, params: Mapping, job: TokenizeJob, origin: Mapping) -> dict:
+    """Returns the cache's settings (see `token_cache_writer`). Raises UsageError for a size the model cannot encode."""
     blank = jax.ShapeDtypeStruct((1, job.image_size, job.image_size, 3), jnp.uint8)
     [_, *grid] = jax.eval_shape(functools.partial(_codes, model.clone(mesh=None)), params, blank).shape
     source = job.sources["train"]
@@ -176,7 +179,7 @@ def _settings(model: TokenizerModel, params: Mapping, job: Job, origin: Mapping)
         },
         "preprocessing": {"image_size": job.image_size, "resize": job.resize, "antialias": True},
         "precision": jnp.dtype(model.dtype).name,
-        "codes": model.codebook_size,
+        "codebook_size": model.codebook_size,
         "grid": grid,
         "dtype": np.min_scalar_type(model.codebook_size - 1).name,
     }
@@ -192,53 +195,50 @@ def _encoder(model: TokenizerModel, params: Mapping, mesh: jax.sharding.Mesh) ->
     return lambda crops: encode(params, global_batch({"crops": crops}, mesh)["crops"])
 
 
-def _write_shards(shards: list[Shard], settings: Mapping, job: Job, encode: Encode) -> None:
-    """Writes those that are neither whole nor being written by another process."""
+def _write_shards(shards: list[Shard], settings: Mapping, job: TokenizeJob, encode: Encode) -> None:
+    """Writes the shards that are neither whole nor being written by another process."""
     missing = [shard for shard in shards if not shard.is_whole]
-    total, left = (sum(len(shard.images) for shard in some) for some in (shards, missing))
+    total, left = (sum(len(shard.images) for shard in group) for group in (shards, missing))
     if left < total:
         print(f"continuing: {total - left:,} of {total:,} images are encoded")
     with tqdm(total=total, initial=total - left, unit=" images", disable=None, dynamic_ncols=True) as bar:
         for shard in missing:
-            shard.path.parent.mkdir(exist_ok=True)
-            with atomic_file(shard.path) as partial:
-                if partial is None:
-                    bar.update(len(shard.images))
-                else:
-                    write_records(partial, _encode_shard(shard, record_type(shard.split, settings), job, encode, bar))
+            dtype = record_type(shard.split, settings)
+            if not write_part(shard.path, functools.partial(_write_shard, shard, dtype, job, encode, bar)):
+                bar.update(len(shard.images))
 
 
-def _encode_shard(shard: Shard, kind: np.dtype, job: Job, encode: Encode, bar: tqdm) -> np.ndarray:
-    """The shard's records; while B crops are encoded, the next ones are decoded."""
-    records = np.zeros(len(shard.images), kind)
+def _write_shard(shard: Shard, dtype: np.dtype, job: TokenizeJob, encode: Encode, bar: tqdm, path: Path) -> None:
+    """Encodes the shard's images and writes them to `path`; the next crops are decoded while B are encoded."""
+    records: Any = np.zeros(len(shard.images), dtype)
     records["index"] = shard.images
     encoding, codes = deque(), []
     with contextlib.closing(_image_batches(shard, job)) as batches:
-        for crops in _portions(_crops(batches, records, bar), job.batch_size):
+        for crops in _crop_batches(_crops(batches, records, bar), job.batch_size):
             encoding.append(encode(crops))
             if len(encoding) > 1:
                 codes.append(np.asarray(encoding.popleft()))
     codes.extend(np.asarray(array) for array in encoding)
     shape = records["codes"].shape
     records["codes"] = np.concatenate(codes)[: shape[0] * shape[1]].reshape(shape)
-    return records
+    write_records(path, records)
 
 
-def _image_batches(shard: Shard, job: Job) -> Generator[dict[str, np.ndarray]]:
-    """The shard's images in order, some at a time: {"crops": uint8 [n, V, S, S, 3], "label": int32 [n]}, n V >= B."""
+def _image_batches(shard: Shard, job: TokenizeJob) -> Generator[dict[str, np.ndarray]]:
+    """Yields n of the shard's images at a time: {"crops": uint8 [n, V, S, S, 3], "label": int32 [n]}, n V >= B."""
     source, names = job.sources[shard.split], job.views[shard.split]
 
     def load(index: int) -> dict[str, np.ndarray]:
         record = source[index]
         image = resize_shorter_side(decode_record(record, str(source)), job.resize)
-        return {"crops": views(image, names, job.image_size), "label": np.int32(record["label"])}
+        return {"crops": views(image, names, job.image_size), "label": np.asarray(record["label"], np.int32)}
 
     indices = grain.MapDataset.range(shard.images.start, shard.images.stop)
-    return iterate(indices.map(load).batch(-(-job.batch_size // job.crops(shard.split))), 0, job.threads)
+    return iterate(indices.map(load).batch(-(-job.batch_size // job.crops(shard.split))), 0, job.num_threads)
 
 
 def _crops(batches: Iterable[Mapping[str, np.ndarray]], records: np.ndarray, bar: tqdm) -> Iterator[np.ndarray]:
-    """Every crop [S, S, 3], in order; the labels go to the records."""
+    """Yields every crop [S, S, 3], in order, and stores the labels in the records."""
     start = 0
     for batch in batches:
         stop = start + len(batch["label"])
@@ -248,7 +248,7 @@ def _crops(batches: Iterable[Mapping[str, np.ndarray]], records: np.ndarray, bar
         start = stop
 
 
-def _portions(crops: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """[size, S, S, 3] at a time, the last filled up with black."""
-    while some := list(itertools.islice(crops, size)):
-        yield np.stack(some + [np.zeros_like(some[0])] * (size - len(some)))
+def _crop_batches(crops: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Yields `size` crops at a time, [size, S, S, 3]; black ones fill up the last batch."""
+    while taken := list(itertools.islice(crops, size)):
+        yield np.stack(taken + [np.zeros_like(taken[0])] * (size - len(taken)))

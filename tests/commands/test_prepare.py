@@ -87,7 +87,7 @@ def test_tar_shards_end_to_end(tmp_path, capsys):
 def test_imagenet_is_laid_out_as_tfds_does(tmp_path, capsys):
     run("imagenet", f"--tars={fake_imagenet(tmp_path)}", data_dir=tmp_path / "data")
     out = capsys.readouterr().out
-    assert "ImageNet 2012 has 1,281,167 there" in out
+    assert "warning: ImageNet 2012 has 1,281,167 there; results will not be comparable with published numbers" in out
     assert "train: 4 images of 1,000 classes, 0 to 2 each" in out
     builder = tfds.builder("imagenet2012", data_dir=tmp_path / "data")
     records = builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
@@ -190,12 +190,12 @@ def test_oversized_files_are_skipped(photos, tmp_path, monkeypatch, capsys):
         (["openmoji", "--sise=64"], "unrecognized arguments: --sise=64"),
         (["openmoji", "--size=big"], "argument --size: invalid int value: 'big'"),
         (["folder"], "arguments are required: --in"),
-        (["folder", "--in=/nowhere", "--validation=1"], "'1' is no fraction"),
-        (["folder", "--in=/nowhere", "--validation=some"], "'some' is no fraction"),
+        (["folder", "--in=/nowhere", "--validation=1"], "'1' is not a fraction"),
+        (["folder", "--in=/nowhere", "--validation=some"], "'some' is not a fraction"),
         (["folder", "--in=/nowhere"], "/nowhere is not a folder"),
-        (["folder", "--in=/"], "/ does not make a data set's name: give one with --name=NAME"),
+        (["folder", "--in=/"], "/ does not give a data set's name: choose one with --name=NAME"),
         (["tar", "--in=*.tar"], "arguments are required: --name"),
-        (["tar", "--in=*.tar", "--name=A-b"], "'A-b' is no name for a data set"),
+        (["tar", "--in=*.tar", "--name=A-b"], "'A-b' is not a data set's name"),
         (["imagenet", "--tars=/nowhere"], "lacks ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"),
     ],
 )

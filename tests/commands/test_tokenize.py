@@ -28,8 +28,8 @@ from ibq_jax.data.pipeline import open_split
 from ibq_jax.data.preprocess import decode_image, resize_shorter_side, views
 from ibq_jax.data.sources import Example, ImageCollection
 from ibq_jax.data.token_cache import open_token_cache
-from ibq_jax.tokenizer import tokenize as extract
-from ibq_jax.tokenizer.tokenize import Job, fingerprint
+from ibq_jax.tokenizer import tokenize as library
+from ibq_jax.tokenizer.tokenize import TokenizeJob, fingerprint
 
 SPLITS = "--splits=train[:100],validation[:20]"
 SIDE = 16  # pixels of a crop
@@ -48,7 +48,7 @@ def run(tmp_path_factory, data_dir):
 
 
 def command(run: Path, out: Path, *flags: str) -> list[str]:
-    return ["tokenize", f"--tokenizer={run}", f"--out={out}", *(flags or (SPLITS,))]
+    return ["tokenize", f"--run={run}", f"--out={out}", *(flags or (SPLITS,))]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def files(folder: Path) -> dict:
 
 
 def expected_codes(run: Path, source, names: tuple[str, ...], resize: int = SIDE, use_ema: bool = True) -> np.ndarray:
-    """[N, V, h, w], as the public class encodes the crops."""
+    """Returns codes [N, V, h, w], as the public class encodes the crops."""
     crops = [views(resize_shorter_side(decode_image(record["image"]), resize), names, SIDE) for record in source]
     codes = Tokenizer.load(run, use_ema).encode(np.concatenate(crops))
     return np.asarray(codes).reshape(len(crops), -1, *codes.shape[1:])
@@ -77,13 +77,13 @@ def stored_codes(out: Path, split: str) -> np.ndarray:
 def test_a_cache_holds_the_codes_that_the_tokenizer_gives(run, data_dir, tmp_path, capsys):
     out = tmp_path / "codes"
     assert main(command(run, out)) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"{out}/ holds the codes of openmoji by {run}, step 7, ema weights"
-    assert said[1].startswith("  train: 100 images (centre, flip), 12,800 codes; ") and " of 64 used, " in said[1]
-    assert said[2].startswith("  validation: 20 images (centre), 1,280 codes; ") and said[2].endswith(" nats")
-    fields = "--config.model.vocab_size=64 --config.model.grid=8,8 --config.model.num_classes=9"
-    train = f"train --config=configs/autoregressive.py:openmoji32 --config.token_cache={out} {fields} --workdir=runs/ar"
-    assert said[3:] == [f"next: python -m ibq_jax {train}"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"{out}/ holds the codes of openmoji by {run}, step 7, ema weights"
+    assert printed[1].startswith("  train: 100 images (centre, flip), 12,800 tokens; ")
+    assert " of 64 codes used, " in printed[1]
+    assert printed[2].startswith("  validation: 20 images (centre), 1,280 tokens; ") and printed[2].endswith(" nats")
+    train = f"train --config=configs/autoregressive.py:openmoji32 --config.token_cache={out} --workdir=runs/ar"
+    assert printed[3:] == [f"next: python -m ibq_jax {train}"]
 
     for split, names, size in (("train", ("centre", "flip"), 100), ("validation", ("centre",), 20)):
         source, cached = open_split("openmoji", data_dir, f"{split}[:{size}]"), open_token_cache(out, split)
@@ -96,7 +96,7 @@ def test_a_cache_holds_the_codes_that_the_tokenizer_gives(run, data_dir, tmp_pat
         assert codes.dtype == np.uint8 and len({image.tobytes() for image in codes[:, 0]}) > 0.9 * size
 
 
-def test_the_manifest_says_what_the_codes_are_of(whole, run, data_dir):
+def test_the_manifest_describes_the_codes(whole, run, data_dir):
     manifest = open_token_cache(whole, "train").manifest
     tokenizer = Tokenizer.load(run)
     assert manifest["tokenizer"].pop("config")["codebook"]["size"] == 64
@@ -115,13 +115,18 @@ def test_the_manifest_says_what_the_codes_are_of(whole, run, data_dir):
         "shards": 8,
     }
     assert manifest["preprocessing"] == {"image_size": 16, "resize": 16, "antialias": True}
-    assert [manifest[name] for name in ("precision", "codes", "grid", "dtype")] == ["float32", 64, [8, 8], "uint8"]
+    assert [manifest[name] for name in ("precision", "codebook_size", "grid", "dtype")] == [
+        "float32",
+        64,
+        [8, 8],
+        "uint8",
+    ]
     source = open_split("openmoji", data_dir, "train[:100]")
     labels = np.bincount([record["label"] for record in source], minlength=source.num_classes)
     assert manifest["splits"]["train"]["labels"] == labels.tolist()
 
 
-def test_ten_crops_of_larger_pictures_and_other_weights(run, data_dir, tmp_path):
+def test_ten_crops_of_larger_images_and_other_weights(run, data_dir, tmp_path):
     flags = ("--views=ten_crop", "--resize=20", "--splits=train[:9],validation[:3]", "--weights=raw")
     assert main(command(run, tmp_path / "codes", *flags, "--batch-size=16", "--threads=1")) == 0
     codes = stored_codes(tmp_path / "codes", "train")
@@ -135,7 +140,7 @@ def test_ten_crops_of_larger_pictures_and_other_weights(run, data_dir, tmp_path)
 def test_a_complete_cache_is_left_alone(whole, run, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     assert main(command(run, whole)) == 0
-    assert f"{whole} is complete already; --overwrite makes it anew" in capsys.readouterr().out
+    assert f"{whole} is complete already; --overwrite makes it again" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
@@ -152,11 +157,11 @@ def test_stopped_while_it_writes_and_started_again_it_ends_the_same_to_the_byte(
         written.append(records)
         original(path, records)
 
-    original = extract.write_records
+    original = library.write_records
     with monkeypatch.context() as patch:
-        patch.setattr(extract, "write_records", interrupted)
+        patch.setattr(library, "write_records", interrupted)
         assert main(command(run, tmp_path / "codes")) == 130
-    assert not (tmp_path / "codes" / "manifest.json").exists()
+    assert not (tmp_path / "codes" / "token_cache.json").exists()
     for partial in tmp_path.rglob("*.partial"):
         partial.write_bytes(b"what a SIGKILL would have left")
     capsys.readouterr()
@@ -178,7 +183,7 @@ def test_killed_and_started_again_it_ends_the_same_to_the_byte(run, tmp_path):
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert not (killed / "manifest.json").exists()
+        assert not (killed / "token_cache.json").exists()
     subprocess.run([*start, *command(run, killed, *flags)], cwd=ROOT, env=environment, check=True)
     assert files(killed) == files(whole)
 
@@ -201,9 +206,9 @@ def test_two_processes_write_what_one_does(order, whole, run, tmp_path, monkeypa
         capsys.readouterr()
         assert main(command(run, out)) == 0
         if index == order[0]:
-            assert "this process is done; the last of the others to end completes" in capsys.readouterr().out
+            assert "this process is done; the last process to finish completes" in capsys.readouterr().out
             numbers = {int(path.name[:5]) % 2 for path in out.rglob("*.array_record")}
-            assert numbers == {index} and not (out / "manifest.json").exists()
+            assert numbers == {index} and not (out / "token_cache.json").exists()
     assert f"{out}/ holds the codes of openmoji" in capsys.readouterr().out
     assert files(out) == files(whole)
     assert main(command(run, out, SPLITS, "--overwrite")) == 2
@@ -225,7 +230,10 @@ def test_a_cache_of_another_tokenizer_needs_a_decision(whole, run, data_dir, tmp
     assert main(command(other, out, "--views=centre", SPLITS)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--overwrite replaces it" in error
-    for words in ("tokenizer.fingerprint: the cache has ", "codes: the cache has 64, this command asks for 512"):
+    for words in (
+        "tokenizer.fingerprint: the cache has ",
+        "codebook_size: the cache has 64, this command asks for 512",
+    ):
         assert words in error
     assert "data.splits.train.views: the cache has ('centre', 'flip'), this command asks for ('centre',)" in error
     assert files(out) == before
@@ -236,9 +244,9 @@ def test_a_cache_of_another_tokenizer_needs_a_decision(whole, run, data_dir, tmp
     assert files(out) == before
 
 
-def test_a_moved_run_is_the_same_tokenizer(whole, run, tmp_path, capsys):
+def test_a_moved_run_is_the_same_tokenizer_and_the_flags_earlier_name_works(whole, run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "moved")
-    assert main(command(tmp_path / "moved", whole)) == 0
+    assert main(["tokenize", f"--tokenizer={tmp_path}/moved", f"--out={whole}", SPLITS]) == 0
     assert "is complete already" in capsys.readouterr().out
 
 
@@ -266,17 +274,17 @@ def test_a_fingerprint_is_of_the_weights_and_the_architecture_alone(run, data_di
     assert len({print_, *others}) == 5
 
 
-def test_an_imported_tokenizer_is_extracted_with_too(data_dir, tmp_path):
+def test_an_imported_tokenizer_tokenizes_too(data_dir, tmp_path):
     state_dict, config, _ = released.tokenizer()
     tokenizer = Tokenizer.from_torch(state_dict, config)
     again = Tokenizer.from_torch(tokenizer.to_torch(), config)
     assert fingerprint(again.model, again.params) == fingerprint(tokenizer.model, tokenizer.params)
     sources = {split: open_split("openmoji", data_dir, f"{split}[:10]") for split in ("train", "validation")}
     names = {"train": ("flip",), "validation": ("centre",)}
-    job = Job(sources, names, image_size=SIDE, resize=SIDE, batch_size=8, threads=1)
+    job = TokenizeJob(sources, names, image_size=SIDE, resize=SIDE, batch_size=8, num_threads=1)
     origin = {"path": "tokenizer.ckpt", "step": 0, "weights": "raw", "config": config}
     where = dict(overwrite=False, process_index=0, process_count=1)
-    manifest = extract.extract(tokenizer.model, tokenizer.params, job, tmp_path / "codes", origin, **where)
+    manifest = library.tokenize(tokenizer.model, tokenizer.params, job, tmp_path / "codes", origin, **where)
     assert manifest["tokenizer"]["config"] == config
     crops = [resize_shorter_side(decode_image(record["image"]), SIDE)[:, ::-1] for record in sources["train"]]
     np.testing.assert_array_equal(stored_codes(tmp_path / "codes", "train")[:, 0], tokenizer.encode(np.stack(crops)))
@@ -286,21 +294,24 @@ def test_an_imported_tokenizer_is_extracted_with_too(data_dir, tmp_path):
     ("flags", "words"),
     [
         (["--views=centre,left"], "there is no view 'left'; the views are centre, flip, ten_crop"),
-        (["--views=centre,centre"], "--views=centre,centre has a crop twice"),
-        (["--views=centre,ten_crop"], "has a crop twice; ten_crop has the centre and its flip in it"),
-        (["--views=ten_crop"], "no corners to go to in images resized to 16; give --resize=18, or more"),
+        (["--views=centre,centre"], "--views=centre,centre repeats a crop"),
+        (["--views=centre,ten_crop"], "repeats a crop; ten_crop includes the centre and its flip"),
+        (
+            ["--views=ten_crop"],
+            "images resized to 16 pixels leave no room around crops of 16; give --resize=18, or more",
+        ),
         (["--views=ten_crop", "--resize=17"], "ten_crop would store equal crops"),
         (["--resize=15"], "resize=15 is smaller than image_size=16: a crop would not fit"),
-        (["--resize=0"], "'0' is no whole number of at least 1"),
+        (["--resize=0"], "'0' is not an integer of at least 1"),
         (["--batch-size=12"], "--batch-size=12 does not divide over 8 devices; use a multiple of 8"),
         (["--data=photos"], "no data set 'photos' in "),
         (["--data-dir=/nowhere"], "no data set 'openmoji' in /nowhere: make it with "),
-        (["--splits=train"], "'train' is not the names of two splits"),
+        (["--splits=train"], "'train' is not two splits separated by a comma"),
         (["--splits=train,test"], "has no split 'test'; it has train, validation"),
         (["--splits=train[:0],validation"], "has no images in split 'train[:0]'"),
         (["--splits=train[7,validation"], "has no split 'train[7': Unrecognized split format"),
         (["--weights=best"], "invalid choice: 'best'"),
-        (["--tokenizer=nowhere"], "nowhere/config.json does not exist"),
+        (["--run=nowhere"], "nowhere/config.json does not exist"),
         (["--size=3"], "unrecognized arguments: --size=3"),
     ],
 )
@@ -314,7 +325,7 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, words, run, tmp_path, c
 def test_an_out_that_is_something_else_is_left_alone(run, tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("precious")
-    for out, words in ((file, "is a file: the token cache needs a folder"), (run, "is no token cache, it holds ")):
+    for out, words in ((file, "is a file: the token cache needs a folder"), (run, "is not a token cache, it holds ")):
         assert main(command(run, out, SPLITS, "--overwrite")) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
@@ -349,7 +360,7 @@ def test_a_record_that_is_no_image_is_named_and_what_is_whole_is_kept(run, tmp_p
     error = capsys.readouterr().err
     assert f"data set bad in {tmp_path}, split 'train', record 17 is no image" in error and error.count("\n") == 1
     assert len(list(tmp_path.rglob("*-of-00008.array_record"))) == 4  # records 15 to 18 are the fifth shard
-    assert not (tmp_path / "codes" / "manifest.json").exists()
+    assert not (tmp_path / "codes" / "token_cache.json").exists()
 
 
 def test_images_without_classes_are_labelled_minus_one(run, tmp_path):

@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from support.image_files import noise_file, write_tar
+from support.token_caches import make_version_1, write_cache
 from support.token_caches import settings as cache_settings
-from support.token_caches import write_cache
 
 from ibq_jax.base.config import read_config
 from ibq_jax.base.errors import UsageError
@@ -120,6 +120,11 @@ def _all_records(folder: Path) -> None:
                 _check_line(str(error))
 
 
+def _old_cache(folder: Path) -> None:
+    write_cache(folder, cache_settings())
+    make_version_1(folder)
+
+
 def _all_codes(folder: Path) -> None:
     for split in ("train", "validation"):
         source = open_token_cache(folder, split)
@@ -163,7 +168,8 @@ READERS = {
     "records": Reader(_data_set, TRAIN_SHARD, _all_records),
     "dataset_info.json": Reader(_data_set, "web/1.0.0/dataset_info.json", _all_records),
     "features.json": Reader(_data_set, "web/1.0.0/features.json", _all_records),
-    "manifest.json": Reader(lambda folder: write_cache(folder, cache_settings()), "manifest.json", _all_codes),
+    "token_cache.json": Reader(lambda folder: write_cache(folder, cache_settings()), "token_cache.json", _all_codes),
+    "manifest.json": Reader(_old_cache, "manifest.json", _all_codes),
     "codes": Reader(
         lambda folder: write_cache(folder, cache_settings()), "train/00000-of-00008.array_record", _all_codes
     ),

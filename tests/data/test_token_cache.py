@@ -1,4 +1,7 @@
-"""The token cache: what is written comes back, batches are pure in (seed, step), and nothing unfinished is read."""
+"""The token cache: what is written comes back, nothing unfinished is read, and caches of version 1 still are.
+
+test_batches.py tests the order of the batches.
+"""
 
 import fcntl
 import itertools
@@ -9,19 +12,32 @@ import pickle
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
+from support.batches import joined, take
 from support.image_files import noise
-from support.token_caches import CODES, COUNT, GRID, VIEWS, codes_of, settings, write_cache, write_shards
+from support.token_caches import (
+    CODEBOOK_SIZE,
+    COUNT,
+    GRID,
+    VIEWS,
+    codes_of,
+    make_version_1,
+    settings,
+    write_cache,
+    write_shards,
+)
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.files import atomic_file
-from ibq_jax.data import token_cache_writer as code_writer
+from ibq_jax.data import token_cache_writer
 from ibq_jax.data.preprocess import centre_crop, views
 from ibq_jax.data.token_cache import (
     check_manifest,
     evaluation_code_batches,
+    find_run_manifest,
     open_token_cache,
     read_manifest,
+    read_run_manifest,
     training_code_batches,
+    write_run_manifest,
 )
 from ibq_jax.data.token_cache_writer import finish, list_shards, locked_cache
 
@@ -38,22 +54,14 @@ def source(cache):
     return open_token_cache(cache, "train")
 
 
-def take(source, count: int, **options) -> list[dict]:
-    batches = training_code_batches(source, **({"batch_size": 8, "seed": 3} | options))
-    taken = list(itertools.islice(batches, count))
-    batches.close()
-    return taken
+def train(source, count: int, **options) -> list[dict]:
+    return take(training_code_batches(source, **({"batch_size": 8, "seed": 3} | options)), count)
 
 
-def joined(batches: list[dict], key: str) -> np.ndarray:
-    return np.concatenate([batch[key] for batch in batches])
-
-
-def assert_same(batches: list[dict], others: list[dict]) -> None:
-    assert len(batches) == len(others)
-    for batch, other in zip(batches, others, strict=True):
-        for key in batch | other:
-            np.testing.assert_array_equal(batch[key], other[key])
+def chosen_views(batches: list[dict]) -> list[int]:
+    """Returns which of its crops each image in the batches is seen by."""
+    pairs = zip(joined(batches, "index"), joined(batches, "codes"), strict=True)
+    return [int(np.flatnonzero((codes_of(index) == codes).all(axis=(1, 2)))[0]) for index, codes in pairs]
 
 
 def files(folder) -> dict:
@@ -62,7 +70,7 @@ def files(folder) -> dict:
 
 def test_what_is_written_comes_back(source):
     assert len(source) == COUNT and len(list(source)) == COUNT
-    assert (source.codebook_size, source.grid, source.views) == (CODES, GRID, ("a", "b", "c"))
+    assert (source.codebook_size, source.grid, source.views) == (CODEBOOK_SIZE, GRID, ("a", "b", "c"))
     assert source.class_names == tuple("abcde") and source.num_classes == 5
     for index, image in enumerate(source):
         assert (image["label"], image["index"], image["codes"].dtype) == (index % 5, index, np.uint16)
@@ -73,7 +81,7 @@ def test_what_is_written_comes_back(source):
 def test_a_cache_has_the_files_it_should(cache):
     shards = [f"train/0000{i}-of-00008.array_record" for i in range(8)]
     shards += [f"validation/0000{i}-of-00004.array_record" for i in range(4)]
-    others = ["manifest.json", "settings.json", "train_histogram.npy", "validation_histogram.npy"]
+    others = ["settings.json", "token_cache.json", "train_histogram.npy", "validation_histogram.npy"]
     assert sorted(files(cache)) == sorted(shards + others)
 
 
@@ -83,12 +91,12 @@ def test_the_manifest_counts_what_is_there(cache):
     every = np.concatenate([codes_of(index).reshape(-1) for index in range(COUNT)])
     histogram = np.load(cache / manifest["splits"]["train"]["histogram"])
     assert histogram.dtype == np.int64
-    np.testing.assert_array_equal(histogram, np.bincount(every, minlength=CODES))
+    np.testing.assert_array_equal(histogram, np.bincount(every, minlength=CODEBOOK_SIZE))
     share = np.unique(every, return_counts=True)[1] / len(every)
     entropy = -(share * np.log(share)).sum()
     assert manifest["splits"]["train"] == {
         "images": COUNT,
-        "codes": len(every),
+        "num_tokens": len(every),
         "labels": [5, 5, 5, 4, 4],
         "histogram": "train_histogram.npy",
         "used": len(share),
@@ -97,137 +105,55 @@ def test_the_manifest_counts_what_is_there(cache):
     }
 
 
-@pytest.mark.parametrize(("codes", "width"), [(256, 1), (257, 2), (65_536, 2), (65_537, 4)])
-def test_codes_are_as_narrow_as_their_number_allows(codes, width, tmp_path):
-    write_cache(tmp_path, settings(codes=codes))
+@pytest.mark.parametrize(("codebook_size", "width"), [(256, 1), (257, 2), (65_536, 2), (65_537, 4)])
+def test_codes_are_as_narrow_as_their_number_allows(codebook_size, width, tmp_path):
+    write_cache(tmp_path, settings(codebook_size=codebook_size))
     source = open_token_cache(tmp_path, "train")
     assert source[0]["codes"].dtype.itemsize == width
-    np.testing.assert_array_equal(source[5]["codes"], codes_of(5, codes))
+    np.testing.assert_array_equal(source[5]["codes"], codes_of(5, codebook_size))
 
 
 @pytest.mark.parametrize(("images", "shards"), [(1, 1), (7, 7), (1_709, 8), (32_769, 9), (1_281_167, 313)])
 def test_shards_are_ranges_that_hold_every_image_once(images, shards, tmp_path):
-    of = settings(images=images)
-    ranges = [shard.images for shard in list_shards(tmp_path, of) if shard.split == "train"]
+    shards_of = list_shards(tmp_path, settings(images=images))
+    ranges = [shard.images for shard in shards_of if shard.split == "train"]
     assert len(ranges) == shards and max(map(len, ranges)) <= 4096
     assert ranges[0].start == 0 and ranges[-1].stop == images
     assert all(a.stop == b.start and len(a) for a, b in itertools.pairwise(ranges))
 
 
 def test_a_batch_has_codes_labels_and_indices(source):
-    [batch] = take(source, 1)
+    [batch] = train(source, 1)
     assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
         "codes": ((8, *GRID), "int32"),
         "label": ((8,), "int32"),
         "index": ((8,), "int64"),
     }
-    np.testing.assert_array_equal(batch["label"], batch["index"] % 5)
 
 
-def test_every_epoch_has_every_image_once_by_views_that_change(source):
-    taken = take(source, COUNT)
-    indices = joined(taken, "index").reshape(8, COUNT)  # 23 batches of 8 straddle 8 epochs
-    assert all(sorted(epoch) == list(range(COUNT)) for epoch in indices)
-    assert len({tuple(epoch) for epoch in indices}) == 8
-    chosen = np.zeros(VIEWS, int)
-    for index, codes in zip(joined(taken, "index"), joined(taken, "codes"), strict=True):
-        [view] = np.flatnonzero((codes_of(index) == codes).all(axis=(1, 2)))
-        chosen[view] += 1
-    assert chosen.min() > 40  # of 184, 61 expected, standard deviation 6
+def test_every_view_of_an_image_is_seen(source):
+    counts = np.bincount(chosen_views(train(source, COUNT)), minlength=VIEWS)
+    assert counts.min() > 40  # of 184, 61 expected, standard deviation 6
 
 
-def test_the_order_and_views_of_a_seed_never_change(source):
-    """A release of Grain that shuffled otherwise would make a resumed run see other codes than its first half."""
-    [batch] = take(source, 1)
-    assert batch["index"].tolist() == [4, 22, 16, 7, 21, 3, 18, 19]
-    views_chosen = [
-        int(np.flatnonzero((codes_of(index) == codes).all(axis=(1, 2)))[0])
-        for index, codes in zip(batch["index"], batch["codes"], strict=True)
-    ]
-    assert views_chosen == [0, 0, 2, 1, 2, 2, 2, 0]
+def test_the_views_of_a_seed_never_change(source):
+    """A release of Grain with other random numbers would make a resumed run see other codes than its first half."""
+    assert chosen_views(train(source, 1)) == [0, 0, 2, 1, 2, 2, 2, 0]
 
 
-def test_seeds_differ_and_one_seed_repeats(source):
-    assert_same(take(source, 4), take(source, 4))
-    assert joined(take(source, 4, seed=4), "index").tolist() != joined(take(source, 4), "index").tolist()
-
-
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_processes_hold_consecutive_rows_of_the_global_batch(source, process_count):
-    parts = [take(source, 5, process_index=i, process_count=process_count) for i in range(process_count)]
-    together = [{key: joined(list(rows), key) for key in rows[0]} for rows in zip(*parts, strict=True)]
-    assert_same(together, take(source, 5))
-
-
-@pytest.mark.parametrize("options", [{"num_threads": 1}, {"num_threads": 5}, {"num_workers": 2, "num_threads": 1}])
-def test_workers_and_threads_change_nothing(source, options):
-    assert_same(take(source, 6, **options), take(source, 6))
-
-
-@pytest.mark.parametrize("options", [{}, {"process_index": 1, "process_count": 2}])
-def test_starting_at_a_step_gives_what_follows_it(source, options):
-    assert_same(take(source, 3, start_step=5, **options), take(source, 8, **options)[5:])
-
-
-def test_starting_far_out_replays_nothing(source, monkeypatch):
-    read = []
-    original = type(source).__getitem__
-    monkeypatch.setattr(type(source), "__getitem__", lambda self, i: read.append(i) or original(self, i))
-    take(source, 1, start_step=10**9, num_threads=1)
-    assert len(read) <= 3 * 8
-
-
-@pytest.mark.parametrize("process_count", [1, 2])
-def test_evaluation_sees_every_first_view_once_and_masks_the_padding(source, process_count):
-    parts = [
-        list(evaluation_code_batches(source, batch_size=10, process_index=i, process_count=process_count))
-        for i in range(process_count)
-    ]
-    assert [len(part) for part in parts] == [3] * process_count
-    batches = [{key: joined(list(rows), key) for key in rows[0]} for rows in zip(*parts, strict=True)]
-    mask, codes = joined(batches, "mask"), joined(batches, "codes")
-    assert mask.dtype == bool and codes.dtype == np.int32
-    assert mask.tolist() == [True] * COUNT + [False] * 7
-    assert joined(batches, "index").tolist() == [*range(COUNT), *[-1] * 7]
-    assert joined(batches, "label").tolist() == [*(i % 5 for i in range(COUNT)), *[0] * 7]
+def test_evaluation_has_first_views_and_padding_of_zeros(source):
+    batches = list(evaluation_code_batches(source, batch_size=10))
+    codes = joined(batches, "codes")
+    assert codes.dtype == np.int32
     np.testing.assert_array_equal(codes[:COUNT], [codes_of(index)[0] for index in range(COUNT)])
-    assert not codes[COUNT:].any()
-
-
-def test_evaluation_of_a_few_spreads_them_over_the_split(source):
-    [batch] = evaluation_code_batches(source, batch_size=5, examples=5)
-    assert batch["index"].tolist() == [0, 4, 9, 13, 18]
-    everything = evaluation_code_batches(source, batch_size=COUNT, examples=1_000)
-    assert [b["mask"].sum() for b in everything] == [COUNT]
+    assert not codes[COUNT:].any() and joined(batches, "label")[COUNT:].tolist() == [0] * 7
 
 
 def test_images_without_classes_are_labelled_minus_one(tmp_path):
     assert write_cache(tmp_path, settings(classes=0))["splits"]["train"]["labels"] == []
     source = open_token_cache(tmp_path, "train")
     assert source.num_classes == 0
-    assert take(source, 1)[0]["label"].tolist() == [-1] * 8
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_size": 9, "process_count": 2}, "9 images does not divide among 2 processes"),
-        ({"batch_size": 0}, "0 images"),
-        ({"num_threads": -1}, "threads=-1, workers=0: neither"),
-    ],
-)
-def test_options_that_do_not_fit(source, options, message):
-    options = {"batch_size": 8} | options
-    with pytest.raises(UsageError, match=message):
-        training_code_batches(source, seed=0, **options)
-    with pytest.raises(UsageError, match=message):
-        evaluation_code_batches(source, **options)
-
-
-@pytest.mark.parametrize(("options", "message"), [({"seed": -1}, "seed=-1: "), ({"num_workers": -2}, "workers=-2: ")])
-def test_training_options_out_of_range(source, options, message):
-    with pytest.raises(UsageError, match=message):
-        training_code_batches(source, **({"batch_size": 8, "seed": 0} | options))
+    assert train(source, 1)[0]["label"].tolist() == [-1] * 8
 
 
 def test_no_cache_and_no_split_are_told_what_to_do(cache, tmp_path):
@@ -256,16 +182,6 @@ def test_processes_that_share_the_shards_write_what_one_does(cache, tmp_path):
     assert files(tmp_path) == files(cache)
 
 
-def test_a_shard_that_another_process_writes_is_left_to_it(tmp_path):
-    path = tmp_path / "shard"
-    with atomic_file(path) as first, atomic_file(path) as second:
-        assert first is not None and second is None
-        first.write_text("whole")
-    with atomic_file(path) as third:
-        assert third is None
-    assert [path.name for path in tmp_path.iterdir()] == ["shard"] and path.read_text() == "whole"
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -274,9 +190,9 @@ def test_a_shard_that_another_process_writes_is_left_to_it(tmp_path):
     ],
 )
 def test_a_full_disk_is_said_so_and_keeps_what_is_whole(tmp_path, monkeypatch, error):
-    of = settings()
-    with locked_cache(tmp_path, of, overwrite=False):
-        write_shards(tmp_path, of, numbers=(0,))
+    fields = settings()
+    with locked_cache(tmp_path, fields, overwrite=False):
+        write_shards(tmp_path, fields, numbers=(0,))
         with (
             monkeypatch.context() as patch,
             pytest.raises(UsageError, match=r"00001-of-00008.* the disk is full; free"),
@@ -291,19 +207,19 @@ def test_a_full_disk_is_said_so_and_keeps_what_is_whole(tmp_path, monkeypatch, e
                     self._file.flush()
                     raise error
 
-            patch.setattr(code_writer, "ArrayRecordWriter", Full)
-            write_shards(tmp_path, of)
-        assert [shard.number for shard in list_shards(tmp_path, of) if shard.is_whole] == [0, 0]
+            patch.setattr(token_cache_writer, "ArrayRecordWriter", Full)
+            write_shards(tmp_path, fields)
+        assert [shard.number for shard in list_shards(tmp_path, fields) if shard.is_whole] == [0, 0]
         assert sum(path.stat().st_size for path in tmp_path.rglob("*.partial")) == 0  # their room is free again
 
 
 def test_other_settings_need_a_decision(cache, tmp_path):
     write_cache(tmp_path, settings())
     before = files(tmp_path)
-    other = settings(codes=256, tokenizer={"fingerprint": "g", "path": "/elsewhere", "step": 3})
+    other = settings(codebook_size=256, tokenizer={"fingerprint": "g", "path": "/elsewhere", "step": 3})
     message = (
         r"^token cache [^\n]* does not fit: tokenizer.fingerprint: the cache has f, this command asks for g; "
-        r"codes: the cache has 300, this command asks for 256; dtype: [^\n]*\(--overwrite replaces it\)$"
+        r"codebook_size: the cache has 300, this command asks for 256; dtype: [^\n]*\(--overwrite replaces it\)$"
     )
     with pytest.raises(UsageError, match=message):
         write_cache(tmp_path, other)
@@ -337,7 +253,7 @@ def test_an_overwrite_that_was_killed_leaves_an_unfinished_cache(cache, tmp_path
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(type(tmp_path), "unlink", killed)
-        with locked_cache(tmp_path, settings(codes=256), overwrite=True):
+        with locked_cache(tmp_path, settings(codebook_size=256), overwrite=True):
             pass
     with pytest.raises(UsageError, match="is unfinished"):
         open_token_cache(tmp_path, "train")
@@ -349,7 +265,7 @@ def test_an_overwrite_that_was_killed_leaves_an_unfinished_cache(cache, tmp_path
 def test_a_folder_of_something_else_is_left_alone(name, tmp_path):
     (tmp_path / name).write_text("precious")
     for overwrite in (False, True):
-        with pytest.raises(UsageError, match=f"{tmp_path} is no token cache, it holds {name}: name a new folder"):
+        with pytest.raises(UsageError, match=f"{tmp_path} is not a token cache, it holds {name}: name a new folder"):
             with locked_cache(tmp_path, settings(), overwrite):
                 pass
     assert files(tmp_path) == {name: b"precious"}
@@ -377,10 +293,10 @@ def write_other_records(folder, length: int = 10, count: int = 3) -> None:
         lambda folder: os.truncate(first_shard(folder), 70_000),
         lambda folder: write_other_records(folder, count=2),
         lambda folder: write_other_records(folder, length=7, count=len(range(0, COUNT // 8))),
-        lambda folder: (folder / "manifest.json").write_text("{"),
-        lambda folder: (folder / "manifest.json").write_text("[]"),
-        lambda folder: (folder / "manifest.json").write_text('{"version": 1}'),
-        lambda folder: (folder / "manifest.json").write_text('{"version": 1, "splits": {"train": {}}}'),
+        lambda folder: (folder / "token_cache.json").write_text("{"),
+        lambda folder: (folder / "token_cache.json").write_text("[]"),
+        lambda folder: (folder / "token_cache.json").write_text('{"version": 2}'),
+        lambda folder: (folder / "token_cache.json").write_text('{"version": 2, "splits": {"train": {}}}'),
     ],
 )
 def test_a_damaged_cache_is_said_so(damage, tmp_path):
@@ -402,39 +318,100 @@ def test_a_damaged_record_is_named_while_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("codes", "words"),
-    [(CODES, "other images or codes than it should hold"), (70_000, "buffer size must be a multiple")],
+    ("codebook_size", "words"),
+    [(CODEBOOK_SIZE, "other images or codes than it should hold"), (70_000, "buffer size must be a multiple")],
 )
-def test_a_shard_of_another_place_or_cache_does_not_complete_a_cache(codes, words, tmp_path):
-    of, other = settings(), settings(codes=codes)
+def test_a_shard_of_another_place_or_cache_does_not_complete_a_cache(codebook_size, words, tmp_path):
+    fields, other = settings(), settings(codebook_size=codebook_size)
     write_cache(tmp_path / "other", other)
-    with locked_cache(tmp_path / "codes", of, overwrite=False):
-        write_shards(tmp_path / "codes", of)
+    with locked_cache(tmp_path / "codes", fields, overwrite=False):
+        write_shards(tmp_path / "codes", fields)
         foreign = tmp_path / "other" / "train" / "00001-of-00008.array_record"
         (tmp_path / "codes" / "train" / "00002-of-00008.array_record").write_bytes(foreign.read_bytes())
         with pytest.raises(UsageError, match=rf"00002-of-00008.array_record is damaged \({words}[^\n]*$"):
-            finish(tmp_path / "codes", of)
-    assert not (tmp_path / "codes" / "manifest.json").exists()
+            finish(tmp_path / "codes", fields)
+    assert not (tmp_path / "codes" / "token_cache.json").exists()
 
 
-def test_another_format_version_is_said_so(tmp_path):
+def test_an_unknown_format_version_is_refused(tmp_path):
     write_cache(tmp_path, settings())
-    manifest = tmp_path / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 2}))
-    with pytest.raises(UsageError, match=r"manifest.json is of format version 2, this reads 1: tokenize with"):
+    manifest = tmp_path / "token_cache.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 3}))
+    with pytest.raises(UsageError, match=r"token_cache.json is of format version 3, this reads 1 to 2: tokenize with"):
         open_token_cache(tmp_path, "train")
+
+
+@pytest.fixture
+def old_cache(tmp_path):
+    """A complete cache of format version 1."""
+    write_cache(tmp_path / "old", settings())
+    make_version_1(tmp_path / "old")
+    return tmp_path / "old"
+
+
+def test_a_cache_of_version_1_is_read_and_left_as_it_is(old_cache, cache):
+    before = files(old_cache)
+    assert b'"codes"' in before["manifest.json"] and b'"version": 1' in before["settings.json"]
+    assert read_manifest(old_cache) == read_manifest(cache)
+    for split in ("train", "validation"):
+        one, other = open_token_cache(old_cache, split), open_token_cache(cache, split)
+        assert one.codebook_size == other.codebook_size == CODEBOOK_SIZE
+        np.testing.assert_array_equal([image["codes"] for image in one], [image["codes"] for image in other])
+    with locked_cache(old_cache, settings(), overwrite=False):
+        assert finish(old_cache, settings()) == read_manifest(cache)
+    assert files(old_cache) == before
+
+
+def test_a_cache_of_version_1_is_compared_and_overwritten(old_cache, cache):
+    with pytest.raises(UsageError, match="codebook_size: the cache has 300, this command asks for 256"):
+        write_cache(old_cache, settings(codebook_size=256))
+    with locked_cache(old_cache, settings(), overwrite=True):
+        assert not (old_cache / "manifest.json").exists()
+        write_shards(old_cache, settings())
+        finish(old_cache, settings())
+    assert files(old_cache) == files(cache)
+
+
+def test_an_unfinished_cache_of_version_1_is_continued(cache, tmp_path):
+    with locked_cache(tmp_path, settings(), overwrite=False):
+        write_shards(tmp_path, settings(), numbers=(1, 3))
+    make_version_1(tmp_path)
+    old_settings = (tmp_path / "settings.json").read_bytes()
+    with pytest.raises(UsageError, match="is unfinished: rerun the same tokenize command"):
+        open_token_cache(tmp_path, "train")
+    assert write_cache(tmp_path, settings()) == read_manifest(cache)
+    assert files(tmp_path) == files(cache) | {"settings.json": old_settings}
+
+
+def test_a_run_holds_the_manifest_under_its_name_of_today_or_before(cache, tmp_path):
+    manifest = read_manifest(cache)
+    assert find_run_manifest(tmp_path) is None
+    with pytest.raises(UsageError, match=f"^{tmp_path} lacks token_cache.json, which says what codes"):
+        read_run_manifest(tmp_path)
+    old = {"version": 1, "codes": manifest["codebook_size"], "grid": [2, 3], "splits": {"train": {"codes": 7}}}
+    (tmp_path / "codes.json").write_text(json.dumps(old))
+    assert read_run_manifest(tmp_path) == {
+        "version": 2,
+        "codebook_size": CODEBOOK_SIZE,
+        "grid": [2, 3],
+        "splits": {"train": {"num_tokens": 7}},
+    }
+    write_run_manifest(tmp_path, manifest)
+    assert read_run_manifest(tmp_path) == find_run_manifest(tmp_path) == manifest
 
 
 def test_every_field_that_differs_is_named(cache):
     manifest = read_manifest(cache)
-    check_manifest(manifest, {"codes": CODES, "grid": GRID, "data": {"class_names": tuple("abcde")}}, cache)
-    expected = {"codes": 16_384, "data.name": "noise", "tokenizer.step": 4, "data.class_names": ["x" * 100], "dim": 8}
+    same = {"codebook_size": CODEBOOK_SIZE, "grid": GRID, "data": {"class_names": tuple("abcde")}}
+    check_manifest(manifest, same, cache)
+    other = {"codebook_size": 16_384, "data.name": "noise", "tokenizer.step": 4, "data.class_names": ["x" * 100]}
     with pytest.raises(UsageError) as caught:
-        check_manifest(manifest, expected, cache)
+        check_manifest(manifest, other | {"dim": 8}, cache)
     assert str(caught.value) == (
-        f"token cache {cache} does not fit: codes: the cache has 300, the config asks for 16384; tokenizer.step: the "
-        f"cache has 3, the config asks for 4; data.class_names: the cache has ('a', 'b', 'c', 'd', 'e'), the config "
-        f"asks for ('{'x' * 75}...; dim: the cache has nothing, the config asks for 8"
+        f"token cache {cache} does not fit: codebook_size: the cache has 300, the config asks for 16384; "
+        f"tokenizer.step: the cache has 3, the config asks for 4; data.class_names: the cache has "
+        f"('a', 'b', 'c', 'd', 'e'), the config asks for ('{'x' * 75}...; dim: the cache has nothing, the config asks "
+        "for 8"
     )
 
 

@@ -1,49 +1,69 @@
-"""Small token caches of made-up codes, written as `tokenize` writes them."""
+"""Writes small token caches of random codes, as `tokenize` does."""
+
+import functools
+import json
+from pathlib import Path
 
 import numpy as np
 
-from ibq_jax.base.files import atomic_file
+from ibq_jax.base.parts import write_part
 from ibq_jax.data.token_cache import record_type
-from ibq_jax.data.token_cache_writer import finish, list_shards, locked_cache, shard_count, write_records
+from ibq_jax.data.token_cache_writer import Shard, finish, list_shards, locked_cache, shard_count, write_records
 
-COUNT, VIEWS, GRID, CODES = 23, 3, (2, 3), 300
+COUNT, VIEWS, GRID, CODEBOOK_SIZE = 23, 3, (2, 3), 300
 
 
-def settings(classes: int = 5, codes: int = CODES, images: int = COUNT, **fields) -> dict:
+def settings(classes: int = 5, codebook_size: int = CODEBOOK_SIZE, images: int = COUNT, **fields) -> dict:
+    """Returns a cache's settings: `images` training images and 4 validation images."""
     splits = {
         name: {"source": name, "images": size, "views": list("abc"), "crops": VIEWS, "shards": shard_count(size)}
         for name, size in (("train", images), ("validation", 4))
     }
     return {
-        "version": 1,
+        "version": 2,
         "tokenizer": {"fingerprint": "f", "path": "/runs/tok", "step": 3},
         "data": {"name": "noise", "class_names": list("abcde"[:classes]), "splits": splits},
-        "codes": codes,
+        "codebook_size": codebook_size,
         "grid": list(GRID),
-        "dtype": np.min_scalar_type(codes - 1).name,
+        "dtype": np.min_scalar_type(codebook_size - 1).name,
         **fields,
     }
 
 
-def codes_of(index: int, codes: int = CODES) -> np.ndarray:
-    """[V, h, w] of one image."""
-    return np.random.default_rng(index).integers(0, codes, (VIEWS, *GRID))
+def codes_of(index: int, codebook_size: int = CODEBOOK_SIZE) -> np.ndarray:
+    """Returns the codes [V, h, w] of one image."""
+    return np.random.default_rng(index).integers(0, codebook_size, (VIEWS, *GRID))
 
 
-def write_shards(folder, of: dict, numbers=range(100)) -> None:
-    for shard in list_shards(folder, of):
+def write_shards(folder: Path, fields: dict, numbers=range(100)) -> None:
+    """Writes the shards of some numbers in both splits."""
+    for shard in list_shards(folder, fields):
         if shard.number in numbers:
-            shard.path.parent.mkdir(exist_ok=True)
-            with atomic_file(shard.path) as partial:
-                if partial is not None:
-                    records = np.zeros(len(shard.images), record_type(shard.split, of))
-                    for record, index in zip(records, shard.images, strict=True):
-                        label = index % 5 if of["data"]["class_names"] else -1
-                        record["index"], record["label"], record["codes"] = index, label, codes_of(index, of["codes"])
-                    write_records(partial, records)
+            write_part(shard.path, functools.partial(_write_shard, shard, fields))
 
 
-def write_cache(folder, of: dict) -> dict:
-    with locked_cache(folder, of, overwrite=False):
-        write_shards(folder, of)
-        return finish(folder, of)
+def _write_shard(shard: Shard, fields: dict, path: Path) -> None:
+    records = np.zeros(len(shard.images), record_type(shard.split, fields))
+    for record, index in zip(records, shard.images, strict=True):
+        label = index % 5 if fields["data"]["class_names"] else -1
+        record["index"], record["label"], record["codes"] = index, label, codes_of(index, fields["codebook_size"])
+    write_records(path, records)
+
+
+def write_cache(folder: Path, fields: dict) -> dict:
+    """Writes a complete cache and returns its manifest."""
+    with locked_cache(folder, fields, overwrite=False):
+        write_shards(folder, fields)
+        return finish(folder, fields)
+
+
+def make_version_1(folder: Path) -> None:
+    """Turns a cache, complete or not, into one that the first format version would have written."""
+    for name, old_name in (("settings.json", "settings.json"), ("token_cache.json", "manifest.json")):
+        if (folder / name).exists():
+            fields = json.loads((folder / name).read_text())
+            fields |= {"version": 1, "codes": fields.pop("codebook_size")}
+            for counts in fields.get("splits", {}).values():
+                counts["codes"] = counts.pop("num_tokens")
+            (folder / name).unlink()
+            (folder / old_name).write_text(json.dumps(fields, indent=2) + "\n")

@@ -107,7 +107,7 @@ def test_a_folder_and_imagenet_too(tmp_path, monkeypatch):
     monkeypatch.setattr("ibq_jax.data.imagenet.SYNSETS_A_PART", 1)
     monkeypatch.setattr("ibq_jax.data.imagenet.IMAGES_A_PART", 2)
     tars = fake_imagenet(tmp_path)
-    monkeypatch.setattr(beam_dataset, "MOST_ITEMS", 500)  # so that an item has several parts, and many have no image
+    monkeypatch.setattr(beam_dataset, "MAX_ITEMS", 500)  # so that an item has several parts, and many have no image
     prepare.main(["imagenet", f"--tars={tars}", f"--data_dir={tmp_path}/local"])
     prepare.main(["imagenet", f"--tars={tars}", f"--data_dir={tmp_path}/beam", "--beam", IN_THREADS])
     check_same("imagenet2012", tmp_path / "local", tmp_path / "beam")
@@ -147,7 +147,7 @@ def test_killed_and_started_again_only_the_missing_shards_are_made(tmp_path):
 
 
 @needs_beam
-def test_what_changed_since_is_made_anew(tmp_path):
+def test_what_has_changed_is_made_again(tmp_path):
     (folder := tmp_path / "results").mkdir()
     inputs = [tmp_path / f"{name}.txt" for name in "abc"]
     for path in inputs:
@@ -191,7 +191,7 @@ def test_what_a_worker_cannot_do_is_one_line_and_the_rest_is_kept(tmp_path):
         beam_map(_length_of, [f"{tmp_path}/1", f"{tmp_path}/2"], folder=folder, runner=runner)
     assert (folder / "00000.json").exists()
     with pytest.raises(
-        Failed, match=r"^DirectRunner gave up \([^\n]*; what is whole was kept, the same command goes on$"
+        Failed, match=r"^DirectRunner gave up \([^\n]*; what is whole was kept, the same command continues$"
     ):
         beam_map(_divide, [0], folder=tmp_path / "other", runner=runner)
 
@@ -237,7 +237,7 @@ def test_two_runs_do_not_write_one_data_set(tmp_path):
         (["--beam", "--beam_options=--runner=Nothing"], "--beam=Nothing: Unexpected pipeline runner"),
         (["--beam", "--beam_options=--nonsense=3"], "Beam has no option --nonsense"),
         (["--beam", "--beam_options=--direct_num_workers=x"], "argument --direct_num_workers: invalid int value: 'x'"),
-        (["--beam", "--beam_options='"], "--beam_options=': No closing quotation"),
+        (["--beam", "--beam_options='"], "--beam-options=': No closing quotation"),
         (["--beam=DataflowRunner"], "DataflowRunner gave up (Pipeline has validations errors: Missing GCS path option"),
     ],
 )
@@ -249,7 +249,7 @@ def test_a_wrong_runner_is_one_line(tmp_path, capsys, more, message):
 
 
 def test_options_go_with_beam(tmp_path):
-    with pytest.raises(UsageError, match=r"^--beam_options goes with --beam$"):
+    with pytest.raises(UsageError, match=r"^--beam-options goes with --beam$"):
         prepare.main(flags(tmp_path, tmp_path / "data", "--beam_options=--x=1"))
 
 
@@ -263,7 +263,7 @@ def test_without_apache_beam_one_line_says_how_to_get_it(tmp_path, capsys):
 
 
 def test_parts_are_shared_out_evenly_and_in_order(monkeypatch):
-    monkeypatch.setattr(beam_dataset, "MOST_ITEMS", 4)
+    monkeypatch.setattr(beam_dataset, "MAX_ITEMS", 4)
     items = beam_dataset._items(ImageCollection("x", "", tuple, parts=tuple("abcdefghij")))
     assert [number for number, *_ in items] == [0, 1, 2, 3]
     assert [part for _, *parts in items for part in parts] == list("abcdefghij")
