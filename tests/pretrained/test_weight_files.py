@@ -1,4 +1,4 @@
-"""Where the user's weight files are looked for, and the message if they are missing."""
+"""Tests of how the user's weight files are found, and of the message if one is missing."""
 
 import pytest
 
