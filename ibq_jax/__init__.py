@@ -1,6 +1,12 @@
 """Image tokenizers with large, wide, used codebooks (Index Backpropagation Quantization, arXiv 2412.02692) in JAX."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ibq_jax.api import Generator, Tokenizer
+    from ibq_jax.base.config import load_config
+    from ibq_jax.training.train import train
 
 __version__ = "0.2.0"
 _HOMES = {

@@ -10,7 +10,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -209,7 +209,7 @@ class Loop:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handlers = {signal.SIGTERM: self._on_signal, signal.SIGINT: self._on_signal}
+        handlers: dict[int, Callable] = {signal.SIGTERM: self._on_signal, signal.SIGINT: self._on_signal}
         if processes.joined():
             handlers = {signal.SIGINT: lambda *_: signal.raise_signal(signal.SIGTERM)}
         with handling(handlers):

@@ -64,9 +64,10 @@ def warmup_hold_decay_schedule(
     def warmup(step):  # optax.linear_schedule computes this as a difference: 7e-5 off at step 0 of 3,000 in float32
         return peak * (init_lr_factor + (1 - init_lr_factor) * step / max(1, warmup_steps))
 
-    decay = optax.linear_schedule(peak, end_lr_factor * peak, (1 - hold_fraction) * remaining)
+    decay = optax.linear_schedule(peak, end_lr_factor * peak, (1 - hold_fraction) * remaining)  # pyright: ignore[reportArgumentType]  (a fraction of a step is fine)
     return optax.join_schedules(
-        [warmup, optax.constant_schedule(peak), decay], [warmup_steps, warmup_steps + hold_fraction * remaining]
+        [warmup, optax.constant_schedule(peak), decay],
+        [warmup_steps, warmup_steps + hold_fraction * remaining],  # pyright: ignore[reportArgumentType]  (as above)
     )
 
 

@@ -136,7 +136,7 @@ def _mesh_sizes(text: str) -> dict[str, int]:
     return sizes
 
 
-def _cpu_devices(count: int) -> list[jax.Device]:
+def _cpu_devices(count: int) -> list:
     with contextlib.suppress(RuntimeError):  # JAX has initialized its devices already; use those
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
@@ -147,7 +147,7 @@ def _cpu_devices(count: int) -> list[jax.Device]:
 
 def _report(plan: Plan, config: str, batch_size: int, mesh: jax.sharding.Mesh, slices: int) -> dict:
     bounds = plan.bounds
-    binding = max(bounds, key=bounds.get) if bounds else None
+    binding = max(bounds, key=lambda name: bounds[name]) if bounds else None
     return {
         "config": config,
         "mesh": dict(mesh.shape),

@@ -109,7 +109,9 @@ def parser() -> Parser:
 
     _add_input(tar, "'DIR/*.tar'", "Pattern of the shards' paths, in quotes; gzip, bzip2 and xz are unpacked.")
     tar.add_argument("--name", type=_dataset_name, required=True, help="The data set's name.")
-    tar.set_defaults(collect=lambda args, each: tar_shards(args.input, args.name, args.validation, each))
+    tar.set_defaults(
+        collect=lambda args, parallel_map: tar_shards(args.input, args.name, args.validation, parallel_map)
+    )
 
     imagenet.add_argument(
         "--tars",

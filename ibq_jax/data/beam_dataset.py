@@ -32,8 +32,10 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from tensorflow_datasets.core import naming
 from tensorflow_datasets.core.file_adapters import FileFormat
+from tensorflow_datasets.core.splits import SplitDict
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import PARTIAL
@@ -92,8 +94,7 @@ def write_dataset_with_beam(
     work = home / "beam.incomplete"
     with locked(work), disk_full_as_usage_error(home, KEPT):
         mapped = functools.partial(beam_map, runner=runner)
-        each = functools.partial(mapped, folder=work / "labels", description="reading labels")
-        collection = collect(each)
+        collection = collect(functools.partial(mapped, folder=work / "labels", description="reading labels"))
         path = home / collection.version
         check_absent(path, overwrite)
         data = work / "data"

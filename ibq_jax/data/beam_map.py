@@ -39,7 +39,7 @@ TRACEBACK_LINES = 8  # a runner's message this long is a worker's traceback, who
 
 @dataclass(frozen=True)
 class BeamRunner:
-    """Where pipelines run: the name of a Beam runner and its options, as find_beam checked them."""
+    """A Beam runner's name and options, as `find_beam` checked them."""
 
     name: str
     options: tuple[str, ...]
@@ -57,8 +57,8 @@ def find_beam(name: str, options: str = "") -> BeamRunner:
     """
     try:
         with _without_warnings():
-            from apache_beam.options.pipeline_options import PipelineOptions
-            from apache_beam.runners.runner import create_runner
+            from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports]
+            from apache_beam.runners.runner import create_runner  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UsageError(
             f"--beam needs apache-beam, which is not installed here ({error}): VENV=.venv-beam bash launch/setup.sh "
@@ -179,8 +179,8 @@ def _work(function: Callable[[Any], Any], folder: Path, numbered: tuple[int, str
 
 
 def _run(work: Callable[[Any], None], missing: list, runner: BeamRunner) -> None:
-    import apache_beam
-    from apache_beam.options.pipeline_options import PipelineOptions
+    import apache_beam  # pyright: ignore[reportMissingImports]
+    from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports]
 
     try:
         with apache_beam.Pipeline(runner=runner.name, options=PipelineOptions(list(runner.options))) as pipeline:
@@ -217,7 +217,7 @@ def _progress(folder: Path, total: int, description: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Silences Beam's warnings about optional packages that are not needed here, and its doubled ones about options."""
+    """Silences Beam's warnings about optional packages that are not needed here, and about options."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

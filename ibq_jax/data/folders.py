@@ -1,4 +1,4 @@
-"""A folder of images: a class per subfolder, or no classes; its own train and val folders, or a split by name."""
+"""Folders of images: one class per subfolder or no classes, with train and val folders or split by file name."""
 
 import functools
 import os
@@ -20,26 +20,32 @@ from ibq_jax.data.sources import (
     read_bounded,
 )
 
-IMAGES_A_PART = 8192
+IMAGES_PER_PART = 8192
 
 
 class _Image(NamedTuple):
     split: str
     class_name: str | None
-    path: str  # below the root, with "/"
+    path: str  # relative to the root, with "/"
 
 
 def image_folder(root: str | os.PathLike, name: str, validation: float = 0.05) -> ImageCollection:
-    """The .jpg, .jpeg, .png, .webp and .bmp images below `root`, in one of four layouts:
+    """Returns the .jpg, .jpeg, .png, .webp and .bmp images below `root`, in one of four layouts:
 
         root/CLASS/**/x.jpg    root/x.jpg    root/{train,val}/CLASS/**/x.jpg    root/{train,val}/x.jpg
 
-    Classes are numbered in the order of their names. Where `train` and `val` (or `validation`) stand side by side they
-    are the splits; otherwise the fraction `validation` of every class is held out, by the hashes of the files' paths
-    below `root`. Hidden files are left alone.
+    Classes are numbered in the order of their names. If `root` holds both `train` and `val` (or `validation`), they
+    are the splits; otherwise the fraction `validation` of every class is held out, chosen by the hashes of the files'
+    paths below `root`. Hidden files are skipped.
+
+    Args:
+        root: the folder.
+        name: the collection's name.
+        validation: the fraction to hold out, at least 0 and below 1.
 
     Raises:
-        UsageError: no folder, no images, images beside class folders, or folders' names that are no classes'.
+        UsageError: there is no folder or no images, there are images next to class folders, or a folder's name cannot
+            be a class's name.
     """
     root = Path(root)
     if not root.is_dir():
@@ -57,7 +63,7 @@ def image_folder(root: str | os.PathLike, name: str, validation: float = 0.05) -
         examples=lambda: read_part(images),
         class_names=class_names_to_store(class_names, root),
         total=len(images),
-        parts=tuple(tuple(images[first : first + IMAGES_A_PART]) for first in range(0, len(images), IMAGES_A_PART)),
+        parts=tuple(tuple(images[first : first + IMAGES_PER_PART]) for first in range(0, len(images), IMAGES_PER_PART)),
         read_part=read_part,
     )
 
@@ -80,7 +86,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 
 def _images(root: Path, folder: Path, split: str) -> Iterator[_Image]:
-    """The images of one split, in the order of their names: the class is the folder right below `folder`, if any."""
+    """Yields the images of one split in the order of their names; the class is the folder directly below `folder`."""
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
@@ -105,10 +111,10 @@ def _class_names(root: Path, images: list[_Image]) -> list[str]:
         suffixes = ", ".join(f".{suffix}" for suffix in sorted(IMAGE_SUFFIXES))
         raise UsageError(f"{root} holds no images ({suffixes})")
     examples = {image.class_name: image.path for image in images}
-    beside = examples.pop(None, None)
-    if beside and examples:
+    unclassed = examples.pop(None, None)
+    if unclassed and examples:
         raise UsageError(
-            f"{root} holds images in class folders ({min(examples.values())}) and beside them ({beside}): "
+            f"{root} holds images in class folders ({min(examples.values())}) and next to them ({unclassed}): "
             "move the latter into a class folder or away"
         )
     return sorted(name for name in examples if name is not None)
@@ -123,7 +129,7 @@ def _with_validation(images: list[_Image], fraction: float) -> list[_Image]:
 
 
 def _read(path: Path) -> bytes:
-    if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for ever, and a device may have no end
-        raise UnreadableImage("no regular file")
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait forever, and a device may never end
+        raise UnreadableImage("not a regular file")
     with path.open("rb") as file:
         return read_bounded(file)

@@ -1,7 +1,7 @@
-"""ImageNet 2012 from its two standard tars, as TFDS lays it out.
+"""ImageNet 2012 from its two standard tars, in the layout of TFDS.
 
-TFDS's own builder needs TensorFlow to look for the tars, so the tars are read here; name, version, splits, features and
-the order of the classes are TFDS's, and a copy that TFDS made in ArrayRecord form is read by the same code.
+TFDS's own builder needs TensorFlow to find the tars, so they are read here. Name, version, splits, features and the
+order of the classes are those of TFDS, and a copy that TFDS made in ArrayRecord form is read by the same code.
 """
 
 import functools
@@ -22,23 +22,23 @@ TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 EXPECTED_IMAGES = {"train": 1_281_167, "validation": 50_000}
 _TFDS_FILES = "datasets/imagenet2012"
-SYNSETS_A_PART, IMAGES_A_PART = 8, 10_000  # some 10,000 images both
+SYNSETS_PER_PART, IMAGES_PER_PART = 8, 10_000  # about 10,000 images each
 
 
 class _Part(NamedTuple):
     split: str
     tar: Path
-    first: int  # member
-    stop: int | None
+    first: int  # index of its first member
+    stop: int | None  # None: all that follow
 
 
 def imagenet2012(tars: str | os.PathLike) -> ImageCollection:
-    """ImageNet's training and validation images, read in place from the two tars in the folder `tars`.
+    """Returns ImageNet's training and validation images, read in place from the two tars in the folder `tars`.
 
-    Labels 0..999 number the synsets (n01440764 first). Images keep their bytes, the few CMYK and PNG ones included.
+    Labels 0..999 number the synsets (n01440764 first). Images keep their bytes, including the few CMYK and PNG ones.
 
     Raises:
-        UsageError: a tar is missing; while reading, one that is broken or holds something else.
+        UsageError: a tar is missing; while reading, a tar is broken or holds something else.
     """
     folder = Path(tars)
     missing = [name for name in (TRAIN_TAR, VALIDATION_TAR) if not (folder / name).is_file()]
@@ -52,8 +52,8 @@ def imagenet2012(tars: str | os.PathLike) -> ImageCollection:
     label_of = {synset: label for label, synset in enumerate(synsets)}
 
     read_part = functools.partial(_examples, label_of=label_of, validation=[label_of[synset] for synset in validation])
-    train = _parts("train", folder / TRAIN_TAR, len(synsets), SYNSETS_A_PART)
-    held_out = _parts("validation", folder / VALIDATION_TAR, len(validation), IMAGES_A_PART)
+    train = _parts("train", folder / TRAIN_TAR, len(synsets), SYNSETS_PER_PART)
+    held_out = _parts("validation", folder / VALIDATION_TAR, len(validation), IMAGES_PER_PART)
 
     def examples() -> Iterator[Example]:
         for part in (train[0], held_out[0]):
@@ -62,7 +62,7 @@ def imagenet2012(tars: str | os.PathLike) -> ImageCollection:
     return ImageCollection(
         name="imagenet2012",
         version="5.1.0",
-        description="ILSVRC 2012: photographs of 1,000 kinds of things (image-net.org).",
+        description="ILSVRC 2012: photographs of 1,000 kinds of objects (image-net.org).",
         examples=examples,
         class_names=tuple(synsets),
         total=sum(EXPECTED_IMAGES.values()),
@@ -82,7 +82,7 @@ def _parts(split: str, tar: Path, count: int, size: int) -> list[_Part]:
 def _examples(part: _Part, label_of: dict[str, int], validation: list[int]) -> Iterator[Example]:
     try:
         with open_stream(part.tar) as stream:
-            found = itertools.islice(members(stream), part.first, part.stop)  # what comes before is skipped, unread
+            found = itertools.islice(members(stream), part.first, part.stop)  # earlier members are skipped unread
             if part.split == "train":
                 yield from _training_examples(found, part.tar, label_of)
             else:
@@ -92,11 +92,11 @@ def _examples(part: _Part, label_of: dict[str, int], validation: list[int]) -> I
 
 
 def _training_examples(found: Iterator[Member], path: Path, label_of: dict[str, int]) -> Iterator[Example]:
-    """The training tar holds one tar a synset, e.g. n01440764.tar."""
+    """Yields the images of the training tar, which holds one tar per synset, such as n01440764.tar."""
     for member in found:
         synset = member.name.removesuffix(".tar")
         if synset not in label_of:
-            raise UsageError(f"{path} holds {member.name!r}, which is no ILSVRC 2012 synset")
+            raise UsageError(f"{path} holds {member.name!r}, which is not an ILSVRC 2012 synset")
         for image in members(member):
             yield _example("train", image, label_of[synset])
 
@@ -105,10 +105,10 @@ def _validation_examples(found: Iterator[Member], path: Path, labels: list[int])
     for image in found:
         number = re.search(r"ILSVRC2012_val_(\d{8})\.JPEG$", image.name)
         if not number or not 1 <= int(number[1]) <= len(labels):
-            raise UsageError(f"{path} holds {image.name!r}, which is no ILSVRC 2012 validation image")
+            raise UsageError(f"{path} holds {image.name!r}, which is not an ILSVRC 2012 validation image")
         yield _example("validation", image, labels[int(number[1]) - 1])
 
 
 def _example(split: str, image: Member, label: int) -> Example:
-    encoded = image.read(MAX_ENCODED_BYTES + 1)  # one byte too many tells an oversized one
+    encoded = image.read(MAX_ENCODED_BYTES + 1)  # the extra byte marks an oversized image
     return Example(split, image.name.rpartition("/")[2], functools.partial(bytes, encoded), label)

@@ -41,7 +41,8 @@ class ImageSource:
 
     def __init__(self, name: str, data_dir: str | os.PathLike, split: str, builder: tfds.core.DatasetBuilder):
         self.name, self.data_dir, self.split = name, data_dir, split
-        self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        skip: Any = tfds.decode.SkipDecoding()  # pyright: ignore[reportCallIssue]  (TFDS hides the signature)
+        self._records = builder.as_data_source(split, decoders={"image": skip})
         features: Any = builder.info.features
         has_classes = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
         self.class_names: tuple[str, ...] = tuple(features["label"].names) if has_classes else ()

@@ -1,8 +1,8 @@
-"""From encoded bytes to a square uint8 crop: decode, resize the shorter side, crop.
+"""Turns encoded bytes into a square uint8 crop: decodes, resizes the shorter side, crops.
 
-Shapes: H, W of an image; S the side of the crop. Images are uint8 RGB [H, W, 3]; [S, S, 3] once cropped.
+Shapes: H, W of an image; S the side of the crop. Images are uint8 RGB [H, W, 3], after cropping [S, S, 3].
 Scaling to [-1, 1] happens on the device. A tokenizer is trained and evaluated without flips, as in arXiv 2412.02692;
-they are among the views (named crops) that its codes are stored of.
+flips are among the views (named crops) whose codes a token cache stores.
 """
 
 import io
@@ -15,22 +15,22 @@ from PIL import Image, UnidentifiedImageError
 
 from ibq_jax.base.errors import one_line
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # Pillow knows dozens; for one of them, PostScript, it would start Ghostscript
-MAX_ASPECT = 100  # of the sides: resized by its shorter one, a thin image of a few bytes would take gigabytes
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # Pillow knows dozens; for PostScript it would start Ghostscript
+MAX_ASPECT = 100  # ratio of the sides: a thin image of a few bytes, resized by its shorter side, needs gigabytes
 
 
 class UnreadableImage(ValueError):
-    """Bytes that are no whole image of a known format, or one too large to decode safely; the message says why."""
+    """Bytes that are not a whole image of a known format, or are too large to decode safely; the message says why."""
 
 
 def decode_image(encoded: bytes) -> np.ndarray:
     """Decodes a JPEG, PNG, WebP or BMP file completely -> uint8 RGB [H, W, 3].
 
-    Transparent pixels show white, 16-bit grey is scaled to 8 bits, CMYK is converted, an animation gives its first
-    frame. An EXIF orientation is not applied: the ImageNet pipelines whose numbers are compared do not apply it either.
+    Transparent pixels become white, 16-bit grey is scaled to 8 bits, CMYK is converted, and of an animation the first
+    frame is taken. EXIF orientation is not applied, as in the ImageNet pipelines behind the published numbers.
 
     Raises:
-        UnreadableImage: broken or foreign bytes, more pixels than Pillow's guard against decompression bombs allows, or
+        UnreadableImage: broken or unknown bytes, more pixels than Pillow's guard against decompression bombs allows, or
             one side over 100 times as long as the other.
     """
     try:
@@ -44,7 +44,7 @@ def decode_image(encoded: bytes) -> np.ndarray:
         raise
     except UnidentifiedImageError as error:
         raise UnreadableImage("no image of a known format") from error
-    except Exception as error:  # from foreign bytes Pillow's parsers may raise anything
+    except Exception as error:  # Pillow's parsers may raise anything
         raise UnreadableImage(one_line(error)) from error
 
 
@@ -69,10 +69,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_shorter_side(image: np.ndarray, size: int, antialias: bool = True) -> np.ndarray:
-    """Bilinear resize of [H, W, 3] so that the shorter side is `size` pixels; the longer one is rounded.
+    """Resizes [H, W, 3] bilinearly so that the shorter side is `size` pixels; the longer side is rounded.
 
-    With `antialias` as Pillow does it: the filter widens with the reduction. Without, every output pixel mixes its four
-    nearest inputs whatever the reduction, as OpenCV does it and as the published IBQ numbers were computed.
+    With `antialias` the filter widens with the reduction, as in Pillow. Without it every output pixel mixes its four
+    nearest input pixels at any reduction, as in OpenCV and in the evaluation behind the published IBQ numbers.
     """
     height, width = image.shape[:2]
     shorter = min(height, width)
@@ -94,31 +94,31 @@ def _resize_plain(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two input positions around each output pixel's centre, and the second one's weight; edges are repeated."""
+    """Returns the two input positions around each output pixel's centre and the second's weight; edges repeat."""
     centre = np.clip((np.arange(target, dtype=np.float32) + 0.5) * (source / target) - 0.5, 0, source - 1)
     first = np.floor(centre).astype(np.int64)
     return first, np.minimum(first + 1, source - 1), (centre - first).astype(np.float32)
 
 
 def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """The middle [size, size, 3] of [H, W, 3]; an odd remainder leaves the extra row or column at the end."""
+    """Returns the middle [size, size, 3] of [H, W, 3]; of an odd remainder, the extra row or column is at the end."""
     top, left = ((side - size) // 2 for side in image.shape[:2])
     return image[top : top + size, left : left + size]
 
 
 def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A [size, size, 3] window of [H, W, 3], every position equally likely."""
+    """Returns a [size, size, 3] window of [H, W, 3], every position equally likely."""
     top, left = (int(rng.integers(side - size, endpoint=True)) for side in image.shape[:2])
     return image[top : top + size, left : left + size]
 
 
 def views(image: np.ndarray, names: Sequence[str], size: int) -> np.ndarray:
-    """The crops of [H, W, 3] that VIEWS has under `names`, one name after another: uint8 [V, size, size, 3]."""
+    """Returns the crops of [H, W, 3] with the `names` of VIEWS, in that order: uint8 [V, size, size, 3]."""
     return np.stack([crop for name in names for crop in VIEWS[name](image, size)])
 
 
 def _ten_crop(image: np.ndarray, size: int) -> list[np.ndarray]:
-    """The centre and the four corners, then their mirror images."""
+    """Returns the centre and the four corners, then their mirror images."""
     bottom, right = (side - size for side in image.shape[:2])
     corners = [image[top : top + size, left : left + size] for top in (0, bottom) for left in (0, right)]
     five = [centre_crop(image, size), *corners]
@@ -129,7 +129,7 @@ def _mirrored(image: np.ndarray) -> np.ndarray:
     return image[:, ::-1]
 
 
-# Crops of an image by name: (image [H, W, 3], size) -> [size, size, 3] each.
+# Named crops of an image: (image [H, W, 3], size) -> a list of [size, size, 3].
 VIEWS: dict[str, Callable[[np.ndarray, int], list[np.ndarray]]] = {
     "centre": lambda image, size: [centre_crop(image, size)],
     "flip": lambda image, size: [_mirrored(centre_crop(image, size))],

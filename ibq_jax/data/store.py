@@ -1,7 +1,7 @@
-"""TFDS data sets in ArrayRecord form, written and found without TensorFlow.
+"""Writes and finds TFDS data sets in ArrayRecord form, without TensorFlow.
 
-Examples go through `tfds.core.SequentialWriter`, because TFDS's own builders shuffle any split over 1 GB through
-TensorFlow's files. They keep the source's order on disk; whoever reads shuffles.
+Examples are written by `tfds.core.SequentialWriter`, because TFDS's own builders shuffle any split over 1 GB through
+TensorFlow's files. They keep the source's order on disk; readers shuffle.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ from ibq_jax.data.sources import MAX_ENCODED_BYTES, Example, ImageCollection, pr
 
 EXAMPLES_PER_SHARD = 8192
 EXAMPLES_PER_CALL = 256  # TFDS rewrites its metadata at every call
-FEATURES = "tensorflow_datasets.core.features."  # where TFDS's own kinds of features are
+FEATURES = "tensorflow_datasets.core.features."  # the module of TFDS's own features
 CLASS_NAMES = ("pythonClassName", "python_class_name", "type")  # fields of features.json, new and old
 
 
 @dataclass(frozen=True)
 class WriteSummary:
-    """What `write_dataset` made: images per split and label, and which were left out for what reason."""
+    """The result of `write_dataset`: images per split and label, and the skipped images with the reason."""
 
     path: Path
     counts: Mapping[str, Counter]  # split -> label (None without classes) -> images
@@ -43,7 +43,7 @@ class WriteSummary:
 
 
 def find_dataset(name: str, data_dir: str | os.PathLike) -> Path | None:
-    """The folder of the data set's newest finished version, `data_dir/name/version`; None where there is none."""
+    """Returns the folder of the data set's newest finished version, `data_dir/name/version`; None if there is none."""
     folder = Path(data_dir, name)
     versions = [
         path
@@ -54,32 +54,32 @@ def find_dataset(name: str, data_dir: str | os.PathLike) -> Path | None:
 
 
 def open_builder(path: Path) -> tfds.core.DatasetBuilder:
-    """The data set at `path`, as TFDS reads it.
+    """Opens the data set at `path` with TFDS.
 
-    Raises UsageError when its metadata are damaged, or name a kind of feature that is not TFDS's own.
+    Raises UsageError if its metadata are damaged or name a feature class that is not TFDS's own.
     """
     try:
         if (path / "features.json").is_file():
             _check_features(read_json(path / "features.json"))
         return tfds.builder_from_directory(path)
-    except Exception as error:  # from foreign metadata TFDS may raise anything
+    except Exception as error:  # given foreign metadata, TFDS may raise anything
         raise UsageError(
             f"data set {path} has damaged metadata ({one_line(error)}): prepare it with --overwrite"
         ) from error
 
 
 def _check_features(described: object) -> None:
-    """TFDS imports whatever module a feature's class is said to be in, and that would run code."""
+    """Checks that all features are TFDS's own: TFDS imports whatever module the file names, and so runs its code."""
     for name, value in described.items() if isinstance(described, dict) else ():
         if name in CLASS_NAMES and isinstance(value, str) and not value.startswith(FEATURES):
-            raise ValueError(f"a feature of type {value}, which is none of TFDS's")
+            raise ValueError(f"a feature of type {value}, which is not one of TFDS's")
         _check_features(value)
     for value in described if isinstance(described, list) else ():
         _check_features(value)
 
 
 def made_with(path: Path) -> Mapping[str, str | int | float] | None:
-    """The settings that the data set at `path` was written with; None where something else wrote it."""
+    """Returns the settings that the data set at `path` was written with; None if something else wrote it."""
     info: Any = open_builder(path).info
     return info.metadata.get("settings")
 
@@ -92,8 +92,8 @@ def write_dataset(
 ) -> WriteSummary:
     """Writes every readable image of the collection to `data_dir/name/version`, which appears only once it is complete.
 
-    Each image is decoded fully first, so whatever is stored can be read. The others are named on stderr, counted, left
-    out, and listed in the data set's metadata, where the `settings` are kept too.
+    Each image is decoded fully first, so that every stored image can be read. Unreadable ones are named on stderr,
+    counted, skipped, and listed in the data set's metadata, which also hold the `settings`.
 
     Raises:
         UsageError: the data set exists and `overwrite` is off, another process is writing it, no image can be read, or
@@ -112,20 +112,20 @@ def write_dataset(
 
 
 def check_absent(path: Path, overwrite: bool) -> None:
-    """Raises UsageError when there is something at `path` and `overwrite` is off."""
+    """Checks that `path` is free or may be replaced. Raises UsageError."""
     if path.exists() and not overwrite:
-        raise UsageError(f"{path} is there already: pass --overwrite to build it anew, or choose another --name")
+        raise UsageError(f"{path} is there already: pass --overwrite to build it again, or choose another --name")
 
 
 def check_some(collection: ImageCollection, counts: Mapping[str, Counter], skipped: Sequence[str]) -> None:
-    """Raises UsageError when no image could be read."""
+    """Checks that at least one image could be read. Raises UsageError."""
     if not counts:
         first = f", the first {skipped[0]}" if skipped else ""
         raise UsageError(f"{collection.name}: {len(skipped)} images found and none can be read{first}")
 
 
 def dataset_info(collection: ImageCollection, folder: Path, settings: Mapping) -> tfds.core.DatasetInfo:
-    """What TFDS is to know of the collection's data set, which will be in `folder`; no splits yet."""
+    """Returns TFDS's description of the collection's data set, which will be in `folder`; it has no splits yet."""
     features = {"image": tfds.features.Image(), "file_name": tfds.features.Text()}
     if collection.class_names:
         features["label"] = tfds.features.ClassLabel(names=list(collection.class_names))
@@ -152,9 +152,9 @@ def write_examples(
     counts: dict[str, Counter],
     per_shard: int,
 ) -> None:
-    """Writes examples with their bytes, and the metadata, to the folder of `info`; adds them up in `counts`.
+    """Writes examples with their bytes, and the metadata, to the folder of `info`; counts them in `counts`.
 
-    Metadata that grow meanwhile, `info.metadata`, are written as they are at the end.
+    `info.metadata` may grow meanwhile; its final state is written.
     """
     writer = tfds.core.SequentialWriter(info, per_shard, file_format="array_record")
     examples = iter(examples)
@@ -178,7 +178,7 @@ def _write(
 
 
 def _readable(collection: ImageCollection, skipped: list[str]) -> Iterator[tuple[Example, bytes]]:
-    """The examples that decode, with their bytes, in order, checked on every core; the others go to `skipped`."""
+    """Yields the readable examples with their bytes, in order, decoding on all cores; names the others in `skipped`."""
     cores = os.cpu_count() or 1
     pending: deque[tuple[Example, Future[bytes]]] = deque()
     examples = iter(collection.examples())
@@ -200,12 +200,12 @@ def _readable(collection: ImageCollection, skipped: list[str]) -> Iterator[tuple
 
 
 def why_skipped(example: Example, error: Exception) -> str:
-    """The line that names an image that was left out."""
+    """Returns the line that names a skipped image and the reason."""
     return printable(f"{example.name}: {error}")
 
 
 def load(example: Example) -> bytes:
-    """The example's bytes, which decode. Raises OSError or UnreadableImage."""
+    """Returns the example's bytes after decoding them as a check. Raises OSError or UnreadableImage."""
     encoded = example.read()
     if len(encoded) > MAX_ENCODED_BYTES:
         raise UnreadableImage(f"larger than {MAX_ENCODED_BYTES >> 20} MiB")
@@ -215,9 +215,9 @@ def load(example: Example) -> bytes:
 
 @contextlib.contextmanager
 def _complete_or_absent(path: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `path` if the block ends well and is removed if not.
+    """Gives a folder to write into, which replaces `path` if the block succeeds and is removed otherwise.
 
-    A killed process leaves it behind, locked by no one; the next one empties it.
+    A killed process leaves it behind unlocked; the next one empties it.
     """
     unfinished = path.with_name(f"{path.name}.incomplete")
     with locked(unfinished), disk_full_as_usage_error(path, "nothing was kept"):
@@ -231,7 +231,7 @@ def _complete_or_absent(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(folder: Path, path: Path) -> None:
-    """Renames `folder`, complete, to `path`; what was there is removed."""
+    """Renames the complete `folder` to `path`, replacing what is there."""
     if path.exists():
         shutil.rmtree(path)
     folder.rename(path)
@@ -239,15 +239,15 @@ def replace_folder(folder: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes `folder` and keeps every other process out of such a block. Raises UsageError if one is inside."""
+    """Makes `folder` and locks it while the block runs. Raises UsageError if another process has locked it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            told = f"{folder} is being written by another process: wait, or choose another --name"
-            raise UsageError(told) from error
+            message = f"{folder} is being written by another process: wait, or choose another --name"
+            raise UsageError(message) from error
         yield
     finally:
         os.close(lock)
@@ -255,10 +255,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_full_as_usage_error(path: Path, kept: str) -> Iterator[None]:
-    """Raises UsageError, with what was `kept`, when the block fails because the disk of `path` is full."""
+    """Turns a failure of the block because the disk of `path` is full into a UsageError that says what was `kept`."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # ArrayRecord's are RuntimeErrors with the system's words in them
+    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError with the system's message in its text
         if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
             raise UsageError(f"{path}: the disk is full; {kept}") from error
         raise

@@ -1,7 +1,7 @@
-"""The regular files of a tar, read in order from a stream that nobody has to trust.
+"""Reads the regular files of a tar in order, from a stream that need not be trusted.
 
-Python's tarfile keeps every header in memory, reads an extended header of whatever size it claims, recurses from one to
-the next, and goes back in the file where a size is negative. Here a header takes one block, or a bounded one more.
+Python's tarfile keeps every header in memory, reads an extended header of any size it claims, recurses from one to the
+next, and seeks backwards if a size is negative. Here a header is one block and at most one bounded extension.
 """
 
 import bz2
@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 BLOCK = 512
 MAX_HEADER_BYTES = 2**16  # of an extended header: a long name, and numbers
-UNPACKED_AT_LEAST, UNPACKED_TIMES = 2**30, 64  # images hardly shrink, so what grows more is no shard
+MIN_UNPACKED, MAX_GROWTH = 2**30, 64  # images hardly compress, so a file that grows more is not a shard
 COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 LONG_NAME, LONG_LINK = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
@@ -26,17 +26,17 @@ WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTY
 
 
 class BrokenTar(ValueError):
-    """What is not, or no longer, a tar; the message says why."""
+    """A file that is not a tar, or is damaged; the message says why."""
 
 
 class TarStream:
-    """Bytes that are read once, in order, up to a limit."""
+    """A stream of bytes that is read once, in order, up to a limit."""
 
     def __init__(self, file: BinaryIO, limit: int = 2**63, compressed: bool = False):
         self._file, self._left, self._limit, self._compressed = file, limit, limit, compressed
 
     def read(self, count: int) -> bytes:
-        """Fewer bytes than `count` where they end. Raises BrokenTar for what cannot be read, or unpacks to too much."""
+        """Reads `count` bytes, fewer at the end. Raises BrokenTar if they cannot be read or unpack to too many."""
         if count > self._left:
             raise self._too_much()
         self._left -= count
@@ -46,12 +46,12 @@ class TarStream:
             raise BrokenTar(str(error)) from error
 
     def skip(self, count: int) -> None:
-        """Raises BrokenTar where there are not as many bytes."""
+        """Skips `count` bytes. Raises BrokenTar if there are fewer."""
         if not self._compressed:
             if count:
-                self._file.seek(count - 1, 1)  # beyond the end as well
+                self._file.seek(count - 1, 1)  # may be beyond the end
                 count = 1
-        elif count > self._left:  # known before a bomb is unpacked, not after
+        elif count > self._left:  # so a bomb is refused before it is unpacked
             raise self._too_much()
         while count:
             read = len(self.read(min(count, 2**20)))
@@ -65,9 +65,9 @@ class TarStream:
 
 @contextlib.contextmanager
 def open_stream(path: Path) -> Iterator[TarStream]:
-    """A file's bytes, unpacked where they are gzip's, bzip2's or xz's: to 64 times its size, or 1 GiB."""
-    if not path.is_file():  # a pipe, say, would never end
-        raise BrokenTar("no regular file")
+    """Opens a file, unpacking gzip, bzip2 and xz to at most 64 times its size or 1 GiB, whichever is more."""
+    if not path.is_file():  # a pipe, for example, would never end
+        raise BrokenTar("not a regular file")
     with path.open("rb") as file:
         head = file.read(max(map(len, COMPRESSIONS)))
         file.seek(0)
@@ -75,22 +75,22 @@ def open_stream(path: Path) -> Iterator[TarStream]:
         if unpack is None:
             yield TarStream(file)
             return
-        limit = max(UNPACKED_AT_LEAST, UNPACKED_TIMES * path.stat().st_size)
+        limit = max(MIN_UNPACKED, MAX_GROWTH * path.stat().st_size)
         with unpack(file) as unpacked:
             yield TarStream(unpacked, limit, compressed=True)
 
 
 @dataclass
 class Member:
-    """A regular file: `size` bytes, to be read before the next member is asked for."""
+    """A regular file in a tar: `size` bytes, to be read before the next member is requested."""
 
     name: str
     size: int
-    stream: TarStream
+    stream: "TarStream | Member"
     left: int
 
     def read(self, count: int) -> bytes:
-        """The next `count` bytes, or all that are left. Raises BrokenTar where the tar ends before."""
+        """Reads `count` bytes, or all that are left. Raises BrokenTar if the tar ends before."""
         count = min(count, self.left)
         content = self.stream.read(count)
         if len(content) < count:
@@ -99,7 +99,7 @@ class Member:
         return content
 
     def skip(self, count: int) -> None:
-        """Raises BrokenTar where there are not as many bytes."""
+        """Skips `count` bytes. Raises BrokenTar if there are fewer."""
         if count > self.left:
             raise BrokenTar("unexpected end of data")
         self.stream.skip(count)
@@ -107,9 +107,9 @@ class Member:
 
 
 def members(stream: TarStream | Member) -> Iterator[Member]:
-    """The regular files of a tar in order; folders, links and devices are passed over.
+    """Yields the regular files of a tar in order; folders, links and devices are skipped.
 
-    Names are as the tar has them: anything. Raises BrokenTar.
+    Names are as in the tar and may be any text. Raises BrokenTar.
     """
     name, size, first = None, None, True
     while block := stream.read(BLOCK):
@@ -150,7 +150,7 @@ def _header(block: bytes) -> tarfile.TarInfo:
 
 def _extended(stream: TarStream | Member, length: int) -> bytes:
     if length > MAX_HEADER_BYTES:
-        raise BrokenTar(f"a header of {length} bytes; they have {MAX_HEADER_BYTES} at most")
+        raise BrokenTar(f"a header of {length} bytes; the limit is {MAX_HEADER_BYTES}")
     padded = length + -length % BLOCK
     content = stream.read(padded)
     if len(content) < padded:
@@ -159,11 +159,11 @@ def _extended(stream: TarStream | Member, length: int) -> bytes:
 
 
 def _pax(content: bytes, name: str | None, size: int | None) -> tuple[str | None, int | None]:
-    """(name, size) as records "LENGTH KEY=VALUE\\n" change them."""
+    """Returns (name, size) as changed by records "LENGTH KEY=VALUE\\n"."""
     while content:
         length = content[:8].partition(b" ")[0]
         if not length.isdigit() or not len(length) + 1 < int(length) <= len(content):
-            raise BrokenTar("a header that is none of pax's")
+            raise BrokenTar("a header that is not a pax header")
         key, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
         content = content[int(length) :]
         if key.startswith(b"GNU.sparse"):

@@ -1,6 +1,7 @@
-"""Tar shards in the webdataset layout: neighbouring members that share a key, their name up to its first dot.
+"""Tar shards in the webdataset layout: neighbouring members that share a key are one sample.
 
-Members are read in place. Nothing is unpacked, so a member's name never becomes a path.
+The key is the member's name up to its first dot. Members are read in place. Nothing is unpacked, so a member's name
+never becomes a path.
 """
 
 import contextlib
@@ -37,23 +38,28 @@ MAX_LABEL_CHARACTERS = 256
 Label = int | str | None  # as written in a shard
 
 
-def tar_shards(pattern: str, name: str, validation: float = 0.05, each: ParallelMap = map) -> ImageCollection:
-    """The images of every shard that matches `pattern`, e.g. "shards/*.tar", in the order of the shards' names.
+def tar_shards(pattern: str, name: str, validation: float = 0.05, parallel_map: ParallelMap = map) -> ImageCollection:
+    """Returns the images of every shard that matches `pattern`, in the order of the shards' names.
 
     A sample is an image (.jpg .jpeg .png .webp .bmp) and, for its class, a .cls (a number or a name) or a .json with
-    "label" or "cls"; other members are passed over. Numbers stay as they are, names are numbered in their order: a
-    first pass over the shards collects them, a second reads the images. The fraction `validation` is held out, by the
-    hashes of shard and key. A shard that breaks off counts as one unreadable image; what precedes the break is kept.
-    `each` maps the first pass over the shards; a shard is a part of the collection.
+    "label" or "cls"; other members are skipped. Numbers are used as they are; names are numbered in sorted order. A
+    first pass over the shards collects the labels, a second reads the images. A truncated shard counts as one
+    unreadable image; the samples before the break are kept.
+
+    Args:
+        pattern: of the shards' paths, such as "shards/*.tar".
+        name: the collection's name.
+        validation: the fraction to hold out, chosen by the hashes of shard and key.
+        parallel_map: runs the first pass. Each shard is a part of the collection.
 
     Raises:
-        UsageError: no shard, no images in them, samples with a number, with a name or with no label side by side, or
-            labels that are no class's.
+        UsageError: there are no shards or no images; samples with numbers, with names and without labels are mixed; or
+            a label cannot be a class.
     """
     shards = [Path(path) for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
     if not shards:
         raise UsageError(f"no file matches {pattern}")
-    total, seen = _survey(shards, each)
+    total, seen = _survey(shards, parallel_map)
     if not total:
         raise UsageError(f"the {len(shards)} shards of {pattern} hold no images")
     class_names = _class_names(seen)
@@ -72,10 +78,10 @@ def tar_shards(pattern: str, name: str, validation: float = 0.05, each: Parallel
     )
 
 
-def _survey(shards: list[Path], each: ParallelMap) -> tuple[int, dict[Label, str]]:
-    """The number of images, and every label that occurs with the first sample that has it."""
+def _survey(shards: list[Path], parallel_map: ParallelMap) -> tuple[int, dict[Label, str]]:
+    """Returns the number of images, and every label with the first sample that has it."""
     total, seen = 0, {}
-    found = each(_labels, shards)
+    found = parallel_map(_labels, shards)
     for images, labels in tqdm(found, "reading labels", len(shards), unit=" shards", dynamic_ncols=True):
         total += images
         for label, where in labels:
@@ -84,7 +90,7 @@ def _survey(shards: list[Path], each: ParallelMap) -> tuple[int, dict[Label, str
 
 
 def _labels(shard: Path) -> tuple[int, list[tuple[Label, str]]]:
-    """The number of images in a shard, and every label with the first sample that has it."""
+    """Returns the number of images in a shard, and every label with the first sample that has it."""
     images, seen = 0, {}
     with contextlib.suppress(BrokenTar):  # the second pass reports it
         for key, sample in _samples(shard, LABEL_SUFFIXES):
@@ -103,8 +109,10 @@ def _note(seen: dict[Label, str], label: Label, where: str) -> None:
 
 def _checked(label: Label, where: str) -> Label:
     if len(str(label)) > MAX_LABEL_CHARACTERS:
-        told = f"{str(label)[:20]!r}... at {printable(where)}"
-        raise UsageError(f"label {told} has {len(str(label))} characters; they have {MAX_LABEL_CHARACTERS} at most")
+        raise UsageError(
+            f"label {str(label)[:20]!r}... at {printable(where)} has {len(str(label))} characters; the limit is "
+            f"{MAX_LABEL_CHARACTERS}"
+        )
     return label
 
 
@@ -135,13 +143,13 @@ def _examples(shard: Path, label_of: dict[Label, int | None], validation: float)
 
 
 def _break_off(reason: str) -> bytes:
-    raise UnreadableImage(f"the shard breaks off: {reason}")
+    raise UnreadableImage(f"the rest of the shard is unreadable: {reason}")
 
 
 def _samples(shard: Path, wanted: frozenset[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, suffix -> contents) of each sample; contents of an image that is not wanted are empty.
+    """Yields (key, {suffix: content}) of each sample; the content of an unwanted image is empty.
 
-    As of `sources.read_bounded`, one byte too many tells an oversized member.
+    As in `sources.read_bounded`, an extra byte marks an oversized member.
     """
     with open_stream(shard) as stream:
         named = ((*_key_and_suffix(member.name), member) for member in members(stream))

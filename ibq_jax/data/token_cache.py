@@ -161,9 +161,10 @@ def write_run_manifest(workdir: Path, manifest: Mapping) -> None:
 
 def _check_complete(manifest: dict, file: Path) -> None:
     """Checks that every field that is read later is there, of its type and of a possible size. Raises UsageError."""
-    data, counted = manifest.get("data"), manifest.get("splits")
+    data: Any = manifest.get("data")
+    counted: Any = manifest.get("splits")
     splits = data.get("splits") if isinstance(data, dict) else None
-    grid = manifest.get("grid")
+    grid: Any = manifest.get("grid")
     right = {
         "tokenizer": isinstance(manifest.get("tokenizer"), dict),
         "data.name": isinstance(data, dict) and isinstance(data.get("name"), str),

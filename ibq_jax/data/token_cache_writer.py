@@ -1,5 +1,6 @@
-"""Writes a token cache (`ibq_jax.data.token_cache`) as a job in parts: several processes share it, and a kill loses
-at most the shards that were being written.
+"""Writes a token cache (`ibq_jax.data.token_cache`) as a job in parts, the shards.
+
+Several processes may share it, and a kill loses at most the shards that were being written.
 
 Settings are the manifest without its counts: {"version", "tokenizer", "data": {..., "splits": {split: {"source",
 "images", "views", "crops", "shards"}}}, "preprocessing", "precision", "codebook_size": K, "grid": [h, w], "dtype"}.

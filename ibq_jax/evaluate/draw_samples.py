@@ -115,6 +115,7 @@ class _Drawing:
         self._run, self._step, self._given_labels, self._settings = run, restored.step, labels, settings
         self._sampling = _sampling(settings, trainer.config)
         tokenizer = find_tokenizer(settings.tokenizer, self._manifest, needed=True)
+        assert tokenizer is not None  # as it was needed
         self.class_names = tuple(self._manifest["data"]["class_names"])
         self.labels = check_labels(trainer.model, np.asarray(labels or range(max(len(self.class_names), 1))))
         params = jax.device_get(restored.state.weights(settings.weights))

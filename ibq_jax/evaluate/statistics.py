@@ -69,13 +69,13 @@ class FeatureStatistics:
         """
         self._same_dims(other)
         for statistics in (self, other):
-            statistics._require_count("merged")
             statistics._flush()
+        own_count, other_count = (statistics._require_count("merged") for statistics in (self, other))
         merged = FeatureStatistics(self.dims)
-        merged._count = self._count + other._count
-        share = other._count / max(merged._count, 1)
+        merged._count = own_count + other_count
+        share = other_count / max(merged._count, 1)
         step = other._mean - self._mean
-        between = np.sqrt(self._count * share) * step  # on both sides of the product: symmetric bit for bit
+        between = np.sqrt(own_count * share) * step  # on both sides of the product: symmetric bit for bit
         merged._mean = self._mean + share * step
         merged._scatter = self._scatter + other._scatter + np.outer(between, between)
         return merged
@@ -106,7 +106,7 @@ class FeatureStatistics:
         if self.count < 2:
             raise UsageError(f"a covariance needs at least two samples, not {self.count}")
         self._flush()
-        return self._scatter / (self._count - 1)
+        return self._scatter / (self.count - 1)
 
     @property
     def reliable(self) -> bool:
@@ -143,13 +143,13 @@ class FeatureStatistics:
             raise UsageError(f"{path}: statistics are written as .npz; give a name that ends in .npz")
         arrays = {"mu": self.mean, "sigma": self.covariance}
         if self.count is not None:
-            arrays["count"] = np.int64(self.count)
+            arrays["count"] = np.asarray(self.count, np.int64)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as partial:
             if partial is None:
                 raise UsageError(f"{path} exists already, or another process is writing it")
             with partial.open("wb") as out:
-                np.savez(out, **arrays)
+                np.savez(out, allow_pickle=False, **arrays)
 
     @classmethod
     def load(cls, path: str | Path, suffix: str = "") -> "FeatureStatistics":
@@ -190,9 +190,9 @@ class FeatureStatistics:
         Without x64, JAX's collectives round float64 to float32: send `.view(np.uint32)` and view the result as float64.
         Raises UsageError if the count is unknown.
         """
-        self._require_count("packed")
+        count = self._require_count("packed")
         self._flush()
-        return np.concatenate([[self._count], self._mean, self._scatter.ravel()])
+        return np.concatenate([np.asarray([count], np.float64), self._mean, self._scatter.ravel()])
 
     @classmethod
     def from_array(cls, packed) -> "FeatureStatistics":
@@ -211,13 +211,13 @@ class FeatureStatistics:
         """Adds the waiting samples by one symmetric product; the step from the old mean to theirs is an extra row."""
         if not self._waiting:
             return
-        rows = self._buffer[: self._waiting]
-        origin = self._mean if self._count else rows[0].copy()  # a nearby point, so that small numbers are summed
+        rows, known = self._buffer[: self._waiting], self._require_count("added to")
+        origin = self._mean if known else rows[0].copy()  # a nearby point, so that small numbers are summed
         rows -= origin
         step = rows.mean(axis=0)
         rows -= step
-        count = self._count + self._waiting
-        self._buffer[self._waiting] = np.sqrt(self._count * self._waiting / count) * step
+        count = known + self._waiting
+        self._buffer[self._waiting] = np.sqrt(known * self._waiting / count) * step
         used = self._buffer[: self._waiting + 1]
         self._scatter += used.T @ used
         self._mean = origin + step * (self._waiting / count)
@@ -227,9 +227,10 @@ class FeatureStatistics:
         if self.dims != other.dims:
             raise UsageError(f"statistics of {self.dims} features and of {other.dims} cannot be combined")
 
-    def _require_count(self, verb: str) -> None:
+    def _require_count(self, verb: str) -> int:
         if self._count is None:
             raise UsageError(f"statistics of an unknown number of samples can be compared, but not {verb}")
+        return self._count
 
 
 def inception_score(logits, splits: int = 1, *, split_rows: int | None = None) -> tuple[float, float]:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -131,7 +132,7 @@ def _placing(like: Mapping) -> PlaceLeaf:
     """Returns a function that moves each leaf to the devices where `like` has it."""
 
     def place(path: tuple[str, ...], array: np.ndarray) -> jax.Array:
-        leaf = like
+        leaf: Any = like
         for part in path:
             leaf = leaf[part]
         return jax.block_until_ready(jax.device_put(array, leaf.sharding))

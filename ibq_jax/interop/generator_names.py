@@ -7,6 +7,7 @@ alone may omit the prefix. Layers are stacked here and numbered there; matrices 
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -186,7 +187,8 @@ def read_generator(read: ReadTensor, prefix: str, model: GeneratorModel, place: 
 def _stacked(read: ReadTensor, name: str, leaf: jax.ShapeDtypeStruct, transposed: bool) -> np.ndarray:
     """Returns one leaf, stacked from one tensor per layer if its name is numbered."""
     array = np.empty(leaf.shape, leaf.dtype)
-    for i, layer in enumerate(array if "{}" in name else [array]):
+    layers: Any = array if "{}" in name else [array]
+    for i, layer in enumerate(layers):
         tensor = read(name.format(i))
         layer[...] = tensor.T if transposed else tensor
     return array

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ def write_hub_folder(folder: Path, tensors: Mapping[str, np.ndarray], about: Map
 
     Raises UsageError if the folder exists.
     """
-    fields = {name: json.loads(text) if name in STRUCTURED else text for name, text in about.items()}
+    fields: dict[str, Any] = {name: json.loads(text) if name in STRUCTURED else text for name, text in about.items()}
     if "config" in fields:  # the file may be of an earlier version
         fields["config"] = upgraded(fields["config"])
     with atomic_folder(folder) as partial:

@@ -204,9 +204,8 @@ def _fields(contents: Contents) -> dict[str, object]:
         fields = generator_names.model_fields(contents.architecture)
         del fields["gamma_init"]  # matters before the first step only
         no_class = contents.architecture.get("no_class", True)
-        return {f"model.{name}": value for name, value in fields.items()} | (
-            {} if no_class else {"loss.class_dropout": 0.0}
-        )
+        named: dict[str, object] = {f"model.{name}": value for name, value in fields.items()}
+        return named if no_class else named | {"loss.class_dropout": 0.0}
     fields = tokenizer_names.model_fields(contents.architecture)
     codebook = {"codebook.size": fields.pop("codebook_size"), "codebook.dim": fields.pop("code_dim")}
     sizes = {f"model.{name}": value for name, value in fields.items()} | codebook

@@ -60,6 +60,6 @@ def resize_run(
         save_config(config, partial / "config.json")
         np.save(partial / INDEX_MAP, index_map)
         checkpoints = Checkpoints(partial / "checkpoints")
-        checkpoints.save(restored.step, state, restored.metadata | {"config": config.to_dict()})
+        checkpoints.save(restored.step, state, {**restored.metadata, "config": config.to_dict()})
         checkpoints.close()
     return Resized(restored.step, before, len(index_map))

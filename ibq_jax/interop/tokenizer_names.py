@@ -289,7 +289,7 @@ def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _perceptual_shapes() -> Shapes:
     prefix, in_channels = "loss.perceptual_loss.", 3
-    shapes = {f"{prefix}scaling_layer.{name}": (1, 3, 1, 1) for name in ("shift", "scale")}
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}scaling_layer.{name}": (1, 3, 1, 1) for name in ("shift", "scale")}
     for i, stage in enumerate(TRUNKS["vgg16"].stages):
         for index, channels, *_ in stage:
             shapes[f"{prefix}net.slice{i + 1}.{index}.weight"] = (channels, in_channels, 3, 3)

@@ -1,16 +1,16 @@
-"""IBQ's tokenizer and generator in PyTorch: one file to copy, which needs torch and nothing of the package around it.
+"""IBQ's tokenizer and generator in PyTorch: one file to copy, which needs torch (and safetensors to load such files).
 
     from torch_model import load
     tokenizer, generator = load("tokenizer.safetensors"), load("generator.safetensors")
     codes = tokenizer.encode(images)           # float [B, 3, H, W] in [-1, 1] -> int64 [B, h, w]
     codes = generator.sample(labels)           # int64 [B] -> int64 [B, h, w]
-    images = tokenizer.decode(codes)           # -> float [B, 3, H, W]; clamp to [-1, 1] to show
+    images = tokenizer.decode(codes)           # -> float [B, 3, H, W]; clamp to [-1, 1] before display
 
-Parameters carry the names of the published checkpoints (arXiv 2412.02692), so that `load_state_dict(strict=True)` takes
-those and what `python -m ibq_jax convert` writes.
+Parameters have the names of the published checkpoints (arXiv 2412.02692), so `load_state_dict(strict=True)` accepts
+those and the files that `python -m ibq_jax convert` writes.
 
-Shapes: B images, C channels; D dimensions of a code, K codes; in the generator S = h w positions, V vocabulary, and R
-rows: B, or under guidance 2 B, first all with their class and then all without.
+Shapes: B images, C channels; D dimensions of a code, K codes. In the generator: S = h w positions, V vocabulary size,
+and R rows: B, or 2 B under guidance, where all rows with their class come before all rows without.
 """
 
 import json
@@ -24,14 +24,22 @@ from torch import Tensor, nn
 
 NORM_GROUPS = 32
 RMS_EPSILON, ROTARY_BASE, HIDDEN_MULTIPLE = 1e-5, 10_000.0, 256
-TOKENS_AT_ONCE = 1024  # whose logits [tokens, K] are held
+TOKENS_AT_ONCE = 1024  # tokens whose logits [tokens, K] are in memory together
 
 
 def load(path: str | Path, weights: str = "") -> nn.Module:
-    """The module that a file of `convert` (.safetensors, .pt, .ckpt) holds, in evaluation mode on the CPU.
+    """Loads a tokenizer or a generator from a file of `convert` (.safetensors, .pt, .ckpt).
 
-    `weights`: "raw", or "ema" for the averages under `model_ema.`; empty: averages where the file has them.
-    Raises ValueError for a file that does not say what it holds.
+    Args:
+        path: the file.
+        weights: "raw", or "ema" for the averages under `model_ema.`; "" takes the averages if the file has them.
+
+    Returns:
+        the module in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: the file does not say how large its networks are.
+        KeyError: "ema" is asked for, and the file has no averages.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -54,7 +62,7 @@ def load(path: str | Path, weights: str = "") -> nn.Module:
 
 
 def own_tensors(module: nn.Module, tensors: Mapping[str, Tensor], weights: str = "") -> dict[str, Tensor]:
-    """Of a file's tensors those that `module` takes, under its names; KeyError where "ema" is asked and absent."""
+    """Returns the tensors of a file that belong to `module`, under its names. Raises KeyError if "ema" is absent."""
     if isinstance(module, Generator):
         prefix = "transformer." if any(name.startswith("transformer.") for name in tensors) else ""
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith("first_stage_model.")}
@@ -112,7 +120,7 @@ class Middle(nn.Module):
 
 
 class Resample(nn.Module):
-    """Half or twice the resolution."""
+    """Halves or doubles the resolution."""
 
     def __init__(self, channels: int, up: bool):
         super().__init__()
@@ -159,7 +167,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-            x = level.downsample(x) if hasattr(level, "downsample") else x
+            x = level.downsample(x) if hasattr(level, "downsample") else x  # pyright: ignore[reportCallIssue]
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -185,7 +193,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(x))
         for level in reversed(self.up):
             x = level(x)
-            x = level.upsample(x) if hasattr(level, "upsample") else x
+            x = level.upsample(x) if hasattr(level, "upsample") else x  # pyright: ignore[reportCallIssue]
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -195,14 +203,14 @@ class Codebook(nn.Module):
         self.embedding = nn.Embedding(codes, dim)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Latents [B, D, h, w] -> the codes of the largest inner product [B, h, w]; the first of equals."""
+        """Returns the codes [B, h, w] with the largest inner product with latents [B, D, h, w]; ties take the first."""
         rows = z.permute(0, 2, 3, 1)
         parts = rows.flatten(0, 2).split(TOKENS_AT_ONCE)
         return torch.cat([(part @ self.embedding.weight.T).argmax(1) for part in parts]).reshape(rows.shape[:-1])
 
 
 class Tokenizer(nn.Module):
-    """Images to codes and back."""
+    """Turns images into codes and codes into images."""
 
     def __init__(self, ddconfig: Mapping, n_embed: int, embed_dim: int):
         super().__init__()
@@ -213,22 +221,23 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def of(cls, architecture: Mapping) -> "Tokenizer":
-        """From a configuration as the published ones are written."""
+        """Builds the module from a configuration in the published format."""
         return cls(architecture["ddconfig"], architecture["n_embed"], architecture["embed_dim"])
 
     def materialize(self) -> "Tokenizer":
+        """Returns the module; every tensor of a tokenizer comes from the file."""
         return self
 
     def latent(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> [B, D, h, w]."""
+        """Returns the latents [B, D, h, w] of images [B, 3, H, W] in [-1, 1]."""
         return self.quant_conv(self.encoder(images))
 
     def encode(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> codes [B, h, w]."""
+        """Returns the codes [B, h, w] of images [B, 3, H, W] in [-1, 1]."""
         return self.quantize(self.latent(images))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, h, w] -> [B, 3, H, W], not clamped."""
+        """Returns the images [B, 3, H, W] of codes [B, h, w], not clamped."""
         return self.decoder(self.post_quant_conv(self.quantize.embedding(codes).permute(0, 3, 1, 2)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +249,7 @@ class Tokenizer(nn.Module):
 
 
 def rotary_table(grid: tuple[int, int], head_channels: int) -> Tensor:
-    """cos and sin [2, 1 + h w, channels / 2] of rows, then columns; both zero for the class token, as released."""
+    """Returns cos and sin [2, 1 + h w, channels / 2] of rows, then columns; zero for the class token, as released."""
     pairs = head_channels // 4
     frequencies = ROTARY_BASE ** (-torch.arange(pairs, device="cpu") / pairs)
     place = torch.cartesian_prod(*(torch.arange(side, device="cpu") for side in grid))
@@ -249,7 +258,7 @@ def rotary_table(grid: tuple[int, int], head_channels: int) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x [R, S, heads, channels], table [2, S, channels / 2]; turns neighbouring pairs of channels."""
+    """Rotates neighbouring pairs of channels of x [R, S, heads, channels] by a table [2, S, channels / 2]."""
     cos, sin = table[:, :, None]
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
@@ -264,14 +273,17 @@ class CausalAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, table: Tensor, cache: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
-        """Without a cache causal; with one (keys and values [R, G, S, channels]), x is one position, and `mask` [1, S]
-        is what it sees: the last of it is its own."""
+        """Returns the attention's output [R, S, width].
+
+        Without a cache, attention is causal. With one (keys and values [R, G, S, channels]), x is a single position and
+        `mask` [1, S] marks the positions that it sees, of which its own is the last.
+        """
         query, key, value = self.wqkv(x).unflatten(-1, (-1, self.channels)).split(self.split, dim=2)
         query, key, value = (t.transpose(1, 2) for t in (rotate(query, table), rotate(key, table), value))
-        if cache is not None:
+        if cache is not None and mask is not None:
             position = int(mask.sum()) - 1
-            for kept, new in zip(cache, (key, value), strict=True):
-                kept[:, :, position] = new[:, :, 0]
+            for cached, new in zip(cache, (key, value), strict=True):
+                cached[:, :, position] = new[:, :, 0]
             key, value = cache
         gqa = self.split[0] != self.split[1]
         out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=cache is None, enable_gqa=gqa)
@@ -299,7 +311,7 @@ class Block(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """Six vectors [R, 1, width] for the classes' embeddings [R, width]."""
+        """Returns six vectors [R, 1, width] for class embeddings [R, width]."""
         return self.ada_lin(condition)[:, None].chunk(6, dim=-1)
 
     def forward(self, x: Tensor, modulation: tuple[Tensor, ...], table: Tensor, cache=None, mask=None) -> Tensor:
@@ -309,7 +321,7 @@ class Block(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """What stands before the head's product."""
+    """The normalization before the head, scaled and shifted by the class."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -325,7 +337,7 @@ class HeadNorm(nn.Module):
 
 
 class CodebookProjection(nn.Module):
-    """Two layers on rows of the tokenizer's codebook."""
+    """Two layers that turn rows of the tokenizer's codebook into token embeddings."""
 
     def __init__(self, codebook_dim: int, width: int):
         super().__init__()
@@ -336,14 +348,18 @@ class CodebookProjection(nn.Module):
 
 
 class Generator(nn.Module):
-    """Classes to codes. `codebook_dim`: of token embeddings made from the tokenizer's codebook; 0: they are a table."""
+    """Draws the codes of images of given classes.
+
+    If `codebook_dim` is not 0, token embeddings are a projection of the tokenizer's codebook, which has that many
+    dimensions; otherwise they are a table.
+    """
 
     def __init__(
         self, *, vocabulary: int, grid: tuple[int, int], num_classes: int, layers: int, heads: int, kv_heads: int,
         width: int, no_class: bool = True, codebook_dim: int = 0, dropout: float = 0.0,
     ):  # fmt: skip
         super().__init__()
-        self.grid, self.positions = tuple(grid), math.prod(grid)
+        self.grid, self.positions = (grid[0], grid[1]), math.prod(grid)
         self.num_classes, self.no_class, self.kv_heads = num_classes, no_class, kv_heads
         self.head_channels = width // heads
         self.tok_emb = nn.Embedding(vocabulary, codebook_dim or width)
@@ -357,7 +373,7 @@ class Generator(nn.Module):
 
     @classmethod
     def of(cls, architecture: Mapping, dropout: float = 0.0) -> "Generator":
-        """From a configuration as the published ones are written, with "grid" and "no_class" where they differ."""
+        """Builds the module from a configuration in the published format, with "grid" and "no_class" if they differ."""
         side = math.isqrt(architecture["block_size"])
         return cls(
             vocabulary=architecture["vocab_size"],
@@ -373,7 +389,7 @@ class Generator(nn.Module):
         )
 
     def materialize(self) -> "Generator":
-        """Makes what no file holds, where the module was made on the device "meta"."""
+        """Computes the rotary table, which no file holds, for a module that was built on the device "meta"."""
         self.table = rotary_table(self.grid, self.head_channels)
         return self
 
@@ -381,16 +397,16 @@ class Generator(nn.Module):
         return self.embedding_projection(self.tok_emb(codes))
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """Logits [B, S, V] of codes [B, S] given their classes [B] and the codes before them."""
+        """Returns the logits [B, S, V] of codes [B, S] given their classes [B] and the codes before them."""
         condition = self.class_emb["embedding_table"](labels)
         x = self.dropout(torch.cat((condition[:, None], self.embed(codes[:, :-1])), dim=1))
         table = self.table[:, : x.shape[1]]
         for block in self.blocks:
-            x = block(x, block.modulation(condition), table)
+            x = block(x, block.modulation(condition), table)  # pyright: ignore[reportCallIssue]
         return self.head(self.head_nm(x, self.head_nm.modulation(condition)))
 
     def loss(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """Mean of -log p over all codes."""
+        """Returns the mean of -log p over all codes, in nats."""
         return F.cross_entropy(self(codes, labels).flatten(0, 1), codes.flatten())
 
     @torch.inference_mode()
@@ -398,17 +414,28 @@ class Generator(nn.Module):
         self, labels: Tensor, cfg_scale: float = 1.0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
         prefix: Tensor | None = None, length: int = 0, random: torch.Generator | None = None,
     ) -> Tensor:  # fmt: skip
-        """Codes [B, h, w] of pictures with `labels` [B]; [B, length] where a `length` is given.
+        """Draws the codes [B, h, w] of samples with classes `labels` [B].
 
-        `cfg_scale` of classifier-free guidance, 1 is none; `temperature` 0 takes the likeliest code; `top_k` 0 and
-        `top_p` 1 keep all codes; `prefix` [B, P] are the first codes, read row by row.
+        Args:
+            labels: int64 classes, one per sample.
+            cfg_scale: scale of classifier-free guidance; 1 turns it off.
+            temperature: divisor of the logits; 0 takes the most likely code.
+            top_k: draw from the `top_k` most likely codes; 0 draws from all.
+            top_p: draw from the most likely codes that reach this probability; 1 draws from all.
+            prefix: known first codes [B, P], in row order.
+            length: draw only so many codes, and return [B, length]; 0 draws all.
+            random: source of randomness; None takes PyTorch's global one.
+
+        Raises:
+            ValueError: guidance is asked of a generator that was trained without "no class".
         """
         guided = cfg_scale != 1
         if guided and not self.no_class:
             raise ValueError('this generator was trained without "no class", which guidance needs: cfg_scale=1')
         rows = torch.cat((labels, torch.full_like(labels, self.num_classes))) if guided else labels
         condition = self.class_emb["embedding_table"](rows)
-        modulations, head = [block.modulation(condition) for block in self.blocks], self.head_nm.modulation(condition)
+        modulations = [block.modulation(condition) for block in self.blocks]  # pyright: ignore[reportCallIssue]
+        head = self.head_nm.modulation(condition)
         shape = len(rows), self.kv_heads, self.positions, self.head_channels
         caches = [tuple(condition.new_zeros(shape) for _ in range(2)) for _ in self.blocks]
         seen = torch.ones(self.positions, self.positions, dtype=torch.bool, device=labels.device).tril()
@@ -418,7 +445,7 @@ class Generator(nn.Module):
             table, mask = self.table[:, position : position + 1], seen[position : position + 1]
             for block, modulation, cache in zip(self.blocks, modulations, caches, strict=True):
                 x = block(x, modulation, table, cache, mask)
-            if position < given:
+            if prefix is not None and position < given:
                 drawn = prefix[:, position : position + 1]
             else:
                 drawn = draw(self._guided_logits(x, head, cfg_scale), temperature, top_k, top_p, random)
@@ -436,7 +463,7 @@ class Generator(nn.Module):
 
 
 def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, random: torch.Generator | None) -> Tensor:
-    """One code a row [B, 1] of logits [B, V]."""
+    """Draws one code per row, [B, 1], from logits [B, V]."""
     if not temperature:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature

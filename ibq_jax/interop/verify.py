@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ def verify_tokenizer(model: TokenizerModel, params: Mapping, file: Path, images:
 
     `images` are float [B, H, W, 3] in [-1, 1]. Both decoders get the codes that JAX computed.
     """
-    module = torch_model.load(file)
+    module: Any = torch_model.load(file)
     model = model.clone(dtype=jnp.float32, mesh=None)
     weights = list(_weights(tokenizer_names.tokenizer_to_torch(params), module))
     encode, decode = _capturing(model, "encode"), _capturing(model, "decode")
@@ -140,7 +141,7 @@ def verify_generator(
     Logits are those of `codes` int [B, h, w] with `labels` int [B]. The compared codes are drawn greedily after the
     first half of `codes`.
     """
-    module = torch_model.load(file)
+    module: Any = torch_model.load(file)
     model = model.clone(dtype=jnp.float32, mesh=None)
     weights = list(_weights(generator_names.generator_to_torch(params, ""), module))
     theirs = {}
@@ -152,7 +153,7 @@ def verify_generator(
     expected = np.asarray(model.apply({"params": params}, jnp.asarray(codes), jnp.asarray(labels)))
     prefix = flat[:, : flat.shape[1] // 2]
     sampler = Sampler(model, params, make_mesh({"data": 1}, jax.local_devices()[:1]))
-    settings = dict(
+    settings: dict[str, Any] = dict(
         guidance=Guidance(1.0), logit_filter=LogitFilter(), temperature=0.0, seed=0, sample_ids=np.arange(len(labels))
     )
     drawn = np.asarray(sampler(labels, prefix=prefix, **settings))
@@ -228,7 +229,7 @@ def _capturing(model: TokenizerModel, method: str):
 
 def _blocks(model: GeneratorModel, params: Mapping, codes: jax.Array, labels: jax.Array):
     """Yields ("blocks.i", the output of layer i) for every layer."""
-    bound = model.bind({"params": params})
+    bound: Any = model.bind({"params": params})
     per_layer, _ = bound.modulations(labels)
     known = codes.reshape(len(codes), -1)[:, :-1]
     x = jnp.concatenate((params["class_emb"][labels][:, None], bound.embed(known)), axis=1)

@@ -113,9 +113,7 @@ def _dense(z: jax.Array, codebook: jax.Array, temperature: float, group_tokens: 
     logits = jnp.einsum("nd,kd->nk", z, codebook)
     indices = jnp.argmax(logits, axis=1).astype(jnp.int32)
     p = jax.nn.softmax(logits)
-    soft = jnp.einsum(
-        "nk,kd->nd", p - lax.stop_gradient(p), lax.stop_gradient(codebook)
-    )  # zero, with p's gradient
+    soft = jnp.einsum("nk,kd->nd", p - lax.stop_gradient(p), lax.stop_gradient(codebook))  # zero, with p's gradient
     log_q = jax.nn.log_softmax(logits / temperature)
     q = jnp.exp(log_q)
     a = q.reshape(-1, group_tokens, q.shape[1]).mean(axis=1)

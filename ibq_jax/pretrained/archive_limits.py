@@ -9,7 +9,7 @@ import pickletools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def check_pickle(file: BinaryIO) -> None:
     """
     depths = _Depths()
     for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > number:
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(argument, int) and argument > number:
             raise ValueError(f"it gives an object the number {argument}, with at most {number} objects")
         depths.follow(opcode, argument)
 
@@ -77,9 +77,9 @@ class _Depths:
 
     def __init__(self):
         self._stack: list[int | None] = []
-        self._memo: dict[int, int] = {}
+        self._memo: dict[int, int | None] = {}
 
-    def follow(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
+    def follow(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
         """Applies one opcode."""
         stack, name = self._stack, opcode.name
         if name == "MARK":
@@ -109,6 +109,7 @@ class _Depths:
                 popped.append(depth)
             before = before[: before.index(pickletools.markobject)]
         own = [self._stack.pop() for _ in before][::-1]
-        if None in own:
+        depths = [depth for depth in own if depth is not None]
+        if len(depths) < len(own):
             raise ValueError("it uses a mark as an object")
-        return own + popped
+        return depths + popped

@@ -168,7 +168,7 @@ def _taps(weights: dict, images: jax.Array, dtype: jnp.dtype, net: str) -> list[
             h = jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, window, (1, 2, 2, 1), "VALID")
         for convolution, tensors in zip(stage, arrays, strict=True):
             kernel, bias = (jnp.asarray(tensors[name], dtype) for name in ("kernel", "bias"))
-            stride, padding = (convolution.stride,) * 2, [(convolution.padding,) * 2] * 2
+            stride, padding = (convolution.stride,) * 2, [(convolution.padding, convolution.padding)] * 2
             h = jax.lax.conv_general_dilated(h, kernel, stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
             h = jax.nn.relu(h + bias.reshape(1, 1, 1, -1))
         taps.append(h.astype(jnp.float32))

@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -25,7 +26,7 @@ MAX_LABEL = 52  # characters of a label; longer ones lose their beginning
 RANKS_DRAWN = 400  # about one per pixel
 MAX_POINTS = 600  # values of a line; more are drawn as groups
 FEW_POINTS = 15  # a line with fewer values has a marker at each
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text as text, in the page's font
     "text.parse_math": False,  # a run may be named a$b$
     "font.size": 9,
@@ -162,7 +163,7 @@ def plot_grid(values: np.ndarray, title: str) -> str:
 
 def colour_errors(errors: np.ndarray) -> np.ndarray:
     """Returns errors in [0, 1] of any shape as colours uint8 [..., 3]; no error is black."""
-    return np.uint8(colormaps["inferno"](errors)[..., :3] * 255)
+    return np.asarray(colormaps["inferno"](errors)[..., :3] * 255).astype(np.uint8)
 
 
 def _in_groups(series: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -120,6 +120,7 @@ def _of_generator(run: Path) -> tuple[Restored, dict, list[str]]:
     trainer, restored, manifest = restore_generator(run)
     try:
         tokenizer = find_tokenizer(trainer.config.tokenizer, manifest, needed=True)
+        assert tokenizer is not None  # as it was needed
     except UsageError as error:
         return restored, {}, [f"no samples: {error}"]
     sheet = class_samples(trainer, restored.state.weights("ema"), manifest, tokenizer)

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -26,7 +27,7 @@ from ibq_jax.sweep.grid import field_words, short_names
 from ibq_jax.sweep.table import Table
 
 FOLDER = "plots"
-PNG = STYLE | {"savefig.transparent": False, "savefig.facecolor": "white", "savefig.dpi": 160}
+PNG: dict[Any, Any] = STYLE | {"savefig.transparent": False, "savefig.facecolor": "white", "savefig.dpi": 160}
 LEGEND_WIDTH = 60  # characters of a legend entry that fit in a plot; longer ones are set smaller
 WIDE = 8  # ratio of a field's largest value to its smallest from which its axis is logarithmic
 
@@ -68,10 +69,10 @@ def _over_field(table: Table, metric: str, field: str) -> Figure | None:
         x=[setting[field] for setting in settings],
         others=[field_words({name: value for name, value in each.items() if name != field}) for each in settings],
     )
-    spread = spread[spread["seeds"] > 0].sort_values("x", kind="stable")
+    spread: Any = spread[spread["seeds"] > 0].sort_values(by=["x"], kind="stable")
     if spread.empty:
         return None
-    lines = {others: group for others, group in spread.groupby("others", sort=False)}
+    lines: dict[str, Any] = {str(others): group for others, group in spread.groupby("others", sort=False)}
     figure, axes = _axes_of(metric, len(lines))
     for i, line in enumerate(lines.values()):
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
@@ -103,9 +104,11 @@ def _over_steps(table: Table, metric: str) -> Figure | None:
     first = []
     for i, seeds in enumerate(lines.values()):
         for series in seeds:
-            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
+            colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
             marker = "o" if len(series.steps) < FEW_POINTS else ""
-            drawn = axes.plot(series.steps, series.values, **style, linewidth=1.2, marker=marker, markersize=2.5)
+            drawn = axes.plot(
+                series.steps, series.values, color=colour, linestyle=dash, linewidth=1.2, marker=marker, markersize=2.5
+            )
             first += drawn if series is seeds[0] else []
     every = np.concatenate([series.values for seeds in lines.values() for series in seeds])
     _scale_y(axes, metric, every.min(), every.max())

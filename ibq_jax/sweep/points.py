@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,7 +53,7 @@ class PointTrainer:
         Raises:
             Interrupted: a signal came.
         """
-        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._on_signal)
+        handlers: dict[int, Callable] = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._on_signal)
         with handling(handlers), tqdm(total=len(points), unit="point", disable=None, dynamic_ncols=True) as bar:
             for point in points:
                 status = read_result(self._folder, point).status
@@ -123,7 +123,8 @@ class PointTrainer:
         return FAILED, one_line(RuntimeError(words[-1] if words else last))
 
     def _interrupted(self, words: str) -> Interrupted:
-        return Interrupted(self._asked, f"{signal.Signals(self._asked).name}: {words}; the same command continues")
+        number = self._asked or signal.SIGTERM
+        return Interrupted(number, f"{signal.Signals(number).name}: {words}; the same command continues")
 
     def _on_signal(self, number: int, _frame) -> None:
         self._asked = self._asked or number

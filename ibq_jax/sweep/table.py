@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -96,6 +97,7 @@ class Table:
 
     def json(self) -> str:
         """Returns {"spread": what the numbers are, "rows": as in the table, "points": the newest of all scalars}."""
+        spreads: list[Any] = [row for _, row in self.spread.iterrows()]
         rows = [
             {
                 "values": dict(results[0].point.values),
@@ -106,7 +108,7 @@ class Table:
                     if spread[name]["seeds"]
                 },
             }
-            for results, (_, spread) in zip(self.settings.values(), self.spread.iterrows(), strict=True)
+            for results, spread in zip(self.settings.values(), spreads, strict=True)
         ]
         points = [_point(result) for results in self.settings.values() for result in results]
         return json.dumps({"spread": SPREAD, "rows": rows, "points": points}, indent=2) + "\n"
@@ -170,7 +172,7 @@ def _format(metric: str) -> Callable[[float], str]:
     return FORMATS.get(metric.rpartition("/")[2], "{:.4g}").format
 
 
-def _words(form: Callable[[float], str], spread: pd.Series) -> str:
+def _words(form: Callable[[float], str], spread: Any) -> str:
     if not spread["seeds"]:
         return ""
     mean, low, high = form(spread["mean"]), form(spread["low"]), form(spread["high"])

@@ -3,6 +3,8 @@
 Shapes: K codes; indices of any shape. The window is part of the train state, so a resumed run reports the same numbers.
 """
 
+from collections.abc import Mapping
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -59,7 +61,7 @@ def count_codes(indices: jax.Array, codebook_size: int) -> jax.Array:
     return jnp.zeros((codebook_size,), jnp.float32).at[indices.reshape(-1)].add(1.0)
 
 
-def check_collapse(step: int, metrics: dict[str, float], *, usage_floor: float, grace_steps: int) -> None:
+def check_collapse(step: int, metrics: Mapping[str, float], *, usage_floor: float, grace_steps: int) -> None:
     """Raises TrainingStopped if, from step `grace_steps` on, the share of codes in use is below `usage_floor`."""
     usage = metrics["codebook/usage"]
     if step < grace_steps or usage >= usage_floor:

@@ -1,5 +1,6 @@
 """Trains a generator from a config: opens the token cache, resolves and checks the config, and runs the loop."""
 
+import dataclasses
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -122,7 +123,7 @@ def train_generator(
     tokenizer = find_tokenizer(config.tokenizer, source.manifest, needed=config.model.use_pretrained_codebook)
     trainer = trainer_class(config, mesh, steps_per_epoch)
     stage = GeneratorStage(trainer, source.manifest, tokenizer)
-    codebook = _codebook(config, tokenizer) if config.model.use_pretrained_codebook else None
+    codebook = _codebook(config, tokenizer) if config.model.use_pretrained_codebook and tokenizer else None
     check_same_run(workdir, config, FIELD_ROLES)
     if jax.process_index() == 0:
         write_run_manifest(workdir, source.manifest)
@@ -200,4 +201,4 @@ def _with_codebook(state: GeneratorState, codebook: jax.Array) -> GeneratorState
         return params | {"tok_emb": params["tok_emb"] | {"embedding": rows}}
 
     ema = None if state.ema is None else replace_table(state.ema)
-    return state.replace(params=replace_table(state.params), ema=ema)
+    return dataclasses.replace(state, params=replace_table(state.params), ema=ema)

@@ -78,7 +78,7 @@ class TokenizerStage:
             words.append(f"D {metrics['discriminator/loss']:.3f}")
         return "  ".join([*words, f"codebook used {metrics['codebook/usage']:.1%}"])
 
-    def evaluate(self, state: TokenizerState) -> dict[str, float]:
+    def evaluate(self, state: TokenizerState) -> dict[str, float | np.ndarray]:
         return {f"validation/{name}": value for name, value in self._evaluator(state.ema)}
 
     def images(self, state: TokenizerState) -> dict[str, np.ndarray]:

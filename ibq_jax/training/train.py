@@ -23,6 +23,10 @@ def train(
 ) -> SavedRun:
     """Trains `config` in the folder `workdir` to its last step, or continues the run that is there.
 
+    It can be called from a script, a notebook or any thread; only the main thread can save and stop on a signal. With
+    reader processes (data.num_workers above 0), which import the calling script again, a script has to guard its entry
+    point with `if __name__ == "__main__":`.
+
     Args:
         config: a config of either stage, such as `ibq_jax.load_config("configs/tokenizer.py:openmoji32")`.
         workdir: the run's folder, local or gs://, created if it does not exist.

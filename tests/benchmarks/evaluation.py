@@ -57,8 +57,8 @@ def main() -> None:
         _ = statistics.mean
     adding = time.perf_counter() - start
     print(
-        f"{images:.0f} images of 64 pixels, feature nets {arguments.feature_nets or 'none'}, {jax.device_count()} devices "
-        f"on {os.cpu_count()} cores: {whole:.1f} s; reading {reading:.2f} s ({reading / whole:.1%}), adding up "
+        f"{images:.0f} images of 64 pixels, feature nets {arguments.feature_nets or 'none'}, {jax.device_count()} "
+        f"devices on {os.cpu_count()} cores: {whole:.1f} s; reading {reading:.2f} s ({reading / whole:.1%}), adding up "
         f"{adding:.2f} s ({adding / whole:.1%})"
     )
 

@@ -1,4 +1,4 @@
-"""The command, from files to a data set that the pipeline reads, and everything that can be wrong with them."""
+"""The prepare command: from files to a data set that the pipeline reads, and every way in which files can be wrong."""
 
 import fcntl
 import json
@@ -22,7 +22,7 @@ def jpeg(seed: int) -> bytes:
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two classes of ten images; one image cut off, one that is text, one link to nowhere."""
+    """A folder with two classes of ten images; one is cut off, one is text, and one more is a dangling link."""
     for label, name in enumerate(("cat", "dog")):
         (tmp_path / "My Photos" / name).mkdir(parents=True)
         for i in range(10):

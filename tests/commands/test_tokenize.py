@@ -1,4 +1,4 @@
-"""Tokenizing from the command line, end to end: complete, killed, resumed, shared, overwritten, and used wrongly."""
+"""The tokenize command, end to end: complete, killed, resumed, shared, overwritten, and used wrongly."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def command(run: Path, out: Path, *flags: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, run):
-    """A cache that nothing disturbed."""
+    """A token cache that was written without interruption."""
     out = tmp_path_factory.mktemp("caches") / "whole"
     assert main(command(run, out)) == 0
     return out

@@ -40,7 +40,7 @@ def whole(tmp_path_factory, data_dir, start):
 @pytest.mark.slow
 def test_a_run_says_and_leaves_what_it_should(whole, data_dir, tmp_path, capsys):
     workdir, out = whole
-    assert "perceptual loss: OFF, because torchvision's vgg16-397923af.pth is not here" in out
+    assert "perceptual loss: OFF, because torchvision's vgg16-397923af.pth was not found" in out
     assert f"step {STEPS}/{STEPS}" in out and "codebook used" in out
     assert out.splitlines()[-1].startswith("next: python -m ibq_jax evaluate")
     assert [row["step"] for row in logged(workdir) if "loss/total" in row] == list(range(1, STEPS + 1))
@@ -54,7 +54,7 @@ def test_a_run_says_and_leaves_what_it_should(whole, data_dir, tmp_path, capsys)
     measured = json.loads(numbers.read_text())
     assert measured["step"] == STEPS and measured["images"] == 189 and measured["weights"] == "ema"
     assert measured["protocol"]["name"] == "clean" and "rounded to uint8" in measured["protocol"]["description"]
-    assert measured["marks"] == ["unreliable, since 189 images are few: FD-EfficientNetLite0 (1,280 features)"]
+    assert measured["marks"] == ["unreliable with only 189 images: FD-EfficientNetLite0 (1,280 features)"]
     assert json.loads((workdir / "evaluations" / "0000012-ema-clean-openmoji_validation.json").read_text()) == measured
     with Image.open(picture) as image:
         assert image.size == (3 * 96, 4 * 96)
@@ -107,8 +107,8 @@ def test_convert_used_wrongly_is_one_line_and_writes_nothing(whole, tmp_path, ca
     for flags, words in (
         ([run, "--codebook-size=64"], "the codebook has 64 codes already"),
         ([run], "a run becomes a file"),
-        ([run, "--prune", "--multiple-of=64"], "rounded up to a multiple of 64 none is to go"),
-        ([run, "--codebook-size=128", "--spread=2"], "'2' is no fraction"),
+        ([run, "--prune", "--multiple-of=64"], "rounded up to a multiple of 64 none can be dropped"),
+        ([run, "--codebook-size=128", "--spread=2"], "'2' is not a fraction"),
         (["--in=nowhere", "--codebook-size=128"], "nowhere/config.json does not exist"),
     ):
         assert main(["convert", *flags, f"--out={out}"]) == 2
@@ -191,8 +191,8 @@ def test_a_workdir_of_another_config_names_the_fields_that_differ(whole, data_di
     ("argv", "words"),
     [
         (["--run=nowhere"], "nowhere/config.json does not exist"),
-        (["--run=nowhere", "--pictures=no/such/folder.png"], "there is no folder no/such"),
-        (["--run=nowhere", "--examples=-3"], "'-3' is no whole number of at least 0"),
+        (["--run=nowhere", "--pictures=no/such/folder.png"], "the folder no/such does not exist"),
+        (["--run=nowhere", "--examples=-3"], "'-3' is not an integer of at least 0"),
         (["--run=nowhere", "--weights=best"], "invalid choice: 'best'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Batches of images and of codes alike: a pure function of (seed, step), whatever processes and threads make them."""
+"""Batches of images and of codes are a pure function of (seed, step), for any number of processes and threads."""
 
 from functools import partial
 

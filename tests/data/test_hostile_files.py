@@ -1,4 +1,4 @@
-"""Readers of files that come from elsewhere, given damaged and made-up ones: they read, or refuse in one line.
+"""Readers of foreign files, given damaged and random ones: they read them or raise a one-line error.
 
 In CI the examples are few and always the same ones; IBQ_FUZZ_EXAMPLES=N tries N times as many, new ones each time:
 
@@ -54,7 +54,7 @@ JSON = st.recursive(
 
 @dataclass(frozen=True)
 class Reader:
-    """`make` fills a folder, `damaged` is the file in it that is changed, `read` reads the folder's data to the end."""
+    """A reader to test: `make` fills a folder, `damaged` names the file to change, `read` reads the data to the end."""
 
     make: Callable[[Path], object]
     damaged: str
@@ -179,7 +179,7 @@ WITH_JSON = [name for name in READERS if name.endswith(".json")]
 
 @cache
 def _whole(name: str) -> Path:
-    """A folder with what the reader reads, undamaged."""
+    """Returns a folder with the reader's undamaged files."""
     folder = Path(tempfile.mkdtemp())
     READERS[name].make(folder)
     READERS[name].read(folder)
@@ -205,7 +205,7 @@ def _read(name: str, content: bytes) -> None:
 
 @st.composite
 def _damaged(draw, whole: bytes) -> bytes:
-    """`whole` with some bytes changed, put in, left out or repeated, or cut short."""
+    """Draws copies of `whole` with some bytes changed, inserted, left out or repeated, or cut short."""
     content = bytearray(whole)
     for _ in range(draw(st.integers(1, 4))):
         at, count = draw(st.integers(0, len(content))), draw(st.integers(1, 40))

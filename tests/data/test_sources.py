@@ -1,4 +1,4 @@
-"""Which images, splits and labels each kind of source gives."""
+"""The images, splits and labels that each kind of source yields."""
 
 import json
 import re
@@ -24,7 +24,7 @@ PNG, JPEG, WEBP = (noise_file(0, 4, 4, form) for form in ("PNG", "JPEG", "WEBP")
 
 
 def labels(collection: ImageCollection) -> dict[str, tuple[str, int | None]]:
-    """name -> (split, label) of each readable example."""
+    """Returns {name: (split, label)} of all examples, which must be readable."""
     found = {}
     for example in collection.examples():
         decode_image(example.read())
@@ -67,7 +67,7 @@ def emoji():
     return openmoji(16)
 
 
-def test_openmoji_has_1898_pictures_in_9_categories(emoji):
+def test_openmoji_has_1898_images_in_9_categories(emoji):
     examples = list(emoji.examples())
     assert len(examples) == emoji.total == 1898
     assert len({example.name for example in examples}) == 1898
@@ -170,7 +170,7 @@ def test_train_and_val_folders_are_the_splits(tmp_path, val):
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        (["a/1.png", "2.png"], r"class folders \(a/1.png\) and beside them \(2.png\)"),
+        (["a/1.png", "2.png"], r"class folders \(a/1.png\) and next to them \(2.png\)"),
         (["readme.txt"], "holds no images .*png"),
         (["train/1.png", "val/2.png", "validation/3.png"], "both val and validation"),
     ],
@@ -297,7 +297,7 @@ def test_a_shard_that_breaks_off_is_named_and_the_rest_is_read(tmp_path, keep):
     *readable, broken, last = shards_of(str(tmp_path / "*.tar"), "n").examples()
     assert [example.name for example in readable] == (["a.tar:1.png"] if keep == 2_000 else [])
     assert (broken.name, last.name) == ("a.tar", "b.tar:1.png")
-    with pytest.raises(UnreadableImage, match="breaks off"):
+    with pytest.raises(UnreadableImage, match="the rest of the shard is unreadable: "):
         broken.read()
 
 
@@ -332,9 +332,9 @@ def test_imagenet_names_the_missing_tar(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (TRAIN_TAR, {"n99999999.tar": b""}, "'n99999999.tar', which is no ILSVRC 2012 synset"),
-        (VALIDATION_TAR, {"cat.JPEG": PNG}, "'cat.JPEG', which is no ILSVRC 2012 validation image"),
-        (VALIDATION_TAR, {"ILSVRC2012_val_00050001.JPEG": PNG}, "no ILSVRC 2012 validation image"),
+        (TRAIN_TAR, {"n99999999.tar": b""}, "'n99999999.tar', which is not an ILSVRC 2012 synset"),
+        (VALIDATION_TAR, {"cat.JPEG": PNG}, "'cat.JPEG', which is not an ILSVRC 2012 validation image"),
+        (VALIDATION_TAR, {"ILSVRC2012_val_00050001.JPEG": PNG}, "not an ILSVRC 2012 validation image"),
     ],
 )
 def test_imagenet_tars_with_something_else_in_them(tmp_path, name, content, message):

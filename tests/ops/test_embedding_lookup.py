@@ -84,9 +84,7 @@ def largest_array(mesh, vocabulary, width):
 def test_mesh_never_gathers_the_table():
     vocabulary, width = 4096, 16
     assert largest_array(make_mesh({"data": 2, CODEBOOK: 4}), vocabulary, width) == vocabulary * width // 4
-    assert (
-        largest_array(make_mesh({"data": 8}), vocabulary, width) == vocabulary * width
-    )  # the table is not split
+    assert largest_array(make_mesh({"data": 8}), vocabulary, width) == vocabulary * width  # the table is not split
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""prepare --beam: the local path's records in the local path's order, whoever is killed; what is wrong is one line.
+"""prepare --beam: the records and order of prepare without Beam, despite kills; every error is one line.
 
 Most of it needs apache-beam, in an environment of its own: VENV=.venv-beam bash launch/setup.sh tests beam.
 """
@@ -32,7 +32,7 @@ IN_THREADS = "--beam_options=--direct_num_workers=2 --direct_running_mode=multi_
 
 
 def write_shards(folder: Path, shards: int, images: int, side: int = 24) -> Path:
-    """Tar shards of named classes: an image of shard 2 is cut off, shard 3 breaks off halfway."""
+    """Writes tar shards with named classes; an image of shard 2 and the second half of shard 3 are cut off."""
     folder.mkdir()
     for shard in range(shards):
         members = []
@@ -51,7 +51,7 @@ def flags(folder: Path, data_dir: Path, *more: str) -> list[str]:
 
 
 def records(name: str, data_dir: Path, split: str) -> list[tuple]:
-    """(file name, class, bytes) in order."""
+    """Returns (file name, class, bytes) of each record, in order."""
     source = open_split(name, data_dir, split)
     names = [bytes(record["file_name"]).decode() for record in source._records]
     return [
@@ -80,7 +80,7 @@ def test_tar_shards_become_the_local_data_set(tmp_path, capsys):
     told = beam.out.replace("/beam", "/local").splitlines()
     assert sorted(told) == sorted(local.out.splitlines())  # the order of the splits may differ
     assert "2 unreadable, skipped" in beam.out
-    for skipped in ("skipped s-02.tar:0001.jpg: ", "skipped s-03.tar: the shard breaks off"):
+    for skipped in ("skipped s-02.tar:0001.jpg: ", "skipped s-03.tar: the rest of the shard is unreadable"):
         assert skipped in beam.err and skipped in local.err
     one, other = (
         next(training_batches(open_split("web", folder, "train"), image_size=16, resize=20, batch_size=8, seed=3))
@@ -91,7 +91,7 @@ def test_tar_shards_become_the_local_data_set(tmp_path, capsys):
 
 @needs_beam
 def test_a_folder_and_imagenet_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("ibq_jax.data.folders.IMAGES_A_PART", 3)
+    monkeypatch.setattr("ibq_jax.data.folders.IMAGES_PER_PART", 3)
     for i in range(14):
         path = tmp_path / "photos" / f"class {i % 2}" / f"{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,8 +104,8 @@ def test_a_folder_and_imagenet_too(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "local")
     shutil.rmtree(tmp_path / "beam")
 
-    monkeypatch.setattr("ibq_jax.data.imagenet.SYNSETS_A_PART", 1)
-    monkeypatch.setattr("ibq_jax.data.imagenet.IMAGES_A_PART", 2)
+    monkeypatch.setattr("ibq_jax.data.imagenet.SYNSETS_PER_PART", 1)
+    monkeypatch.setattr("ibq_jax.data.imagenet.IMAGES_PER_PART", 2)
     tars = fake_imagenet(tmp_path)
     monkeypatch.setattr(beam_dataset, "MAX_ITEMS", 500)  # so that an item has several parts, and many have no image
     prepare.main(["imagenet", f"--tars={tars}", f"--data_dir={tmp_path}/local"])
