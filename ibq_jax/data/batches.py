@@ -9,8 +9,9 @@ threads.
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Protocol, Required, TypedDict, cast
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, Required, TypedDict, cast
 
 import grain
 import numpy as np
@@ -23,12 +24,29 @@ NO_LABEL = -1  # the label of an image in a data set without classes
 ArrayDict = dict[str, np.ndarray]  # one example, or one batch of them
 
 
-class Source(Protocol):
-    """Records that can be read in any order."""
+class Source(ABC):
+    """A split of labelled records: `len(source)` of them, `source[i]`, read in any order and from any process.
 
-    def __len__(self) -> int: ...
+    class_names: names of the labels; empty in a data set without classes.
+    """
 
-    def __getitem__(self, index: int, /) -> Any: ...
+    class_names: tuple[str, ...]
+    _records: Any  # as they are stored
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes; 0 in a data set without classes."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Any:
+        """Returns a record. Raises UsageError if it is damaged."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.__getitem__, range(len(self)))
 
 
 class ShuffledOptions(TypedDict, total=False):

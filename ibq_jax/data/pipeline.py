@@ -7,7 +7,7 @@ Shapes: b rows of a global batch that this process reads, S the side of a crop i
 import functools
 import os
 import resource
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -19,6 +19,7 @@ from ibq_jax.data.batches import (
     ArrayDict,
     OnePassOptions,
     ShuffledOptions,
+    Source,
     one_pass_batches,
     shuffled_batches,
 )
@@ -36,24 +37,16 @@ class Record(TypedDict):
     index: int  # its index in the split
 
 
-class ImageSource:
-    """A split of a data set: `len(source)` records, `source[i]` -> Record, read in any order and from any process."""
+class ImageSource(Source):
+    """A split of a data set; `source[i]` is a Record."""
 
     def __init__(self, name: str, data_dir: str | os.PathLike, split: str, builder: tfds.core.DatasetBuilder):
         self.name, self.data_dir, self.split = name, data_dir, split
-        skip: Any = tfds.decode.SkipDecoding()  # pyright: ignore[reportCallIssue]  (TFDS hides the signature)
-        self._records = builder.as_data_source(split, decoders={"image": skip})
+        as_data_source: Any = builder.as_data_source  # a decorator of TFDS hides its arguments
+        self._records = as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
         features: Any = builder.info.features
         has_classes = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
-        self.class_names: tuple[str, ...] = tuple(features["label"].names) if has_classes else ()
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes; 0 in a data set without classes."""
-        return len(self.class_names)
-
-    def __len__(self) -> int:
-        return len(self._records)
+        self.class_names = tuple(features["label"].names) if has_classes else ()
 
     def __getitem__(self, index: int) -> Record:
         try:
@@ -63,9 +56,6 @@ class ImageSource:
             reason = one_line(error)
             raise UsageError(f"{self}, record {index} is damaged ({reason}): prepare it with --overwrite") from error
         return Record(image=record["image"], label=label, index=index)
-
-    def __iter__(self) -> Iterator[Record]:
-        return map(self.__getitem__, range(len(self)))
 
     def __str__(self) -> str:
         return f"data set {self.name} in {os.path.abspath(self.data_dir)}, split {self.split!r}"

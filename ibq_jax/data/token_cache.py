@@ -16,7 +16,7 @@ they are upgraded on reading and never rewritten.
 """
 
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -32,6 +32,7 @@ from ibq_jax.data.batches import (
     ArrayDict,
     OnePassOptions,
     ShuffledOptions,
+    Source,
     one_pass_batches,
     shuffled_batches,
 )
@@ -55,13 +56,12 @@ class CodedImage(TypedDict):
     index: int  # its index in the split
 
 
-class TokenCacheSplit:
-    """A split of a token cache: `len(source)` images, `source[i]` -> CodedImage, read in any order and any process.
+class TokenCacheSplit(Source):
+    """A split of a token cache; `source[i]` is a CodedImage.
 
     Attributes:
         path, split: the cache's folder and the split's name.
         manifest: as `read_manifest` returns it.
-        class_names: names of the labels; empty in a data set without classes.
         views: names of an image's crops, in order; "ten_crop" stands for ten crops.
         codebook_size: K.
         grid: (h, w).
@@ -71,19 +71,11 @@ class TokenCacheSplit:
         self.path, self.split, self.manifest = path, split, manifest
         self._records = open_records(path, split, manifest)
         self._record_type = record_type(split, manifest)
-        self.class_names: tuple[str, ...] = tuple(manifest["data"]["class_names"])
+        self.class_names = tuple(manifest["data"]["class_names"])
         self.views: tuple[str, ...] = tuple(manifest["data"]["splits"][split]["views"])
         self.codebook_size: int = manifest["codebook_size"]
         height, width = manifest["grid"]
         self.grid: tuple[int, int] = (height, width)
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes; 0 in a data set without classes."""
-        return len(self.class_names)
-
-    def __len__(self) -> int:
-        return len(self._records)
 
     def __getitem__(self, index: int) -> CodedImage:
         try:
@@ -93,9 +85,6 @@ class TokenCacheSplit:
         if record["codes"].max() >= self.codebook_size or not NO_LABEL <= record["label"] < max(self.num_classes, 1):
             raise damaged(self, f"record {index}: a code or label that does not exist")
         return CodedImage(codes=record["codes"], label=int(record["label"]), index=int(record["index"]))
-
-    def __iter__(self) -> Iterator[CodedImage]:
-        return map(self.__getitem__, range(len(self)))
 
     def __str__(self) -> str:
         return f"token cache {self.path}, split {self.split!r}"
