@@ -10,7 +10,7 @@ ibq() { .venv/bin/python -m ibq_jax "$@"; }
 ibq prepare openmoji
 ibq train --config=configs/tokenizer.py:openmoji32 --workdir="$run/tokenizer"
 ibq evaluate --run="$run/tokenizer" --reconstructions="$run/reconstructions.png" --json="$run/tokenizer.json"
-ibq tokenize --tokenizer="$run/tokenizer" --out="$run/codes"
+ibq tokenize --run="$run/tokenizer" --out="$run/codes"
 ibq train --config=configs/autoregressive.py:openmoji32 --config.token_cache="$run/codes" --workdir="$run/generator"
 ibq evaluate --run="$run/generator" --json="$run/generator.json"
 ibq sample --run="$run/generator" --out="$run/samples.png"

@@ -48,7 +48,7 @@ class Restored:
 
     @property
     def weights_only(self) -> bool:
-        """Whether the checkpoint holds only weights, such as one imported from a file."""
+        """True if the checkpoint holds only weights, such as one imported from a file."""
         return self.metadata.get(WEIGHTS_ONLY, False)
 
     def completed(self, fresh: Callable[[], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What both stages keep between steps: optimizers, learning-rate schedules and averaged weights."""
+"""The state that both stages keep between steps: optimizers, learning-rate schedules and averaged weights."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

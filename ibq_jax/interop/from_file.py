@@ -41,7 +41,7 @@ def import_file(
 ) -> str:
     """Makes the run `out` of a file and returns a description of what it holds.
 
-    A file that holds a tokenizer beside a generator becomes two runs, the tokenizer's in `out`/tokenizer.
+    A file that holds a tokenizer and a generator becomes two runs, the tokenizer's in `out`/tokenizer.
 
     Args:
         path: the file of weights.

@@ -45,7 +45,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one training step needs on each of `devices`. Time bounds need a `chip` with known peaks."""
+    """The needs of one training step on each of `devices`. Time bounds need a `chip` with known peaks."""
 
     devices: int
     memory: Memory

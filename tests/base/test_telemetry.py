@@ -1,4 +1,4 @@
-"""What a run logs, and what it drops when it is resumed."""
+"""Tests of what a run logs, and of what it drops when it is resumed."""
 
 import json
 

@@ -10,7 +10,7 @@ from ibq_jax.interop.torch_model import Generator, own_tensors
 
 
 def torch_generator(model: GeneratorModel, tensors: Mapping[str, np.ndarray], dropout: float = 0.0) -> Generator:
-    """Of the sizes of `model`, with the weights that `ibq_jax.Generator.to_torch` gives; trainable with `dropout`."""
+    """Returns a PyTorch generator like `model`, with weights from `ibq_jax.Generator.to_torch`."""
     fields = "vocab_size", "grid", "num_classes", "num_layers", "num_heads", "num_kv_heads", "embed_dim"
     with torch.device("meta"):
         module = Generator(**{field: getattr(model, field) for field in fields}, dropout=dropout)

@@ -45,7 +45,7 @@ def timed(batches: Iterator[dict[str, np.ndarray]], times: list[float]) -> Itera
 
 
 def parts(trainer: TokenizerTrainer, state, images: jax.Array) -> dict[str, Callable]:
-    """What a step consists of, each compiled by itself; the discriminator's passes as the released code makes them."""
+    """Returns the parts of a step, each compiled by itself; the discriminator's passes are as released."""
     model, discriminator, weights = trainer.model, trainer.discriminator, trainer.config.loss
     images = to_float(images)
 

@@ -14,7 +14,7 @@ HOUR = 3600.0
 
 
 def nan_batch() -> None:
-    """Of one batch every pixel is NaN."""
+    """Sets every pixel of one batch to NaN."""
     steps, plain = itertools.count(1), loop.global_batch
 
     def global_batch(batch, mesh):

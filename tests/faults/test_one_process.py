@@ -1,4 +1,4 @@
-"""What can befall a run of one process; the same command then ends it as if nothing had."""
+"""Faults in a run of one process; the same command then ends it as if nothing had happened."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What can befall a run of two processes: the survivors say what it was, and the same command continues."""
+"""Faults in a run of two processes: the survivors report the fault, and the same command continues."""
 
 import random
 import signal

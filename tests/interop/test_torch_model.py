@@ -40,7 +40,7 @@ def with_requirements(packages: tuple[str, ...]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> Path:
-    """Of an environment that has PyTorch and what it needs, and no JAX: linked to what is installed here."""
+    """Returns the Python of an environment with PyTorch and without JAX, linked to the packages installed here."""
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=False, symlinks=True)
     site = next(folder.glob("lib/python*/site-packages"))

@@ -62,7 +62,7 @@ def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
 
 
 def finished(processes: list[subprocess.Popen]) -> str:
-    """What the first one printed, after all ended well."""
+    """Waits until all processes have ended with exit code 0, and returns the output of the first one."""
     results = ended(processes)
     assert [code for code, _ in results] == [0] * len(processes), results
     return results[0][1]

@@ -36,13 +36,13 @@ SMALL = (
 
 
 def arguments(workdir: Path, data_dir: Path, *overrides: str, preset: str = "openmoji32") -> list[str]:
-    """Of the command that trains it."""
+    """Returns the words of a command that trains a small tokenizer in `workdir`."""
     fields = [f"--config.{field}" for field in (*SMALL, f"data.dir={data_dir}", *overrides)]
     return ["train", f"--config={ROOT}/configs/tokenizer.py:{preset}", f"--workdir={workdir}", *fields]
 
 
 def save_run(workdir: Path, data_dir: Path, *overrides: str) -> Path:
-    """What training a tokenizer leaves, without the training: random weights of the shapes that they would have."""
+    """Writes a tokenizer's run as training would, but with random weights of the same shapes."""
     _, spec, _, *fields = arguments(workdir, data_dir, *overrides)
     config = load_config(spec.partition("=")[2], fields)
     trainer = TokenizerTrainer(config, make_mesh({"data": -1}), steps_per_epoch=1)
@@ -87,6 +87,6 @@ SMALL_GENERATOR = (
 
 
 def generator_arguments(workdir: Path, codes: Path, *overrides: str, preset: str = "openmoji32") -> list[str]:
-    """Of the command that trains a generator on the cache `codes`, which a tokenizer of SMALL made."""
+    """Returns the words of a command that trains a small generator on the token cache `codes` of a SMALL tokenizer."""
     fields = [f"--config.{field}" for field in (*SMALL_GENERATOR, f"token_cache={codes}", *overrides)]
     return ["train", f"--config={ROOT}/configs/autoregressive.py:{preset}", f"--workdir={workdir}", *fields]
