@@ -205,8 +205,8 @@ class Codebook(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Returns the codes [B, h, w] with the largest inner product with latents [B, D, h, w]; ties take the first."""
         rows = z.permute(0, 2, 3, 1)
-        parts = rows.flatten(0, 2).split(TOKENS_AT_ONCE)
-        return torch.cat([(part @ self.embedding.weight.T).argmax(1) for part in parts]).reshape(rows.shape[:-1])
+        chunks = rows.flatten(0, 2).split(TOKENS_AT_ONCE)
+        return torch.cat([(chunk @ self.embedding.weight.T).argmax(1) for chunk in chunks]).reshape(rows.shape[:-1])
 
 
 class Tokenizer(nn.Module):
@@ -472,6 +472,6 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, random: t
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(dim=-1)
-        gone = probabilities.cumsum(dim=-1) - probabilities > top_p
-        logits = logits.masked_fill(gone.scatter(1, order, gone), -torch.inf)
+        excluded = probabilities.cumsum(dim=-1) - probabilities > top_p
+        logits = logits.masked_fill(excluded.scatter(1, order, excluded), -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=random)
