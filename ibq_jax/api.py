@@ -199,7 +199,7 @@ class Generator:
             prefix = np.reshape(prefix, (len(prefix), -1))
         codes = self._sampler(
             labels,
-            guidance=Guidance(cfg_scale, cfg_schedule, cfg_power, (cfg_interval[0], cfg_interval[1])),
+            guidance=Guidance(cfg_scale, cfg_schedule, cfg_power, cfg_interval),
             logit_filter=LogitFilter(top_k or 0, top_p),
             temperature=temperature,
             seed=seed,

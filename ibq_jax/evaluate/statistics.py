@@ -190,8 +190,8 @@ class FeatureStatistics:
         Without x64, JAX's collectives round float64 to float32: send `.view(np.uint32)` and view the result as float64.
         Raises UsageError if the count is unknown.
         """
-        count = self._require_count("packed")
         self._flush()
+        count = self._require_count("packed")
         return np.concatenate([np.asarray([count], np.float64), self._mean, self._scatter.ravel()])
 
     @classmethod
