@@ -1,4 +1,6 @@
-"""The mesh, the placement of every array on it, and `jax.jit` with that placement. No other file states a sharding.
+"""The mesh, the placement of every array on it, and `jax.jit` with that placement.
+
+Where an array lies is decided here. Elsewhere, only `ops/` (inside its shard_maps) and micro-batches name mesh axes.
 
 The mesh has three axes, and a batch is split over all of them:
 

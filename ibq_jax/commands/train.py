@@ -21,11 +21,6 @@ def main(argv: list[str]) -> None:
         TrainingStopped: a loss was not finite, or the codebook collapsed.
         Interrupted: SIGTERM or Ctrl-C arrived; the step was saved.
     """
-    """Runs the command; `argv` is what follows the word "train".
-
-    Raises:
-        UsageError: wrong flags, or a config that cannot be trained.
-    """
     command_line = parser()
     flags, rest = command_line.parse_known_args(argv)
     overrides = [argument for argument in rest if argument.startswith(PREFIX)]

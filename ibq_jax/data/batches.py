@@ -1,6 +1,6 @@
 """Batches as a pure function of seed and step, read by Grain from any source of records.
 
-Shapes: B examples of a global batch, b of its rows that this process reads.
+Shapes: a global batch has B examples, of which this process reads b.
 Positions count a run's examples from its start: step s holds positions s*B .. (s+1)*B - 1. The example at a position,
 its random crop included, depends on the seed and the position alone, not on the number of processes, workers or
 threads.
@@ -25,13 +25,14 @@ ArrayDict = dict[str, np.ndarray]  # one example, or one batch of them
 
 
 class Source(ABC):
-    """A split of labelled records: `len(source)` of them, `source[i]`, read in any order and from any process.
+    """A split of labelled records, `source[i]` for i below `len(source)`; read in any order and from any process.
 
-    class_names: names of the labels; empty in a data set without classes.
+    Attributes:
+        class_names: names of the labels; empty in a data set without classes.
     """
 
     class_names: tuple[str, ...]
-    _records: Any  # as they are stored
+    _records: Any  # as stored
 
     @property
     def num_classes(self) -> int:
@@ -43,7 +44,7 @@ class Source(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Any:
-        """Returns a record. Raises UsageError if it is damaged."""
+        """Returns the record at `index`. Raises UsageError if it is damaged."""
 
     def __iter__(self) -> Iterator[Any]:
         return map(self.__getitem__, range(len(self)))
@@ -84,20 +85,20 @@ def shuffled_batches(
 
     Args:
         source: the records.
-        make_example: makes an example from a record and a random generator of its own; picklable.
+        make_example: makes an example from a record and a random generator of its own; must be picklable.
         batch_size: B, over all processes. A batch may straddle two epochs.
-        seed: of the order and of the random generators, 0..2**32 - 1.
-        start_step: steps to skip at the start, at no cost.
+        seed: determines the order and the random generators, 0..2**32 - 1.
+        start_step: number of steps to skip; skipping costs nothing.
         rows: the rows of every batch that this process reads; None reads all B.
-        num_workers: reader processes, which need a script that guards its entry point with
-            `if __name__ == "__main__"`; 0 reads in threads of this process.
+        num_workers: number of reader processes; 0 reads in threads of this process. With reader processes a script has
+            to guard its entry point with `if __name__ == "__main__":`.
         num_threads: reader threads per process; each holds one batch.
 
     Returns:
         an iterator over batches of b examples. Its close() ends the readers.
 
     Raises:
-        UsageError: an option out of range; while iterating, whatever `source` and `make_example` raise.
+        UsageError: an option is out of range. Iterating raises whatever `source` and `make_example` raise.
     """
     check_readers(num_threads, num_workers)
     if not 0 <= seed < 2**32:
@@ -123,7 +124,7 @@ def one_pass_batches(
         make_example: makes an example from a record.
         padding: the example that fills up the last batch.
         batch_size: B, over all processes.
-        examples: how many records, spread evenly over the source so that every class has its share; 0 takes all.
+        examples: number of records to take, evenly spaced in the source so that every class has its share; 0 takes all.
         rows: the rows of every batch that this process reads; None reads all B.
         num_threads: reader threads.
 
@@ -166,7 +167,7 @@ def _begin_worker(parent: int, _index: int, _count: int) -> None:
 
 
 class _Rows:
-    """The examples at `rows` of every B examples: a source that Grain reads in any order."""
+    """A source for Grain that holds only the given rows of every batch of B examples."""
 
     def __init__(self, examples: grain.MapDataset, batch_size: int, rows: Sequence[int] | np.ndarray):
         self._examples, self._batch_size, self._rows = examples, batch_size, [int(row) for row in rows]
@@ -191,6 +192,6 @@ def _batches_of_rows(
 
 
 def check_readers(num_threads: int, num_workers: int = 0) -> None:
-    """Checks that both numbers are not negative. Raises UsageError."""
+    """Checks that neither number is negative. Raises UsageError if one is."""
     if min(num_threads, num_workers) < 0:
         raise UsageError(f"num_threads={num_threads}, num_workers={num_workers}: neither can be negative")

@@ -1,12 +1,12 @@
-"""A TFDS data set in ArrayRecord form, written by the workers of an Apache Beam runner.
+"""Writes a TFDS data set in ArrayRecord form on the workers of an Apache Beam runner.
 
-The records are those of `store.write_dataset`: every split holds the same file names, labels and image bytes in the
-same order, so reading by index, and so every training batch, is the same bit for bit. Only the number of records per
-file differs: a work item (one tar shard, or several in a row) writes one file per split, which may be empty.
+Every split holds the same records in the same order as `store.write_dataset` writes, so every training batch is the
+same bit for bit. Only the number of records per file differs: a work item (one tar shard, or several in a row) writes
+one file per split, which may be empty.
 
 TFDS 4.9.10 has two Beam writers (`tensorflow_datasets.core.writer`). `BeamWriter` needs no TensorFlow for ArrayRecord
 files, but sends every image through the runner's shuffle, holds a shard's images in memory, orders them by hash, and
-starts from nothing after a kill; `NoShuffleBeamWriter` cannot write ArrayRecord files. So the workers write with
+starts over after a kill; `NoShuffleBeamWriter` cannot write ArrayRecord files. So the workers write with
 `tfds.core.SequentialWriter`, as `store` does, and TFDS's metadata are assembled at the end.
 
 DATA_DIR/NAME/beam.incomplete/labels/    results of the first pass over tar shards (`beam_map`)
@@ -71,16 +71,16 @@ def write_dataset_with_beam(
     runner: BeamRunner,
     overwrite: bool = False,
 ) -> tuple[ImageCollection, WriteSummary]:
-    """Writes the data set that `store.write_dataset` would. Killed and called again, it makes only the missing shards.
+    """Writes the same data set as `store.write_dataset`. Called again after a kill, it writes only the missing shards.
 
-    A shard whose tar or settings have changed, or for a folder of images the file names, counts as missing.
+    A shard counts as missing if its tar, its file names (for a folder of images) or the settings have changed.
 
     Args:
-        collect: makes the collection, which must have parts, from a map over files that Beam runs.
+        collect: makes the collection, given a map over files that runs on Beam; the collection must have parts.
         name: the collection's name.
         data_dir: the folder of the data sets.
-        settings: stored in the metadata.
-        runner: where it runs.
+        settings: stored in the data set's metadata.
+        runner: the Beam runner.
         overwrite: whether to replace an existing data set once this one is complete.
 
     Returns:
@@ -117,7 +117,7 @@ def write_dataset_with_beam(
 
 
 def _items(collection: ImageCollection) -> list[tuple]:
-    """Returns (number, *parts) for at most MAX_ITEMS runs of neighbouring parts, of as equal lengths as possible."""
+    """Returns the work items (number, *parts): at most MAX_ITEMS groups of neighbouring parts, as equal as possible."""
     count = min(len(collection.parts), MAX_ITEMS)
     bounds = [len(collection.parts) * number // count for number in range(count + 1)]
     return [(number, *collection.parts[bounds[number] : bounds[number + 1]]) for number in range(count)]
@@ -125,7 +125,7 @@ def _items(collection: ImageCollection) -> list[tuple]:
 
 @dataclass(frozen=True)
 class _ShardWriter:
-    """Writes the images of an item to `data`, one file per split, and returns their counts and sizes."""
+    """A callable that writes an item's images to `data`, one file per split, and returns their counts and sizes."""
 
     collection: ImageCollection  # without its parts, which are many
     data: Path
@@ -166,7 +166,7 @@ class _ShardWriter:
         return Path(_template(self.collection, self.data, split).sharded_filepath(shard_index=number, num_shards=None))
 
     def has_whole(self, result: Mapping) -> bool:
-        """Returns whether the files of a result are there and have their sizes."""
+        """Returns whether the files of a result exist and have the recorded sizes."""
         for split, size in result["files"].items():
             path = self._shard(split, result["number"])
             if not path.is_file() or path.stat().st_size != size:
@@ -203,7 +203,7 @@ def _template(collection: ImageCollection, folder: Path, split: str) -> naming.S
 def _finish(
     collection: ImageCollection, data: Path, settings: Mapping, results: list[Mapping]
 ) -> tuple[dict[str, Counter], list[str]]:
-    """Writes TFDS's metadata. Returns the images per split and label, and one line per skipped image."""
+    """Writes TFDS's metadata. Returns the number of images per split and label, and one line per skipped image."""
     skipped = [line for result in results for line in result["skipped"]]
     counts: dict[str, Counter] = {}
     splits, whole = [], set()

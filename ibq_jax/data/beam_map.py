@@ -4,7 +4,7 @@ FOLDER/00012.json     the function's result for item 12 and a digest of its inpu
 FOLDER/00012.error    one line, if the item cannot be done
 
 Results are files and do not pass through the pipeline, so that they outlive it. Only this module imports Beam, and only
-on use.
+inside its functions.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from ibq_jax.base.errors import Failed, UsageError, one_line
 from ibq_jax.base.parts import remove_partials, replace_text
 
 LOCAL_RUNNER = "DirectRunner"
-# One process per core: threads would wait for each other's hold of Python's global lock.
+# One process per core, because threads would wait for each other at Python's global lock.
 LOCAL_OPTIONS = (
     "--direct_num_workers=0",
     "--direct_running_mode=multi_processing",
@@ -39,7 +39,7 @@ TRACEBACK_LINES = 8  # a runner's message this long is a worker's traceback, who
 
 @dataclass(frozen=True)
 class BeamRunner:
-    """A Beam runner's name and options, as `find_beam` checked them."""
+    """The name and options of a Beam runner, checked by `find_beam`."""
 
     name: str
     options: tuple[str, ...]
@@ -70,10 +70,7 @@ def find_beam(name: str, options: str = "") -> BeamRunner:
         with _without_warnings(), contextlib.redirect_stderr(printed):
             known = given.get_all_options(drop_default=True)
             unknown = given.get_all_options(drop_default=True, retain_unknown_options=True).keys() - known
-    except (
-        SystemExit,
-        ValueError,
-    ) as error:  # from argparse, after its usage text; from shlex for an open quotation mark
+    except (SystemExit, ValueError) as error:  # argparse exits after its usage text; shlex raises for an open quote
         reason = (printed.getvalue().strip() or str(error)).splitlines()[-1].partition("error: ")
         raise UsageError(f"--beam-options={options}: {reason[2] or reason[0]}") from error
     if unknown:
@@ -97,17 +94,17 @@ def beam_map(
     description: str = "",
     still_whole: Callable[[Any], bool] = lambda result: True,
 ) -> list[Any]:
-    """Returns `function(item)` for every item, in order. Results of an earlier call with the same items are kept.
+    """Returns `function(item)` for every item, in order. Results of an earlier call with the same items are reused.
 
     Args:
         function: returns JSON values. It is pickled, as the items are, and may be called more than once for an item. If
             it raises UsageError, the map stops once all other items are done.
         items: identified by their repr, and by size and modification time of every Path in them.
         folder: where the results go, on a file system that every worker sees under the same path.
-        runner: where it runs.
-        identity: whatever else the results depend on. Results of another identity, or of other items, are made again.
-        description: the progress bar's.
-        still_whole: says whether a result of an earlier call can be kept.
+        runner: the Beam runner.
+        identity: anything else that the results depend on; results of another identity are computed again.
+        description: the progress bar's label.
+        still_whole: returns whether a result of an earlier call can be reused.
 
     Raises:
         UsageError: `function` raised one.
@@ -136,7 +133,7 @@ def beam_map(
 
 
 def paths_in(item: Any) -> Iterator[Path]:
-    """Yields the Paths in tuples and lists, however nested."""
+    """Yields every Path in `item`, which may nest tuples and lists."""
     if isinstance(item, Path):
         yield item
     elif isinstance(item, tuple | list):

@@ -28,8 +28,8 @@ SYNSETS_PER_PART, IMAGES_PER_PART = 8, 10_000  # about 10,000 images each
 class _Part(NamedTuple):
     split: str
     tar: Path
-    first: int  # index of its first member
-    stop: int | None  # None: all that follow
+    first: int  # index of its first member in the tar
+    stop: int | None  # index after its last member; None: the end of the tar
 
 
 def imagenet2012(tars: str | os.PathLike) -> ImageCollection:

@@ -24,7 +24,7 @@ VALIDATION_FRACTION = 0.1
 def openmoji(size: int = 128, name: str = "openmoji") -> ImageCollection:
     """Returns 1,898 images in 9 categories, `size` x `size` pixels on white; a tenth of each category is validation.
 
-    They are all emojis without a skin tone, except the category "Component", which holds the bare skin-tone swatches.
+    They are all the emojis without a skin tone; the category "Component", the bare skin-tone swatches, is left out.
     The split depends on the emojis' code points alone, so it is the same at every size.
 
     Raises:

@@ -1,6 +1,6 @@
 """Images for training and evaluation, from a TFDS data set in ArrayRecord form.
 
-Shapes: b rows of a global batch that this process reads, S the side of a crop in pixels.
+Shapes: b, the rows of a global batch that this process reads; S, the side of a crop in pixels.
 `ibq_jax.data.batches` describes how the order and the crops follow from the seed and the step.
 """
 
@@ -42,7 +42,7 @@ class ImageSource(Source):
 
     def __init__(self, name: str, data_dir: str | os.PathLike, split: str, builder: tfds.core.DatasetBuilder):
         self.name, self.data_dir, self.split = name, data_dir, split
-        as_data_source: Any = builder.as_data_source  # a decorator of TFDS hides its arguments
+        as_data_source: Any = builder.as_data_source  # a decorator of TFDS hides its arguments from the type checker
         self._records = as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
         features: Any = builder.info.features
         has_classes = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
@@ -65,7 +65,7 @@ class ImageSource(Source):
 
 
 def _allow_open_files(shards: int, what: str) -> None:
-    """Increases the limit of open files, by default 1,024: ArrayRecord keeps every shard open."""
+    """Increases the limit on open files, by default 1,024, because ArrayRecord keeps every shard open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or shards + OTHER_FILES <= soft:
         return
@@ -76,7 +76,7 @@ def _allow_open_files(shards: int, what: str) -> None:
 
 
 def open_split(name: str, data_dir: str | os.PathLike, split: str) -> ImageSource:
-    """Opens a split such as "train", or a TFDS slice such as "train[:90%]".
+    """Opens a split of a data set, such as "train", or a TFDS slice, such as "train[:90%]".
 
     Raises:
         UsageError: the data set is not in `data_dir`, is damaged, is not in ArrayRecord form, or has no such split or
@@ -129,7 +129,7 @@ def training_batches(
         the split}. Its close() ends the readers.
 
     Raises:
-        UsageError: sizes that do not fit each other; while iterating, a record that cannot be decoded.
+        UsageError: the sizes do not fit each other; while iterating, a record cannot be decoded.
     """
     check_sizes(image_size, resize)
     crop = functools.partial(_training_example, image_size=image_size, resize=resize, origin=str(source))
@@ -148,13 +148,13 @@ def _example(image: np.ndarray, record: Record) -> dict:
 def evaluation_batches(
     source: ImageSource, *, image_size: int, resize: int, antialias: bool = True, **options: Unpack[OnePassOptions]
 ) -> Generator[ArrayDict]:
-    """Returns one pass over centre crops.
+    """Returns one pass over the images' centre crops, in order.
 
     Args:
         source: the images.
         image_size: S, pixels of the crop's side.
         resize: pixels of the shorter side before cropping.
-        antialias: False resizes as the evaluation behind the published numbers did (`resize_shorter_side`).
+        antialias: see `resize_shorter_side`; False resizes as the evaluation behind the published numbers did.
         **options: as in `one_pass_batches`.
 
     Returns:
@@ -176,7 +176,10 @@ def evaluation_batches(
 
 
 def decode_record(record: Record, origin: str) -> np.ndarray:
-    """Decodes the record's image -> uint8 [H, W, 3]. Raises UsageError, naming the record of `origin`, if it cannot."""
+    """Decodes a record's image -> uint8 [H, W, 3].
+
+    Raises UsageError if that fails; the message names the record and the split that it is from, `origin`.
+    """
     try:
         return decode_image(record["image"])
     except UnreadableImage as error:

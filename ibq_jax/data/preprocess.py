@@ -1,8 +1,7 @@
 """Turns encoded bytes into a square uint8 crop: decodes, resizes the shorter side, crops.
 
-Shapes: H, W of an image; S the side of the crop. Images are uint8 RGB [H, W, 3], after cropping [S, S, 3].
-Scaling to [-1, 1] happens on the device. A tokenizer is trained and evaluated without flips, as in arXiv 2412.02692;
-flips are among the views (named crops) whose codes a token cache stores.
+Images are uint8 RGB [H, W, 3]; scaling to [-1, 1] happens on the device. A tokenizer is trained and evaluated without
+flips, as in arXiv 2412.02692; flips are among the views (named crops) whose codes a token cache stores.
 """
 
 import io
@@ -20,7 +19,7 @@ MAX_ASPECT = 100  # ratio of the sides: a thin image of a few bytes, resized by 
 
 
 class UnreadableImage(ValueError):
-    """Bytes that are not a whole image of a known format, or are too large to decode safely; the message says why."""
+    """An error for bytes that are not a complete image of a known format, or are too large; the message says why."""
 
 
 def decode_image(encoded: bytes) -> np.ndarray:
@@ -69,7 +68,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_shorter_side(image: np.ndarray, size: int, antialias: bool = True) -> np.ndarray:
-    """Resizes [H, W, 3] bilinearly so that the shorter side is `size` pixels; the longer side is rounded.
+    """Resizes an image [H, W, 3] bilinearly to a shorter side of `size` pixels; the longer side is rounded.
 
     With `antialias` the filter widens with the reduction, as in Pillow. Without it every output pixel mixes its four
     nearest input pixels at any reduction, as in OpenCV and in the evaluation behind the published IBQ numbers.
@@ -101,7 +100,7 @@ def _neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Returns the middle [size, size, 3] of [H, W, 3]; of an odd remainder, the extra row or column is at the end."""
+    """Returns the middle [size, size, 3] of [H, W, 3]; if the margins differ, the bottom or right one is larger."""
     top, left = ((side - size) // 2 for side in image.shape[:2])
     return image[top : top + size, left : left + size]
 
@@ -113,7 +112,7 @@ def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
 
 
 def views(image: np.ndarray, names: Sequence[str], size: int) -> np.ndarray:
-    """Returns the crops of [H, W, 3] with the `names` of VIEWS, in that order: uint8 [V, size, size, 3]."""
+    """Returns an image's views with these names (keys of VIEWS), in order: [H, W, 3] -> uint8 [V, size, size, 3]."""
     return np.stack([crop for name in names for crop in VIEWS[name](image, size)])
 
 

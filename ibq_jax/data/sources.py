@@ -1,6 +1,6 @@
-"""Collections of images to build data sets from: a stream of encoded images with names, splits and optional classes.
+"""Collections of images that data sets are built from: encoded images with names, splits and optional classes.
 
-Every kind of source is a module that returns an `ImageCollection`; `store.write_dataset` makes a TFDS data set of it.
+Each kind of source has a module that returns an `ImageCollection`; `store.write_dataset` makes a TFDS data set of it.
 """
 
 import hashlib
@@ -54,9 +54,9 @@ def read_bounded(file: BinaryIO, limit: int = MAX_ENCODED_BYTES) -> bytes:
 
 
 def class_names_to_store(names: Iterable[str], where: object) -> tuple[str, ...]:
-    """Returns `names` as `printable` shows them.
+    """Returns class names as a data set stores them, with control characters escaped.
 
-    Raises UsageError for names that a data set's file of class names, one trimmed name per line, could not keep apart.
+    Raises UsageError for names that could not be told apart in the data set's file of one trimmed name per line.
     """
     shown = tuple(printable(name) for name in names)
     for before, name in zip((None, *sorted(shown)), sorted(shown), strict=False):
@@ -71,14 +71,14 @@ def _name_hash(name: str) -> int:
 
 
 def is_held_out(name: str, fraction: float) -> bool:
-    """Returns whether an image belongs to validation, from its name alone: for streams too long to list."""
+    """Returns whether an image is held out for validation, by its name alone; for streams too long to list."""
     return _name_hash(name) < fraction * 2**64
 
 
 def held_out(names_by_class: Mapping[int | None, Iterable[str]], fraction: float) -> frozenset[str]:
-    """Returns the names that make up validation: in every class, the `fraction` with the lowest hashes.
+    """Returns the names of the images held out for validation: in every class, the `fraction` with the lowest hashes.
 
-    The choice depends on the names alone. Of a class of two or more images, at least one is taken and never all.
+    The choice depends on the names alone. At least one image of a class of two or more is held out, and never all.
     """
     chosen: set[str] = set()
     for names in names_by_class.values():

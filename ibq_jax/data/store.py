@@ -30,7 +30,7 @@ from ibq_jax.data.sources import MAX_ENCODED_BYTES, Example, ImageCollection, pr
 EXAMPLES_PER_SHARD = 8192
 EXAMPLES_PER_CALL = 256  # TFDS rewrites its metadata at every call
 FEATURES = "tensorflow_datasets.core.features."  # the module of TFDS's own features
-CLASS_NAMES = ("pythonClassName", "python_class_name", "type")  # fields of features.json, new and old
+CLASS_NAMES = ("pythonClassName", "python_class_name", "type")  # fields of features.json that name a class
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def write_dataset(
 ) -> WriteSummary:
     """Writes every readable image of the collection to `data_dir/name/version`, which appears only once it is complete.
 
-    Each image is decoded fully first, so that every stored image can be read. Unreadable ones are named on stderr,
-    counted, skipped, and listed in the data set's metadata, which also hold the `settings`.
+    Each image is decoded fully first, so that every stored image can be read. Unreadable images are skipped, named on
+    stderr, and listed in the data set's metadata, which also hold the `settings`.
 
     Raises:
         UsageError: the data set exists and `overwrite` is off, another process is writing it, no image can be read, or
@@ -112,7 +112,7 @@ def write_dataset(
 
 
 def check_absent(path: Path, overwrite: bool) -> None:
-    """Checks that `path` is free or may be replaced. Raises UsageError."""
+    """Checks that `path` does not exist or may be replaced. Raises UsageError."""
     if path.exists() and not overwrite:
         raise UsageError(f"{path} is there already: pass --overwrite to build it again, or choose another --name")
 
@@ -255,7 +255,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_full_as_usage_error(path: Path, kept: str) -> Iterator[None]:
-    """Turns a failure of the block because the disk of `path` is full into a UsageError that says what was `kept`."""
+    """Turns a full disk while the block runs into a UsageError that names `path` and says what was `kept`."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError with the system's message in its text

@@ -1,7 +1,8 @@
 """Reads the regular files of a tar in order, from a stream that need not be trusted.
 
 Python's tarfile keeps every header in memory, reads an extended header of any size it claims, recurses from one to the
-next, and seeks backwards if a size is negative. Here a header is one block and at most one bounded extension.
+next, and seeks backwards if a size is negative. Here headers are read one after another and none is kept, and an
+extended header of over 64 KiB is refused.
 """
 
 import bz2
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 BLOCK = 512
-MAX_HEADER_BYTES = 2**16  # of an extended header: a long name, and numbers
+MAX_HEADER_BYTES = 2**16  # of an extended header, which holds a long name and numbers
 MIN_UNPACKED, MAX_GROWTH = 2**30, 64  # images hardly compress, so a file that grows more is not a shard
 COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -49,7 +50,7 @@ class TarStream:
         """Skips `count` bytes. Raises BrokenTar if there are fewer."""
         if not self._compressed:
             if count:
-                self._file.seek(count - 1, 1)  # may be beyond the end
+                self._file.seek(count - 1, 1)  # beyond the end is no error, so the last byte is read
                 count = 1
         elif count > self._left:  # so a bomb is refused before it is unpacked
             raise self._too_much()
@@ -65,7 +66,10 @@ class TarStream:
 
 @contextlib.contextmanager
 def open_stream(path: Path) -> Iterator[TarStream]:
-    """Opens a file, unpacking gzip, bzip2 and xz to at most 64 times its size or 1 GiB, whichever is more."""
+    """Opens a file, unpacking gzip, bzip2 and xz to at most 64 times its size or 1 GiB, whichever is more.
+
+    Raises BrokenTar if it is not a regular file.
+    """
     if not path.is_file():  # a pipe, for example, would never end
         raise BrokenTar("not a regular file")
     with path.open("rb") as file:
@@ -82,15 +86,15 @@ def open_stream(path: Path) -> Iterator[TarStream]:
 
 @dataclass
 class Member:
-    """A regular file in a tar: `size` bytes, to be read before the next member is requested."""
+    """A regular file in a tar, of `size` bytes; it has to be read before the next member is requested."""
 
     name: str
     size: int
     stream: "TarStream | Member"
-    left: int
+    left: int  # bytes not read yet
 
     def read(self, count: int) -> bytes:
-        """Reads `count` bytes, or all that are left. Raises BrokenTar if the tar ends before."""
+        """Reads `count` bytes, or all that are left. Raises BrokenTar if the tar ends earlier."""
         count = min(count, self.left)
         content = self.stream.read(count)
         if len(content) < count:
@@ -109,7 +113,8 @@ class Member:
 def members(stream: TarStream | Member) -> Iterator[Member]:
     """Yields the regular files of a tar in order; folders, links and devices are skipped.
 
-    Names are as in the tar and may be any text. Raises BrokenTar.
+    Names are as in the tar and may be any text. Raises BrokenTar if the stream is not a tar, is damaged, or holds a
+    sparse file.
     """
     name, size, first = None, None, True
     while block := stream.read(BLOCK):

@@ -1,7 +1,7 @@
-"""Tar shards in the webdataset layout: neighbouring members that share a key are one sample.
+"""Tar shards in the webdataset layout: neighbouring members that share a key are what webdataset calls a sample.
 
-The key is the member's name up to its first dot. Members are read in place. Nothing is unpacked, so a member's name
-never becomes a path.
+Here a sample is an image with its label. The key is the member's name up to its first dot. Members are read in place;
+nothing is unpacked, so a member's name never becomes a path.
 """
 
 import contextlib
@@ -42,12 +42,12 @@ def tar_shards(pattern: str, name: str, validation: float = 0.05, parallel_map: 
     """Returns the images of every shard that matches `pattern`, in the order of the shards' names.
 
     A sample is an image (.jpg .jpeg .png .webp .bmp) and, for its class, a .cls (a number or a name) or a .json with
-    "label" or "cls"; other members are skipped. Numbers are used as they are; names are numbered in sorted order. A
-    first pass over the shards collects the labels, a second reads the images. A truncated shard counts as one
-    unreadable image; the samples before the break are kept.
+    "label" or "cls"; other members are skipped. Labels that are numbers are used as they are; names are numbered in
+    sorted order. A first pass over the shards collects the labels, a second reads the images. A truncated shard counts
+    as one unreadable image; the samples before the break are kept.
 
     Args:
-        pattern: of the shards' paths, such as "shards/*.tar".
+        pattern: glob pattern of the shards' paths, such as "shards/*.tar".
         name: the collection's name.
         validation: the fraction to hold out, chosen by the hashes of shard and key.
         parallel_map: runs the first pass. Each shard is a part of the collection.

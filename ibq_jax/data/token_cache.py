@@ -11,7 +11,7 @@ A record is one image: its index in the split (int64), its label (int32, NO_LABE
 [V, h, w], all little-endian, the codes unsigned and as narrow as K allows. `token_cache_writer` writes caches.
 
 A generator's run holds a copy of the manifest of the cache that it was trained on, also called token_cache.json.
-Manifests of format version 1 had other names (manifest.json in a cache, codes.json in a run) and other names of fields;
+Manifests of format version 1 have other file names (manifest.json in a cache, codes.json in a run) and field names;
 they are upgraded on reading and never rewritten.
 """
 
@@ -45,11 +45,11 @@ COUNTS_V1 = {"codes": "num_tokens"}  # the same for the counts of a split
 LONGEST_SHOWN = 80  # characters of a field's value in a message
 TYPES = ("uint8", "uint16", "uint32", "uint64")  # of codes
 MAX_IMAGES, MAX_BYTES = 2**40, 2**26  # of a split and of a record; a manifest that claims more is damaged
-PADDING_LABEL = 0  # of padding rows: a class that every table of classes has
+PADDING_LABEL = 0  # of padding rows; every table of class embeddings has this row
 
 
 class CodedImage(TypedDict):
-    """One stored image."""
+    """One stored image, as codes."""
 
     codes: np.ndarray  # [V, h, w], unsigned
     label: int  # NO_LABEL in a data set without classes
@@ -264,7 +264,7 @@ def damaged(what: object, reason: object) -> UsageError:
 
 
 def shard_paths(folder: Path, split: str, settings: Mapping) -> list[Path]:
-    """Returns the paths of the split's shards, written or not."""
+    """Returns the paths of all shards of the split, including those not written yet."""
     count = settings["data"]["splits"][split]["shards"]
     return [folder / split / f"{number:05}-of-{count:05}.array_record" for number in range(count)]
 
@@ -292,7 +292,7 @@ def open_records(folder: Path, split: str, settings: Mapping) -> Any:
 
 
 def training_code_batches(source: TokenCacheSplit, **options: Unpack[ShuffledOptions]) -> Generator[ArrayDict]:
-    """Returns endless batches, reshuffled every epoch, each image by one of its V crops, chosen uniformly at random.
+    """Returns endless batches of codes, reshuffled every epoch; of each image, one of its V crops is drawn uniformly.
 
     Args:
         source: the images.
@@ -303,7 +303,7 @@ def training_code_batches(source: TokenCacheSplit, **options: Unpack[ShuffledOpt
         Its close() ends the readers.
 
     Raises:
-        UsageError: an option out of range; while iterating, a damaged record.
+        UsageError: an option is out of range; while iterating, a record is damaged.
     """
     return shuffled_batches(source, _training_example, **options)
 
@@ -326,7 +326,7 @@ def evaluation_code_batches(source: TokenCacheSplit, **options: Unpack[OnePassOp
 
     Returns:
         an iterator over the arrays of `training_code_batches` and "mask": bool [b]. The last batch is filled up with
-        codes 0, label PADDING_LABEL (not NO_LABEL, which is outside a table of classes), index -1, mask False.
+        codes 0, label PADDING_LABEL (not NO_LABEL, for which there is no class embedding), index -1, mask False.
 
     Raises:
         UsageError: as `training_code_batches`.

@@ -1,6 +1,6 @@
-"""Writes a token cache (`ibq_jax.data.token_cache`) as a job in parts, the shards.
+"""Writes a token cache (`ibq_jax.data.token_cache`) shard by shard.
 
-Several processes may share it, and a kill loses at most the shards that were being written.
+Several processes may share the job, and a kill loses at most the shards that were being written.
 
 Settings are the manifest without its counts: {"version", "tokenizer", "data": {..., "splits": {split: {"source",
 "images", "views", "crops", "shards"}}}, "preprocessing", "precision", "codebook_size": K, "grid": [h, w], "dtype"}.
@@ -42,7 +42,7 @@ FREE_FIELDS = ("tokenizer.path", "tokenizer.config.")
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of records, of the split's `images`; the range follows from the split's size and the shard's number."""
+    """A file with the records of a range of the split's images, which follows from its size and the shard's number."""
 
     path: Path
     split: str
@@ -60,7 +60,7 @@ def shard_count(images: int) -> int:
 
 
 def list_shards(folder: Path, settings: Mapping) -> list[Shard]:
-    """Returns all shards of the cache, written or not."""
+    """Returns all shards of the cache, including those not written yet."""
     shards = []
     for split, fields in settings["data"]["splits"].items():
         images, paths = fields["images"], shard_paths(folder, split, settings)
@@ -117,7 +117,7 @@ def _clear(folder: Path) -> None:
 
 
 def _claim(folder: Path, settings: Mapping) -> None:
-    """Writes the settings, unless the cache has some; checks that it has these. Raises UsageError."""
+    """Writes the settings unless the cache has some, then checks that they agree. Raises UsageError if not."""
     fields = read_fields(find_manifest(folder) or claim_folder(folder, settings))
     compared = {name: value for name, value in flatten(settings).items() if not name.startswith(FREE_FIELDS)}
     try:
@@ -127,7 +127,7 @@ def _claim(folder: Path, settings: Mapping) -> None:
 
 
 def write_records(path: Path, records: np.ndarray) -> None:
-    """Writes records of type `record_type` so that each can be read alone."""
+    """Writes records of type `record_type` so that each can be read on its own."""
     writer = ArrayRecordWriter(str(path), "group_size:1")
     for record in records:
         writer.write(record.tobytes())
