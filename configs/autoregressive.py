@@ -34,8 +34,8 @@ def _imagenet256(
     config = ConfigDict()
     config.stage = "autoregressive"
     config.seed = 0  # of initial values, data order, dropout and samples
-    # Type of the matrix products. Norms, softmax, residual stream and loss are computed in float32 with JAX's default
-    # matmul precision.
+    # Type of the matrix products. Norms, softmax, residual stream and loss are float32, and so are the products where
+    # this is "float32", on every machine.
     config.dtype = "bfloat16"
     config.token_cache = ""  # the folder that `tokenize` wrote
     config.tokenizer = ""  # the tokenizer's run, which decodes samples; empty: where the token cache says it is

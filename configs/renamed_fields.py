@@ -52,6 +52,9 @@ ADDED = {
         "quantizer.l2_normalize": False,
         "quantizer.levels": (),
         "codebook.init_scale": 1.0,
+        "encode.precision": "float32",
+        "quantizer.precision": "bfloat16_3x",  # on CPUs what it was, on accelerators more than JAX's default
+        "quantizer.gradient_precision": "bfloat16",
     },
     "autoregressive": {},
 }

@@ -31,9 +31,13 @@ def _imagenet256(codebook_size: int, epochs: int = 330, drop_epochs: tuple[int, 
     config = ConfigDict()
     config.stage = "tokenizer"
     config.seed = 0  # of initial values, data order and crops
-    # Type of the convolutions, in the autoencoder, the discriminator and LPIPS. The quantizer and the losses are
-    # computed in float32 with JAX's default matmul precision.
+    # Type of the convolutions in training, in the autoencoder, the discriminator and LPIPS: "bfloat16" or "float32",
+    # whose products are then float32 on every machine. The losses are float32 always.
     config.dtype = "bfloat16"
+    config.encode = ConfigDict()
+    # Of every product between images and codes wherever codes are given to somebody (tokenize, evaluate, validation):
+    # "float32", "bfloat16_3x", "tf32" or "bfloat16", see docs/precision.md.
+    config.encode.precision = "float32"
     _add_data_and_networks(config)
     _add_quantizer(config, codebook_size)
     _add_training(config, drop_epochs)
@@ -84,6 +88,8 @@ def _add_quantizer(config: ConfigDict, codebook_size: int) -> None:
     config.quantizer.double_loss = True  # ibq; False: without the term whose gradient reaches every code
     config.quantizer.l2_normalize = False  # vq; True: latents and codes are divided by their lengths
     config.quantizer.levels = ()  # fsq: their product is codebook.size, e.g. (8, 8, 8, 5); (): the usual ones
+    config.quantizer.precision = "bfloat16_3x"  # ibq and lfq: of the logits in training; see docs/precision.md
+    config.quantizer.gradient_precision = "bfloat16"  # ibq and lfq: of the products that only gradients come from
     config.quantizer.entropy_temperature = 0.01  # ibq and lfq: divides the logits of the entropies
     config.quantizer.entropy_group_tokens = 1024  # ibq and lfq: tokens per batch entropy; 0: the whole batch
     config.quantizer.sample_entropy_weight = 1.0  # ibq and lfq: within loss.entropy_weight

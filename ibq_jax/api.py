@@ -40,33 +40,45 @@ class Tokenizer:
     params: Mapping
 
     @classmethod
-    def load(cls, path: str | Path, use_ema: bool = True) -> "Tokenizer":
+    def load(cls, path: str | Path, use_ema: bool = True, precision: str = "float32") -> "Tokenizer":
         """Loads a tokenizer from wherever it is stored.
 
         Args:
             path: a run's folder (its newest intact checkpoint is read), one step's folder under its `checkpoints/`, a
                 file of weights (.ckpt, .pt, .pth, .safetensors), or hf://OWNER/NAME on the Hugging Face hub.
             use_ema: load the averaged (EMA) weights, if there are any, instead of the raw ones.
+            precision: of every product between images and codes. "float32" gives the same codes on CPUs, TPUs and GPUs;
+                "bfloat16_3x", "tf32" and "bfloat16" are faster on some of them and change some codes
+                (docs/precision.md).
 
         Raises:
-            UsageError: `path` holds no tokenizer; the message says what it holds instead.
+            UsageError: `path` holds no tokenizer, and the message says what it holds instead; or there is no such
+                precision.
         """
-        return cls(*load_tokenizer(path, use_ema))
+        return cls(*load_tokenizer(path, use_ema, precision))
 
     @classmethod
-    def from_torch(cls, state_dict: Mapping[str, np.ndarray], config: Mapping, use_ema: bool = False) -> "Tokenizer":
+    def from_torch(
+        cls,
+        state_dict: Mapping[str, np.ndarray],
+        config: Mapping,
+        use_ema: bool = False,
+        precision: str = "float32",
+    ) -> "Tokenizer":
         """Builds a tokenizer from tensors under the names of the published checkpoints.
 
         Args:
             state_dict: {published name: array in PyTorch's layout}.
             config: the configuration as published, with "ddconfig", "n_embed" and "embed_dim".
             use_ema: take the averages stored under `model_ema.` instead of the raw weights.
+            precision: as for `load`.
 
         Raises:
             UsageError: a tensor is missing, unknown or of the wrong shape (all of them are named); nothing is loaded.
         """
+        model = TokenizerModel(**tokenizer_names.model_fields(config)).for_encoding(precision)
         params = tokenizer_names.tokenizer_from_torch(state_dict, config, use_ema)
-        return cls(TokenizerModel(**tokenizer_names.model_fields(config)), jax.tree.map(jnp.asarray, params))
+        return cls(model, jax.tree.map(jnp.asarray, params))
 
     def to_torch(self) -> dict[str, np.ndarray]:
         """Returns the weights under their published names, in PyTorch's layouts.

@@ -19,6 +19,7 @@ from jax import lax
 from ibq_jax.autoregressive.layers import rms_norm, rotary_angles, rotate
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.precision import FULL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,10 +213,10 @@ def _attend(model, qkv: jax.Array, cache, position, angles):
         lax.dynamic_update_slice_in_dim(c, n[:, :, None], position, 2) for c, n in zip(cache, new, strict=True)
     )
     query = query.reshape(r, g, -1, d)
-    scores = jnp.einsum("rgqd,rgsd->rgqs", query, keys, preferred_element_type=jnp.float32) * d**-0.5
+    scores = _einsum("rgqd,rgsd->rgqs", query, keys) * d**-0.5
     seen = jnp.arange(keys.shape[2]) <= position
     weights = jax.nn.softmax(jnp.where(seen[None, None, None], scores, -jnp.inf), axis=-1).astype(model.dtype)
-    out = jnp.einsum("rgqs,rgsd->rgqd", weights, values, preferred_element_type=jnp.float32)
+    out = _einsum("rgqs,rgsd->rgqd", weights, values)
     return out.reshape(r, -1).T, (keys, values)
 
 
@@ -226,7 +227,12 @@ def _product(matrix: jax.Array, x: jax.Array) -> jax.Array:
     on a CPU.
     """
     x = lax.optimization_barrier(x.astype(matrix.dtype))
-    return lax.optimization_barrier(jnp.einsum("oi,ir->or", matrix, x, preferred_element_type=jnp.float32))
+    return lax.optimization_barrier(_einsum("oi,ir->or", matrix, x))
+
+
+def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the einsum of arrays of one type, every bit of which is multiplied on every machine, in float32."""
+    return jnp.einsum(spec, a, b, precision=FULL, preferred_element_type=jnp.float32)
 
 
 def _allocate_caches(keys_values: Any, positions: int) -> tuple:

@@ -2,7 +2,7 @@
 
 Shapes: B sequences of S positions, C channels, H query heads and G key-value heads (G divides H) of D channels each,
 F hidden channels. Parameters are float32; `dtype` is what matrix products compute in, while norms, rotations, the
-attention's softmax and the residual stream stay float32.
+attention's softmax and the residual stream stay float32. Products of float32 keep every bit on every machine.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import normal, ones, zeros
+
+from ibq_jax.base.precision import FULL
 
 Kernel = Literal["xla", "cudnn"]  # of jax.nn.dot_product_attention
 NORM_EPSILON = 1e-5
@@ -34,11 +36,11 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     together with the operations that produce it. Here that is always the narrower array, which made a training step 1.4
     times as fast on a CPU. Compilers that choose operands' layouts themselves see the same product.
     """
-    return x @ kernel
+    return jnp.matmul(x, kernel, precision=FULL)
 
 
 def _matmul_forward(x, kernel):
-    return x @ kernel, (x, kernel)
+    return jnp.matmul(x, kernel, precision=FULL), (x, kernel)
 
 
 def _matmul_backward(residuals, cotangent):
@@ -46,10 +48,10 @@ def _matmul_backward(residuals, cotangent):
     rows, cotangent_rows = (t.reshape(-1, t.shape[-1]) for t in (x, cotangent))
     over_rows = (((0,), (0,)), ((), ()))
     if rows.shape[1] <= cotangent_rows.shape[1]:
-        kernel_gradient = jax.lax.dot_general(rows, cotangent_rows, over_rows)
+        kernel_gradient = jax.lax.dot_general(rows, cotangent_rows, over_rows, precision=FULL)
     else:
-        kernel_gradient = jax.lax.dot_general(cotangent_rows, rows, over_rows).T
-    return cotangent @ kernel.T, kernel_gradient
+        kernel_gradient = jax.lax.dot_general(cotangent_rows, rows, over_rows, precision=FULL).T
+    return jnp.matmul(cotangent, kernel.T, precision=FULL), kernel_gradient
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -138,7 +140,10 @@ class Attention(nn.Module):
         )
         cos, sin = (table[None, :s, None] for table in angles)
         query, key = (rotate(t, cos, sin).astype(self.dtype) for t in (query, key))
-        out = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=self.kernel)
+        # It takes no precision. Its products take this one as they are traced, those of the backward pass with them. In
+        # bfloat16, more than one pass would be spent on the float32 gradient of the logits only.
+        with jax.default_matmul_precision("float32" if self.dtype == jnp.float32 else "bfloat16"):
+            out = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=self.kernel)
         out = dense(c, ("heads", "width"), dtype=self.dtype, name="wo")(out.reshape(b, s, c))
         return nn.Dropout(self.dropout)(out, deterministic=not train), (key, value)
 

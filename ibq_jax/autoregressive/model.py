@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from ibq_jax.autoregressive.layers import INITIAL_DEVIATION, Block, Kernel, Modulation, RMSNorm, dense, rotary_angles
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.precision import FULL
 from ibq_jax.base.sharding import batch_sharding
 from ibq_jax.ops import embedding_lookup
 
@@ -136,7 +137,7 @@ class GeneratorModel(nn.Module):
         """Returns logits float32 [B, S, V] of every code, given the class and the codes before it (teacher forced)."""
         return jnp.einsum(
             "bsc,vc->bsv", self.hidden(codes, labels).astype(self.dtype), self.head.astype(self.dtype),
-            preferred_element_type=jnp.float32,
+            precision=FULL, preferred_element_type=jnp.float32,
         )  # fmt: skip
 
     def hidden(self, codes: jax.Array, labels: jax.Array, train: bool = False) -> jax.Array:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.base.checkpoint import Restored
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.precision import compute_dtype
 from ibq_jax.base.saved_run import SavedRun
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.data.token_cache import check_manifest, read_run_manifest
@@ -36,7 +37,7 @@ def restore_run(path: Path) -> tuple[GeneratorTrainer, Restored, dict]:
 
 
 def find_tokenizer(path: str, manifest: Mapping, needed: bool) -> TokenizerWeights | None:
-    """Returns the tokenizer that made a token cache's codes.
+    """Returns the tokenizer that made a token cache's codes, at the precision at which it made them.
 
     Args:
         path: the tokenizer's run; if empty, the run that the manifest names.
@@ -57,17 +58,33 @@ def find_tokenizer(path: str, manifest: Mapping, needed: bool) -> TokenizerWeigh
         step = where / "checkpoints" / str(made["step"])
         where = step if step.is_dir() else where
     trainer, restored = restore_tokenizer(where)
-    params = restored.state.weights(made["weights"])
+    model, params = trainer.model, restored.state.weights(made["weights"])
+    precision = manifest.get("precision", trainer.config.encode.precision)  # an imported run's manifest has none
     if made["fingerprint"]:
         check_manifest(
             {"tokenizer": {"fingerprint": made["fingerprint"]}},
-            {"tokenizer.fingerprint": fingerprint(trainer.model, params)},
+            {"tokenizer.fingerprint": fingerprint(_as_made(model, manifest), params)},
             where="of these codes",
             asker=f"the tokenizer in {where}",
         )
-    elif trainer.model.codebook_size != manifest["codebook_size"]:
+    elif model.codebook_size != manifest["codebook_size"]:
         raise UsageError(
-            f"the tokenizer in {where} has {trainer.model.codebook_size} codes, "
-            f"the generator draws {manifest['codebook_size']}"
+            f"the tokenizer in {where} has {model.codebook_size} codes, the generator draws {manifest['codebook_size']}"
         )
-    return trainer.model, params
+    return _for_decoding(model, precision), params
+
+
+def _as_made(model: TokenizerModel, manifest: Mapping) -> TokenizerModel:
+    """Returns the model as it was when `manifest` got its fingerprint, so that only the weights can differ."""
+    if "machine" not in manifest:  # of an earlier version, or imported: codes were computed as in training
+        return model
+    precision = manifest["precision"]
+    return model.clone(dtype=compute_dtype(precision), precision=precision)
+
+
+def _for_decoding(model: TokenizerModel, precision: str) -> TokenizerModel:
+    """Returns the model at a precision, or at float32 if this machine lacks it; codes may come from another machine."""
+    try:
+        return model.for_encoding(precision)
+    except UsageError:
+        return model.for_encoding("float32")

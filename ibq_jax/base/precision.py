@@ -2,15 +2,16 @@
 
 By default JAX multiplies float32 arrays in one bfloat16 pass on TPUs and in TF32 on GPUs. Nothing in this package that
 decides a code, a loss or a metric relies on that default: it names one of `PRECISIONS`. The names say how many bits of
-float32 operands are multiplied; sums are always float32. A machine never computes with fewer bits than the name says:
+float32 operands are multiplied at least; sums are always float32:
 
-    name          bits   TPU                 GPU                           CPU
-    float32       24     6 bfloat16 passes   float32                       float32
-    bfloat16_3x   16     3 bfloat16 passes   3 bfloat16 passes (products)  float32
-    tf32          11     3 bfloat16 passes   TF32                          float32
-    bfloat16       8     1 bfloat16 pass     bfloat16                      operands rounded to bfloat16
+    name          bits   TPU                 GPU                  CPU
+    float32       24     6 bfloat16 passes   float32              float32
+    bfloat16_3x   16     3 bfloat16 passes   3 bfloat16 passes    float32
+    tf32          11     3 bfloat16 passes   TF32                 float32
+    bfloat16       8     1 bfloat16 pass     TF32                 float32
 
-GPUs have no convolution of three passes; `check_precision` refuses the name there. docs/precision.md has the costs.
+Networks at "bfloat16" also hold their activations in bfloat16 (`compute_dtype`), on every machine. GPUs have no
+convolution of three passes; `check_precision` refuses the name for them. docs/precision.md has the costs.
 """
 
 import jax.numpy as jnp
@@ -30,17 +31,17 @@ _CONVOLUTIONS = {**_PRODUCTS, "bfloat16_3x": lax.Precision.HIGH}  # they take no
 
 
 def compute_dtype(precision: str) -> jnp.dtype:
-    """Returns the type that operands are converted to before they are multiplied."""
+    """Returns the type in which networks hold activations, and multiply them."""
     return jnp.dtype(jnp.bfloat16 if precision == "bfloat16" else jnp.float32)
 
 
 def product_precision(precision: str) -> lax.Precision | lax.DotAlgorithmPreset:
-    """Returns JAX's `precision` argument for products of operands of type `compute_dtype(precision)`."""
+    """Returns JAX's `precision` argument for products of float32 operands."""
     return _PRODUCTS[precision]
 
 
 def convolution_precision(precision: str) -> lax.Precision:
-    """Returns JAX's `precision` argument for convolutions of operands of type `compute_dtype(precision)`."""
+    """Returns JAX's `precision` argument for convolutions of float32 operands."""
     return _CONVOLUTIONS[precision]
 
 

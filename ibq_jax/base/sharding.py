@@ -42,6 +42,11 @@ RULES = {
 }
 
 
+def platform(mesh: Mesh | None) -> str:
+    """Returns the platform of the mesh's devices, or without a mesh that of JAX's default device: cpu, tpu, gpu."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
     """Returns a mesh of `devices` (default: all devices of the job).
 

@@ -1,5 +1,6 @@
 """python -m ibq_jax tokenize: stores the codes of a data set's images in a token cache, to train a generator on."""
 
+import functools
 import shlex
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping
@@ -9,11 +10,13 @@ import jax
 from ml_collections import ConfigDict
 
 from ibq_jax.base.files import as_path, resolve
+from ibq_jax.base.precision import PRECISIONS
 from ibq_jax.base.processes import barrier, joined
 from ibq_jax.commands.arguments import Parser, positive
 from ibq_jax.data.pipeline import open_split
 from ibq_jax.data.preprocess import VIEWS
-from ibq_jax.data.token_cache import read_manifest
+from ibq_jax.data.token_cache import SHEET, read_manifest
+from ibq_jax.evaluate.check_cache import check_token_cache
 from ibq_jax.tokenizer.restore import restore_run
 from ibq_jax.tokenizer.tokenize import TokenizeJob, tokenize
 
@@ -33,7 +36,7 @@ def main(argv: list[str]) -> None:
     """
     flags = parser().parse_args(argv)
     trainer, restored = restore_run(flags.run)
-    params = restored.state.weights(flags.weights)
+    params, job = restored.state.weights(flags.weights), _job(flags, trainer.config)
     origin = {
         "path": str(resolve(flags.run)),
         "step": restored.step,
@@ -43,9 +46,10 @@ def main(argv: list[str]) -> None:
     manifest = tokenize(
         trainer.model,
         params,
-        _job(flags, trainer.config),
+        job,
         flags.out,
         origin,
+        check=functools.partial(check_token_cache, model=trainer.model, params=params, job=job),
         overwrite=flags.overwrite,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -71,6 +75,7 @@ def _job(flags: Namespace, config: ConfigDict) -> TokenizeJob:
         resize=flags.resize or data.resize,
         batch_size=flags.batch_size or config.evaluate.batch_size,
         num_threads=flags.num_threads or data.num_threads,
+        precision=flags.precision or config.encode.precision,
     )
 
 
@@ -85,9 +90,23 @@ def _describe(out: Path, manifest: Mapping) -> None:
             f"{manifest['codebook_size']:,} codes used, perplexity {counts['perplexity']:.0f}, "
             f"entropy {counts['entropy']:.3f} nats"
         )
+    if "compared_with_float32" in manifest:  # caches of earlier versions were not checked
+        print(f"  {_comparison(manifest)}")
+        print(f"look at {out}/{SHEET}: stored crops, each above what its codes decode to")
     preset = "openmoji32" if manifest["preprocessing"]["image_size"] < 128 else "imagenet256_B"
     fields = f"--config=configs/autoregressive.py:{preset} --config.token_cache={shlex.quote(str(out))}"
     print(f"next: python -m ibq_jax train {fields} --workdir=runs/ar")
+
+
+def _comparison(manifest: Mapping) -> str:
+    """Returns a sentence on the share of sampled codes that differ from full float32."""
+    sampled, differing = (manifest["compared_with_float32"][name] for name in ("sampled_codes", "differing_codes"))
+    if not differing:
+        return f"0 of {sampled:,} sampled codes differ from full float32"
+    words = f"{differing:,} of {sampled:,} sampled codes ({differing / sampled:.2%}) differ from full float32"
+    if manifest["precision"] == "float32":  # they were encoded in batches of another size
+        return f"{words} in other batches: rounding decides between codes at nearly the same distance"
+    return f"{words}; --precision=float32 gives none"
 
 
 def _views(text: str) -> tuple[str, ...]:
@@ -142,6 +161,12 @@ def parser() -> Parser:
     add("--data-dir", metavar="DIR", help=f"Folder that holds all data sets. {own}")
     add("--splits", type=_two_splits, metavar="A,B", help=f"Splits to train on and to validate on. {own}")
     add("--weights", choices=("ema", "raw"), default="ema", help="Averaged (ema) or raw weights. Default: ema.")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="Precision of all products that decide a code; all but float32 are faster on some machines and change "
+        "some codes. Default: the config's encode.precision.",
+    )
     add(
         "--batch-size",
         type=positive,

@@ -6,9 +6,14 @@ FOLDER/token_cache.json                    the manifest: tokenizer, data, prepro
 FOLDER/settings.json                       the manifest without its counts; written first, and compared by a rerun
 FOLDER/SPLIT/00000-of-00012.array_record   a fixed range of the split's images; has this name only once it is whole
 FOLDER/SPLIT_histogram.npy                 int64 [K], how often each code occurs
+FOLDER/decoded.png                         some stored crops, each above what its codes decode to
 
 A record is one image: its index in the split (int64), its label (int32, NO_LABEL without classes) and its codes
 [V, h, w], all little-endian, the codes unsigned and as narrow as K allows. `token_cache_writer` writes caches.
+
+The manifest says at what precision the codes were computed, on what kind of machine ("machine": {"platform",
+"device_kind"}), and how a sample of them compares with full float32 ("compared_with_float32": {"sampled_codes",
+"differing_codes"}). Caches of earlier versions lack the last two: their machine is unknown.
 
 A generator's run holds a copy of the manifest of the cache that it was trained on, also called token_cache.json.
 Manifests of format version 1 have other file names (manifest.json in a cache, codes.json in a run) and field names;
@@ -27,6 +32,7 @@ from ibq_jax.base.config import flatten
 from ibq_jax.base.errors import UsageError, shorten
 from ibq_jax.base.json_files import read_json
 from ibq_jax.base.parts import SETTINGS, write_json
+from ibq_jax.base.precision import PRECISIONS
 from ibq_jax.data.batches import (
     NO_LABEL,
     ArrayDict,
@@ -39,6 +45,7 @@ from ibq_jax.data.batches import (
 
 VERSION = 2
 MANIFEST = "token_cache.json"
+SHEET = "decoded.png"
 MANIFEST_V1, RUN_MANIFEST_V1 = "manifest.json", "codes.json"
 FIELDS_V1 = {"codes": "codebook_size"}  # version 1's name -> today's
 COUNTS_V1 = {"codes": "num_tokens"}  # the same for the counts of a split
@@ -163,6 +170,10 @@ def _check_complete(manifest: dict, file: Path) -> None:
         "codebook_size": _is_count(manifest.get("codebook_size"), 2**31),
         "grid": _are(int, grid) and len(grid) == 2 and all(_is_count(side, MAX_BYTES) for side in grid),
         "dtype": manifest.get("dtype") in TYPES,
+        "precision": manifest.get("precision") in PRECISIONS,
+        "machine": "machine" not in manifest or _has(str, manifest["machine"], "platform", "device_kind"),
+        "compared_with_float32": "compared_with_float32" not in manifest
+        or _has(int, manifest["compared_with_float32"], "sampled_codes", "differing_codes"),
     }
     wrong = next((name for name, is_right in right.items() if not is_right), None)
     if wrong is not None:
@@ -191,6 +202,10 @@ def _check_split(split: str, manifest: dict, file: Path) -> None:
         raise damaged(file, f"{wrong} of split {_shown(split)!r} is {value}")
     if fields["crops"] * math.prod(manifest["grid"]) > MAX_BYTES:
         raise damaged(file, f"a record of split {_shown(split)!r} would hold over {MAX_BYTES} codes")
+
+
+def _has(kind: type, fields: object, *names: str) -> bool:
+    return isinstance(fields, dict) and all(type(fields.get(name)) is kind for name in names)
 
 
 def _are(kind: type, values: object) -> bool:

@@ -2,14 +2,20 @@
 
 Several processes may share the job, and a kill loses at most the shards that were being written.
 
-Settings are the manifest without its counts: {"version", "tokenizer", "data": {..., "splits": {split: {"source",
-"images", "views", "crops", "shards"}}}, "preprocessing", "precision", "codebook_size": K, "grid": [h, w], "dtype"}.
+Settings are the manifest without its counts and checks: {"version", "tokenizer", "data": {..., "splits": {split:
+{"source", "images", "views", "crops", "shards"}}}, "preprocessing", "precision", "machine": {"platform",
+"device_kind"}, "codebook_size": K, "grid": [h, w], "dtype"}.
+
+All codes of a cache are of one precision and one platform. Kinds of devices (say, A100 and H100) may share a cache:
+at the same precision they differ only by the order of float32 sums, which decides nothing but near ties, and as CPUs
+are all of the kind "cpu", the name would not tell them apart either. A manifest names the device of the process that
+completed the cache.
 """
 
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +30,7 @@ from ibq_jax.base.parts import SETTINGS, claim_folder, join_parts, remove_partia
 from ibq_jax.data.token_cache import (
     MANIFEST,
     MANIFEST_V1,
+    SHEET,
     check_manifest,
     damaged,
     find_manifest,
@@ -37,7 +44,10 @@ from ibq_jax.data.token_cache import (
 IMAGES_PER_SHARD = 4096
 MIN_SHARDS = 8  # so that a few processes can share a small split
 # These may differ when a job continues: the fingerprint decides whether it is the same tokenizer.
-FREE_FIELDS = ("tokenizer.path", "tokenizer.config.")
+FREE_FIELDS = ("tokenizer.path", "tokenizer.config.", "machine.device_kind")
+
+# (folder, settings) of a cache whose shards are whole -> further fields of its manifest
+Check = Callable[[Path, Mapping], Mapping]
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,8 @@ def locked_cache(folder: Path, settings: Mapping, overwrite: bool) -> Iterator[N
 
     Raises:
         UsageError: `folder` is something else; it is a cache of other settings and `overwrite` is off (the message
-            names what differs); or `overwrite` is on and another process is inside.
+            names what differs), or an unfinished one of another platform; or `overwrite` is on and another process is
+            inside.
     """
     _check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,15 +122,23 @@ def _lock_alone(lock: int, folder: Path) -> None:
 
 def _clear(folder: Path) -> None:
     """Removes the manifest first and the settings last, so that a kill in between leaves an unfinished cache."""
-    for pattern in (MANIFEST, MANIFEST_V1, "*/*-of-*.array_record*", "*_histogram.npy*", f"*{PARTIAL}", SETTINGS):
+    made = ("*/*-of-*.array_record*", "*_histogram.npy*", SHEET, f"*{PARTIAL}")
+    for pattern in (MANIFEST, MANIFEST_V1, *made, SETTINGS):
         for path in folder.glob(pattern):
             path.unlink()
 
 
 def _claim(folder: Path, settings: Mapping) -> None:
     """Writes the settings unless the cache has some, then checks that they agree. Raises UsageError if not."""
-    fields = read_fields(find_manifest(folder) or claim_folder(folder, settings))
-    compared = {name: value for name, value in flatten(settings).items() if not name.startswith(FREE_FIELDS)}
+    manifest = find_manifest(folder)
+    fields = read_fields(manifest or claim_folder(folder, settings))
+    if manifest is None and "machine" not in fields:
+        raise UsageError(
+            f"token cache {folder} was begun by an earlier version, which did not note the machine; its codes may be "
+            "of another precision: --overwrite begins it again"
+        )
+    free = FREE_FIELDS if manifest is None else (*FREE_FIELDS, "machine.")  # nothing is added to a complete cache
+    compared = {name: value for name, value in flatten(settings).items() if not name.startswith(free)}
     try:
         check_manifest(fields, compared, folder, "this command")
     except UsageError as error:
@@ -134,8 +153,13 @@ def write_records(path: Path, records: np.ndarray) -> None:
     writer.close()
 
 
-def finish(folder: Path, settings: Mapping) -> dict | None:
-    """Counts the codes and writes the manifest, once all shards are whole.
+def finish(folder: Path, settings: Mapping, check: Check | None = None) -> dict | None:
+    """Counts the codes, checks them and writes the manifest, once all shards are whole.
+
+    Args:
+        folder: the cache's folder.
+        settings: its settings.
+        check: adds to the manifest what it finds out about the codes; repeated if the process is killed meanwhile.
 
     Returns:
         the manifest; None while a shard is missing, which another process writes.
@@ -150,7 +174,7 @@ def finish(folder: Path, settings: Mapping) -> dict | None:
             split: _count(folder, split, settings, [shard for shard in shards if shard.split == split])
             for split in settings["data"]["splits"]
         }
-        write_json(partial, {**settings, "splits": counts})
+        write_json(partial, {**settings, "splits": counts, **(check(folder, settings) if check else {})})
 
     if not join_parts([shard.path for shard in shards], find_manifest(folder) or folder / MANIFEST, write_manifest):
         return None

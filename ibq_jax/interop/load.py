@@ -28,12 +28,13 @@ def stage_of(path: Path) -> str:
     return recognize(file.shapes, file.about, str(path)).stage
 
 
-def load_tokenizer(source: str | Path, use_ema: bool) -> tuple[TokenizerModel, Mapping]:
+def load_tokenizer(source: str | Path, use_ema: bool, precision: str = "float32") -> tuple[TokenizerModel, Mapping]:
     """Loads a tokenizer.
 
     Args:
         source: a run's folder, one step's folder, a file of weights, or hf://OWNER/NAME.
         use_ema: load the averaged weights, if there are any, instead of the raw ones.
+        precision: of the products between images and codes, one of `ibq_jax.base.precision.PRECISIONS`.
 
     Returns:
         the model and its parameters.
@@ -44,11 +45,12 @@ def load_tokenizer(source: str | Path, use_ema: bool) -> tuple[TokenizerModel, M
     path = download_if_hub(source)
     if not is_weights_file(path):
         trainer, restored = restore_tokenizer(path)
-        return trainer.model, restored.state.weights("ema" if use_ema else "raw")
+        return trainer.model.for_encoding(precision), restored.state.weights("ema" if use_ema else "raw")
     file, published = _open(path, TOKENIZER)
     averaged = use_ema and tokenizer_names.has_averages(file.shapes)
     params = tokenizer_names.read_tokenizer(file.read, published, averaged)
-    return TokenizerModel(**tokenizer_names.model_fields(published)), jax.tree.map(jnp.asarray, params)
+    model = TokenizerModel(**tokenizer_names.model_fields(published)).for_encoding(precision)
+    return model, jax.tree.map(jnp.asarray, params)
 
 
 def load_generator(source: str | Path, use_ema: bool) -> tuple[GeneratorModel, Mapping, str]:

@@ -13,9 +13,10 @@ Shapes: B images, C channels; D dimensions of a code, K codes. In the generator:
 and R rows: B, or 2 B under guidance, where all rows with their class come before all rows without.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -209,6 +210,25 @@ class Codebook(nn.Module):
         return torch.cat([(chunk @ self.embedding.weight.T).argmax(1) for chunk in chunks]).reshape(rows.shape[:-1])
 
 
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Turns TF32 off inside. On GPUs PyTorch uses it for convolutions by default, which changes codes."""
+    backends = torch.backends
+    convolutions = getattr(backends.cudnn, "conv", None)
+    if convolutions is not None:  # since PyTorch 2.9, which refuses a mix of the two ways
+        owners, name, value = (convolutions, backends.cuda.matmul), "fp32_precision", "ieee"
+    else:
+        owners, name, value = (backends.cudnn, backends.cuda.matmul), "allow_tf32", False
+    before = [getattr(owner, name) for owner in owners]
+    try:
+        for owner in owners:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, old in zip(owners, before, strict=True):
+            setattr(owner, name, old)
+
+
 class Tokenizer(nn.Module):
     """Turns images into codes and codes into images."""
 
@@ -232,8 +252,9 @@ class Tokenizer(nn.Module):
         """Returns the latents [B, D, h, w] of images [B, 3, H, W] in [-1, 1]."""
         return self.quant_conv(self.encoder(images))
 
+    @full_float32()
     def encode(self, images: Tensor) -> Tensor:
-        """Returns the codes [B, h, w] of images [B, 3, H, W] in [-1, 1]."""
+        """Returns the codes [B, h, w] of images [B, 3, H, W] in [-1, 1], without TF32."""
         return self.quantize(self.latent(images))
 
     def decode(self, codes: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def verify_tokenizer(model: TokenizerModel, params: Mapping, file: Path, images:
     `images` are float [B, H, W, 3] in [-1, 1]. Both decoders get the codes that JAX computed.
     """
     module: Any = torch_model.load(file)
-    model = model.clone(dtype=jnp.float32, mesh=None)
+    model = model.clone(mesh=None).for_encoding("float32")
     weights = list(_weights(tokenizer_names.tokenizer_to_torch(params), module))
     encode, decode = _capturing(model, "encode"), _capturing(model, "decode")
     layers: dict[str, Difference] = {}

@@ -13,11 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.precision import FULL, product_precision
 from ibq_jax.base.sharding import AXES, CODEBOOK, DATA, FSDP
 
 OWNED = P(AXES)  # one entry per token, split over all devices
@@ -85,9 +87,17 @@ def sizes_on_a_device(tokens: int, codes: int, mesh: Mesh | None, matrix: str, u
     return tokens * shards // mesh.size, codes // shards
 
 
-def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns the einsum with a float32 result; the operands are multiplied in their own type."""
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+def product(spec: str, a: jax.Array, b: jax.Array, precision: str = "float32") -> jax.Array:
+    """Returns the einsum with a float32 result.
+
+    `precision` says how float32 operands are multiplied (`ibq_jax.base.precision`); bfloat16 ones need no conversion.
+    """
+    chosen = FULL
+    if a.dtype == b.dtype == jnp.bfloat16:
+        chosen = lax.Precision.DEFAULT  # one pass, which is all of them
+    elif a.dtype == b.dtype == np.float32:  # and not float64, in which tests compute
+        chosen = product_precision(precision)
+    return jnp.einsum(spec, a, b, precision=chosen, preferred_element_type=jnp.float32)
 
 
 def per_token(tokens: jax.Array, value: float) -> jax.Array:

@@ -32,6 +32,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.precision import FULL
 from ibq_jax.ops.block_scan import (
     CODES,
     GATHERED,
@@ -63,8 +64,8 @@ def cross_entropy(
     """Returns the loss of every token in nats, [N] float32: logsumexp_v(x_n . head_v) - x_n . head_targets_n.
 
     Differentiable in x and head. Inputs are float32 or bfloat16. bfloat16 inputs are multiplied without conversion,
-    with float32 results; all other arithmetic is float32, and gradients have the inputs' types. Float32 products follow
-    `jax.default_matmul_precision`.
+    with float32 results; all other arithmetic is float32, and gradients have the inputs' types. Products of float32
+    keep every bit on every machine: with fewer they would not cancel a gradient's target part, which is no product.
 
     Args:
       x: [N, C] final hidden states.
@@ -117,7 +118,7 @@ def weighted_cross_entropy(
 
 
 def _dense(x: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
-    logits = jnp.einsum("nc,vc->nv", x.astype(jnp.float32), head.astype(jnp.float32))
+    logits = jnp.einsum("nc,vc->nv", x.astype(jnp.float32), head.astype(jnp.float32), precision=FULL)
     return jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
 
 

@@ -10,7 +10,8 @@ Two implementations give the same values, indices and gradients: "dense" is the 
 and holds several [N, K] arrays; "streamed" (`ibq_jax.ops.streamed`) holds none and splits the codebook over devices.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -19,7 +20,10 @@ from jax import lax
 from jax.sharding import Mesh
 
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.precision import FULL, check_precision
+from ibq_jax.base.sharding import platform
 from ibq_jax.ops.block_scan import BlockScan, sizes_on_a_device
+from ibq_jax.ops.exact_search import TOKENS_AT_ONCE, exact_nearest_codes
 from ibq_jax.ops.streamed import LOG_EPSILON, chunk_tokens, streamed_nearest_codes, streamed_quantize
 
 BLOCK_BYTES = 8 * 2**20
@@ -50,6 +54,8 @@ def index_backprop(
     *,
     entropy_temperature: float = 0.01,
     entropy_group_tokens: int = 0,
+    precision: str = "float32",
+    gradient_precision: str = "float32",
     block_size: int = 0,
     implementation: Literal["streamed", "dense"] = "streamed",
     mesh: Mesh | None = None,
@@ -57,8 +63,7 @@ def index_backprop(
     """Quantizes z [N, D] to rows of codebook [K, D]; differentiable in both.
 
     Inputs are float32 or bfloat16. bfloat16 inputs are multiplied without conversion, with float32 results; all other
-    arithmetic is float32, and gradients have the inputs' types. Float32 products follow
-    `jax.default_matmul_precision`.
+    arithmetic is float32, and gradients have the inputs' types.
 
     Args:
       z: latents of N tokens, not normalized.
@@ -67,6 +72,9 @@ def index_backprop(
       entropy_group_tokens: consecutive tokens whose probabilities are averaged before the batch entropy is computed;
         0 = all N. It is a property of the loss and independent of the number of devices. The streamed form keeps K
         numbers per group.
+      precision: of the logits of float32 inputs, a name from `ibq_jax.base.precision`, in the streamed form; the dense
+        form is float32 always. The indices are those of the largest logits as computed.
+      gradient_precision: the same for the other products of the streamed form, from which only gradients come.
       block_size: codes per block of the streamed form; it must divide the codes on one device. 0 chooses the largest
         size for which a float32 array [chunk, block_size] stays within 8 MiB, or within 4 times the size of the chunk
         of z if that is more. A chunk is all tokens of a device, or as many whole entropy groups as make about 1,000.
@@ -89,31 +97,44 @@ def index_backprop(
             f"entropy_group_tokens={group_tokens} does not divide the {tokens} tokens of a batch; "
             f"near divisors: {_near_divisors(tokens, group_tokens)} (0 = the whole batch is one group)"
         )
+    check_precision(precision, "precision")
+    check_precision(gradient_precision, "gradient_precision")
     if not entropy_temperature > 0:
         raise UsageError(f"entropy_temperature={entropy_temperature} must be positive")
     if implementation == "dense":
         return _dense(z, codebook, entropy_temperature, group_tokens)
     if implementation != "streamed":
         raise UsageError(f"implementation={implementation!r} does not exist; it is 'streamed' or 'dense'")
-    stream = _stream(z, codebook, block_size, mesh, group_tokens)
-    return IndexBackprop(*streamed_quantize(z, codebook, entropy_temperature, group_tokens, stream))
+    stream = _stream(z, codebook, block_size, mesh, partial(chunk_tokens, group_tokens=group_tokens))
+    precisions = precision, gradient_precision
+    return IndexBackprop(*streamed_quantize(z, codebook, entropy_temperature, group_tokens, precisions, stream))
 
 
-def nearest_codes(z: jax.Array, codebook: jax.Array, *, block_size: int = 0, mesh: Mesh | None = None) -> jax.Array:
-    """Returns only the `indices` of `index_backprop`, [N] int32, with one streamed product instead of several.
+def nearest_codes(
+    z: jax.Array, codebook: jax.Array, *, precision: str = "float32", block_size: int = 0, mesh: Mesh | None = None
+) -> jax.Array:
+    """Returns for each token the code with the largest dot product, [N] int32; on a tie the smallest index.
 
-    Arguments and errors are those of `index_backprop`.
+    With "float32" it is the largest product of the numbers given, on every machine (`ibq_jax.ops.exact_search`). With a
+    lower `precision` it is the largest product as computed at that precision. Other arguments and errors are those of
+    `index_backprop`.
     """
     _check_arrays(z, codebook)
-    return streamed_nearest_codes(z, codebook, _stream(z, codebook, block_size, mesh, group_tokens=z.shape[0]))
+    check_precision(precision, "precision")
+    if precision == "float32":
+        stream = _stream(z, codebook, block_size, mesh, lambda tokens: 2 * min(tokens, TOKENS_AT_ONCE))
+        return exact_nearest_codes(z, codebook, stream, "float32" if platform(mesh) == "cpu" else "bfloat16")
+    stream = _stream(z, codebook, block_size, mesh, lambda tokens: tokens)
+    return streamed_nearest_codes(z, codebook, stream, precision)
 
 
 def _dense(z: jax.Array, codebook: jax.Array, temperature: float, group_tokens: int) -> IndexBackprop:
     z, codebook = z.astype(jnp.float32), codebook.astype(jnp.float32)
-    logits = jnp.einsum("nd,kd->nk", z, codebook)
+    logits = jnp.einsum("nd,kd->nk", z, codebook, precision=FULL)
     indices = jnp.argmax(logits, axis=1).astype(jnp.int32)
     p = jax.nn.softmax(logits)
-    soft = jnp.einsum("nk,kd->nd", p - lax.stop_gradient(p), lax.stop_gradient(codebook))  # zero, with p's gradient
+    no_gradient = lax.stop_gradient((p, codebook))
+    soft = jnp.einsum("nk,kd->nd", p - no_gradient[0], no_gradient[1], precision=FULL)  # zero, with p's gradient
     log_q = jax.nn.log_softmax(logits / temperature)
     q = jnp.exp(log_q)
     a = q.reshape(-1, group_tokens, q.shape[1]).mean(axis=1)
@@ -134,11 +155,17 @@ def _check_arrays(z: jax.Array, codebook: jax.Array) -> None:
         raise ValueError(f"expected float32 or bfloat16, got z {z.dtype} and codebook {codebook.dtype}")
 
 
-def _stream(z: jax.Array, codebook: jax.Array, block_size: int, mesh: Mesh | None, group_tokens: int) -> BlockScan:
+def _stream(
+    z: jax.Array, codebook: jax.Array, block_size: int, mesh: Mesh | None, at_once: Callable[[int], int]
+) -> BlockScan:
+    """Returns the scan with its block size; `at_once` tells how many of a device's tokens a block is used for at once.
+
+    Raises UsageError if the sizes do not divide.
+    """
     (tokens, width), codes = z.shape, codebook.shape[0]
     tokens, codes = sizes_on_a_device(tokens, codes, mesh, f"a codebook of {codes} codes")
     if block_size == 0:
-        most = max(BLOCK_BYTES // (4 * chunk_tokens(tokens, group_tokens)), 4 * width)
+        most = max(BLOCK_BYTES // (4 * at_once(tokens)), 4 * width)
         block_size = max(size for size in _divisors(codes) if size <= most)
     if block_size < 0 or codes % block_size:
         raise UsageError(

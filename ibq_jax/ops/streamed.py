@@ -69,15 +69,15 @@ NO_CODE = jnp.iinfo(jnp.int32).max
 CODES_BY_RUNS = P(CODEBOOK, (DATA, FSDP))
 
 
-def streamed_nearest_codes(z: jax.Array, codebook: jax.Array, stream: BlockScan) -> jax.Array:
-    """Returns argmax_k of z E^T, [N] int32. The public functions check beforehand that sizes divide."""
+def streamed_nearest_codes(z: jax.Array, codebook: jax.Array, stream: BlockScan, precision: str) -> jax.Array:
+    """Returns argmax_k of z E^T as computed at `precision`, [N] int32; the public functions check that sizes divide."""
 
     def local(z, codebook):
         z = lax.all_gather(z, stream.code_axes, tiled=True)
 
         def step(best, block):
             rows, codes = block
-            return _improve(best, product("kd,nd->kn", rows, z), codes), None
+            return _improve(best, product("kd,nd->kn", rows, z, precision), codes), None
 
         best, _ = stream.scan(step, _no_best(z), (codebook, _own_codes(codebook, stream)))
         return _best_of_devices(best, stream)[1]
@@ -86,11 +86,19 @@ def streamed_nearest_codes(z: jax.Array, codebook: jax.Array, stream: BlockScan)
 
 
 def streamed_quantize(
-    z: jax.Array, codebook: jax.Array, temperature: float, group_tokens: int, stream: BlockScan
+    z: jax.Array,
+    codebook: jax.Array,
+    temperature: float,
+    group_tokens: int,
+    precisions: tuple[str, str],
+    stream: BlockScan,
 ) -> tuple[jax.Array, ...]:
-    """Returns the fields of `IndexBackprop` in order. The public functions check beforehand that sizes divide."""
+    """Returns the fields of `IndexBackprop` in order. The public functions check beforehand that sizes divide.
+
+    `precisions` are those of the logits and of the other products.
+    """
     dtype = jnp.result_type(z, codebook)
-    plan = _Plan(temperature, group_tokens, z.shape[0], stream)
+    plan = _Plan(temperature, group_tokens, z.shape[0], *precisions, stream)
     return _quantize(plan, z.astype(dtype), codebook.astype(dtype))
 
 
@@ -101,6 +109,8 @@ class _Plan:
     temperature: float
     group_tokens: int
     tokens: int  # N, of all devices
+    precision: str  # of the logits, a name from `ibq_jax.base.precision`
+    gradient_precision: str  # of the other products
     stream: BlockScan
 
 
@@ -165,7 +175,7 @@ def _maxima(plan: _Plan, z: jax.Array, codebook: jax.Array) -> tuple[jax.Array, 
         def step(carry, block):
             best, s_tau, lowest = carry
             rows, codes = block
-            logits = product("kd,nd->kn", rows, z)
+            logits = product("kd,nd->kn", rows, z, plan.precision)
             improved = _improve(best, logits, codes)
             m_before, m = best[0], improved[0]
             s_tau = s_tau * jnp.exp((m_before - m) / tau) + jnp.exp((logits - m[None]) / tau).sum(axis=0)
@@ -192,7 +202,7 @@ def _expectations(
 
         def step(carry, rows):
             s, mu, q_below, u, a_log_a = carry
-            below = product("kd,nd->kn", rows, z) - m[None]
+            below = product("kd,nd->kn", rows, z, plan.precision) - m[None]
             weight = jnp.exp(below)
             q = jnp.exp(below / tau - log_s_tau[None])
             a = _group_means(plan, q, run_tokens)
@@ -200,7 +210,7 @@ def _expectations(
             v = -log_a - a / (a + LOG_EPSILON)
             sums = (
                 s + weight.sum(axis=0),
-                mu + product("kd,kn->dn", rows, weight.astype(rows.dtype)),
+                mu + product("kd,kn->dn", rows, weight.astype(rows.dtype), plan.gradient_precision),
                 q_below + (q * below).sum(axis=0),
                 u + (q * _to_tokens(v, run_tokens)).sum(axis=0),
                 a_log_a + (a * log_a).sum(),
@@ -224,7 +234,7 @@ def _expectations(
 def _local_backward(plan: _Plan, z, codebook, saved: _Saved, g, g_sample, g_avg) -> tuple[jax.Array, jax.Array]:
     """Runs pass 3: returns dz of the device's own tokens and dE of its own codes."""
     stream, tau = plan.stream, plan.temperature
-    r = lax.all_gather(jnp.einsum("nd,nd->n", g, saved.mu), stream.code_axes, tiled=True) / saved.s
+    r = lax.all_gather((g * saved.mu).sum(axis=1), stream.code_axes, tiled=True) / saved.s
     z = lax.all_gather(z, stream.code_axes, tiled=True)
     g = lax.all_gather(g, stream.code_axes, tiled=True)
     g_sample, g_avg = g_sample / (plan.tokens * tau), g_avg / (plan.tokens * tau)
@@ -237,15 +247,16 @@ def _local_backward(plan: _Plan, z, codebook, saved: _Saved, g, g_sample, g_avg)
         def step(carry, block):
             dz, excess, dcodebook = carry
             number, rows, v = block
-            below = product("kd,nd->kn", rows, z) - m[None]
+            below = product("kd,nd->kn", rows, z, plan.precision) - m[None]
             p = jnp.exp(below) / s[None]
-            through_p = p * (product("kd,nd->kn", rows, g) - r[None])
+            through_p = p * (product("kd,nd->kn", rows, g, plan.gradient_precision) - r[None])
             log_q = below / tau - log_s_tau[None]
             through_q = jnp.exp(log_q) * (_to_tokens(g_avg * v, run_tokens) - g_sample * log_q - inner[None])
             dl = (through_p + through_q).astype(z.dtype)
             first = number[0] * stream.block_size
-            dcodebook = add_rows(dcodebook, product("kn,nd->kd", dl, z), first, only_once=chunks == 1)
-            dz += product("kd,kn->dn", rows, dl)
+            drows = product("kn,nd->kd", dl, z, plan.gradient_precision)
+            dcodebook = add_rows(dcodebook, drows, first, only_once=chunks == 1)
+            dz += product("kd,kn->dn", rows, dl, plan.gradient_precision)
             return (dz, excess + dl.sum(axis=0, dtype=jnp.float32), dcodebook), None
 
         start = (jnp.zeros_like(z.T, jnp.float32), per_token(z, 0.0), dcodebook)

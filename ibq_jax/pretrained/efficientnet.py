@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.precision import FULL
 from ibq_jax.pretrained.state_dict_pickle import read_state_dict
 
 NAME = "FD-EfficientNetLite0"
@@ -129,7 +130,7 @@ def features(weights: dict, images: jax.Array) -> jax.Array:
 def logits(weights: dict, images: jax.Array) -> jax.Array:
     """Computes the class logits from `features`: [B, 1000], in the usual order of ImageNet's classes."""
     classifier = weights["classifier"]
-    products = jnp.dot(features(weights, images), classifier["kernel"], precision=jax.lax.Precision.HIGHEST)
+    products = jnp.dot(features(weights, images), classifier["kernel"], precision=FULL)
     return products + classifier["bias"][None]
 
 
@@ -140,7 +141,7 @@ def _convolve(layer: dict, x: jax.Array, stride: int = 1) -> jax.Array:
         (stride, stride),
         "SAME",  # TensorFlow's padding, as in training: with even sides and stride 2, more at the bottom and right
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=jax.lax.Precision.HIGHEST,
+        precision=FULL,
     )
     return y + layer["bias"].reshape(1, 1, 1, -1)
 

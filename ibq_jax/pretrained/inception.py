@@ -18,13 +18,13 @@ import numpy as np
 from flax import linen as nn
 
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.precision import FULL
 from ibq_jax.pretrained.tensor_files import TensorFile, open_tensors
 
 SIDE = 299  # pixels of the network's input
 CLASSES = 1008
 SPATIAL_CHANNELS = 7  # of Mixed_6d: at 17x17 positions they are 2023 numbers, about as many as the pool features
 BATCH_NORM_EPSILON = 1e-3
-FULL = jax.lax.Precision.HIGHEST  # accelerators would otherwise multiply in fewer bits than float32
 
 
 class Conv(NamedTuple):

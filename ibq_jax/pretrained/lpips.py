@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.precision import FULL
 from ibq_jax.pretrained.tensor_files import read_tensors
 from ibq_jax.pretrained.weight_files import WEIGHT_FILES
 
@@ -136,7 +137,7 @@ def lpips(weights: dict, x: jax.Array, y: jax.Array, dtype: jnp.dtype = jnp.floa
         weights: from `load_weights` for the same `net`.
         x: images [B, H, W, 3] in [-1, 1].
         y: images of the same shape.
-        dtype: type in which convolutions compute; all else is float32.
+        dtype: type in which convolutions compute; all else is float32, and float32 keeps every bit on every machine.
         net: "vgg16" or "alexnet"; static under jit.
 
     Raises:
@@ -154,7 +155,7 @@ def _terms(weights: dict, x: jax.Array, y: jax.Array, dtype: jnp.dtype, net: str
     taps = (_taps(weights, images, dtype, net) for images in (x, y))
     for head, tap_x, tap_y in zip(weights["heads"], *taps, strict=True):
         difference = (_unit(tap_x) - _unit(tap_y)) ** 2
-        yield jnp.mean(jnp.einsum("bhwc,c->bhw", difference, head), axis=(1, 2))
+        yield jnp.mean(jnp.einsum("bhwc,c->bhw", difference, head, precision=FULL), axis=(1, 2))
 
 
 def _taps(weights: dict, images: jax.Array, dtype: jnp.dtype, net: str) -> list[jax.Array]:
@@ -169,7 +170,9 @@ def _taps(weights: dict, images: jax.Array, dtype: jnp.dtype, net: str) -> list[
         for convolution, tensors in zip(stage, arrays, strict=True):
             kernel, bias = (jnp.asarray(tensors[name], dtype) for name in ("kernel", "bias"))
             stride, padding = (convolution.stride,) * 2, [(convolution.padding, convolution.padding)] * 2
-            h = jax.lax.conv_general_dilated(h, kernel, stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            h = jax.lax.conv_general_dilated(
+                h, kernel, stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=FULL
+            )
             h = jax.nn.relu(h + bias.reshape(1, 1, 1, -1))
         taps.append(h.astype(jnp.float32))
     return taps

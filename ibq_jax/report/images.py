@@ -108,7 +108,7 @@ def _codes(trainer: TokenizerTrainer, params: Mapping, counts: np.ndarray) -> di
 
 def _patches(trainer: TokenizerTrainer, params: Mapping, codes: np.ndarray) -> np.ndarray:
     """Returns uint8 [N, p, p, 3]: the middle of the image that a square of each of the N codes decodes to."""
-    tokenizer = Tokenizer(trainer.model.clone(mesh=None), jax.device_get(params))
+    tokenizer = Tokenizer(trainer.encoding_model.clone(mesh=None), jax.device_get(params))
     grid = np.broadcast_to(codes[:, None, None], (len(codes), PATCH_CODES, PATCH_CODES))
     images = np.asarray(to_uint8(tokenizer.decode(grid)))
     patch = images.shape[1] // PATCH_CODES

@@ -1,13 +1,14 @@
 """The convolutional encoder and decoder around the quantizer (VQGAN's, as deepened in arXiv 2412.02692, section 4.1).
 
 Shapes: B images, H x W pixels, h x w latent positions with h = H / 2^(levels - 1), C channels, Z latent channels.
-Everything is NHWC. Parameters are float32; `dtype` is what convolutions and attention compute in, while normalisation
-statistics and the attention's softmax stay float32. interop/tokenizer_names.py maps parameter names to the published
-ones.
+Everything is NHWC. Parameters are float32; `dtype` is what convolutions and attention compute in, and `precision` how
+they multiply float32 operands (`ibq_jax.base.precision`). Normalisation statistics and the attention's softmax stay
+float32. interop/tokenizer_names.py maps parameter names to the published ones.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
 
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.precision import convolution_precision, product_precision
 
 NORM_GROUPS = 32
 
@@ -29,6 +31,7 @@ def conv(
     use_bias: bool = True,
     kernel_init: Callable[..., jax.Array] | None = None,
     dtype: jnp.dtype = jnp.float32,
+    precision: str = "float32",
     name: str | None = None,
 ) -> nn.Conv:
     """Returns a size x size convolution.
@@ -48,6 +51,7 @@ def conv(
         padding,
         use_bias=use_bias,
         dtype=dtype,
+        precision=convolution_precision(precision),
         kernel_init=nn.with_logical_partitioning(kernel_init or uniform, (None, None, "conv_in", "conv_out")),
         bias_init=nn.with_logical_partitioning(uniform, ("conv_out",)),
         name=name,
@@ -77,16 +81,17 @@ class ResidualBlock(nn.Module):
 
     features: int
     dtype: jnp.dtype
+    precision: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c = x.shape[-1]
+        c, conv_of = x.shape[-1], partial(conv, dtype=self.dtype, precision=self.precision)
         y = nn.silu(norm(c, dtype=self.dtype, name="norm1")(x))
-        y = conv(c, self.features, dtype=self.dtype, name="conv1")(y)
+        y = conv_of(c, self.features, name="conv1")(y)
         y = nn.silu(norm(self.features, dtype=self.dtype, name="norm2")(y))
-        y = conv(self.features, self.features, dtype=self.dtype, name="conv2")(y)
+        y = conv_of(self.features, self.features, name="conv2")(y)
         if c != self.features:
-            x = conv(c, self.features, 1, dtype=self.dtype, name="shortcut")(x)
+            x = conv_of(c, self.features, 1, name="shortcut")(x)
         return x + y
 
 
@@ -94,32 +99,37 @@ class Attention(nn.Module):
     """Single-head self-attention over all positions, with a residual connection, [B, h, w, C] -> [B, h, w, C]."""
 
     dtype: jnp.dtype
+    precision: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
+        conv_of = partial(conv, dtype=self.dtype, precision=self.precision)
+        # In bfloat16, more than one pass would be spent on the float32 gradient of the logits only.
+        precision = product_precision("bfloat16" if self.dtype == jnp.bfloat16 else self.precision)
         normed = norm(c, dtype=self.dtype, name="norm")(x)
         query, key, value = (
-            conv(c, c, 1, dtype=self.dtype, name=name)(normed).reshape(b, h * w, c)
-            for name in ("query", "key", "value")
+            conv_of(c, c, 1, name=name)(normed).reshape(b, h * w, c) for name in ("query", "key", "value")
         )
-        logits = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=jnp.float32) * c**-0.5
+        logits = jnp.einsum("bqc,bkc->bqk", query, key, precision=precision, preferred_element_type=jnp.float32)
+        logits *= c**-0.5
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-        attended = jnp.einsum("bqk,bkc->bqc", weights, value).reshape(b, h, w, c)
-        return x + conv(c, c, 1, dtype=self.dtype, name="out")(attended)
+        attended = jnp.einsum("bqk,bkc->bqc", weights, value, precision=precision).reshape(b, h, w, c)
+        return x + conv_of(c, c, 1, name="out")(attended)
 
 
 class Middle(nn.Module):
     """A residual block, attention and another block, at the lowest resolution."""
 
     dtype: jnp.dtype
+    precision: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = x.shape[-1]
-        x = ResidualBlock(c, self.dtype, name="first_block")(x)
-        x = Attention(self.dtype, name="attention")(x)
-        return ResidualBlock(c, self.dtype, name="second_block")(x)
+        x = ResidualBlock(c, self.dtype, self.precision, name="first_block")(x)
+        x = Attention(self.dtype, self.precision, name="attention")(x)
+        return ResidualBlock(c, self.dtype, self.precision, name="second_block")(x)
 
 
 class Level(nn.Module):
@@ -129,15 +139,16 @@ class Level(nn.Module):
     num_blocks: int
     attend: bool
     dtype: jnp.dtype
+    precision: str
     remat: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         block = nn.remat(ResidualBlock) if self.remat == "blocks" else ResidualBlock
         for i in range(self.num_blocks):
-            x = block(self.features, self.dtype, name=f"block_{i}")(x)
+            x = block(self.features, self.dtype, self.precision, name=f"block_{i}")(x)
             if self.attend:
-                x = Attention(self.dtype, name=f"attention_{i}")(x)
+                x = Attention(self.dtype, self.precision, name=f"attention_{i}")(x)
         return x
 
 
@@ -154,6 +165,7 @@ class Layout(nn.Module, kw_only=True):
         z_channels: Z, channels between the autoencoder and the quantizer's 1x1 convolutions.
         resolution: side of the training images, in pixels.
         dtype: type that convolutions and attention compute in.
+        precision: how they multiply operands if `dtype` is float32.
         remat: "none", or "blocks" to keep only each residual block's input for the backward pass, which then computes
             the block again.
     """
@@ -165,6 +177,7 @@ class Layout(nn.Module, kw_only=True):
     z_channels: int
     resolution: int
     dtype: jnp.dtype = jnp.float32
+    precision: str = "float32"
     remat: str = "none"
 
     def layout(self) -> dict:
@@ -178,17 +191,18 @@ class Encoder(Layout):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = conv(3, self.channels, dtype=self.dtype, name="conv_in")(images)
+        conv_of = partial(conv, dtype=self.dtype, precision=self.precision)
+        x = conv_of(3, self.channels, name="conv_in")(images)
         for i, multiplier in enumerate(self.channel_multipliers):
             c = self.channels * multiplier
             attend = self.resolution // 2**i in self.attention_resolutions
-            x = Level(c, self.num_res_blocks, attend, self.dtype, self.remat, name=f"down_{i}")(x)
+            x = Level(c, self.num_res_blocks, attend, self.dtype, self.precision, self.remat, name=f"down_{i}")(x)
             if i < len(self.channel_multipliers) - 1:
                 right_and_bottom = ((0, 1), (0, 1))
-                x = conv(c, c, stride=2, padding=right_and_bottom, dtype=self.dtype, name=f"downsample_{i}")(x)
-        x = Middle(self.dtype, name="middle")(x)
+                x = conv_of(c, c, stride=2, padding=right_and_bottom, name=f"downsample_{i}")(x)
+        x = Middle(self.dtype, self.precision, name="middle")(x)
         x = nn.silu(norm(c, dtype=self.dtype, name="norm_out")(x))
-        return conv(c, self.z_channels, dtype=self.dtype, name="conv_out")(x)
+        return conv_of(c, self.z_channels, name="conv_out")(x)
 
 
 class Decoder(Layout):
@@ -197,14 +211,15 @@ class Decoder(Layout):
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
         c = self.channels * self.channel_multipliers[-1]
-        x = conv(self.z_channels, c, dtype=self.dtype, name="conv_in")(z)
-        x = Middle(self.dtype, name="middle")(x)
+        conv_of = partial(conv, dtype=self.dtype, precision=self.precision)
+        x = conv_of(self.z_channels, c, name="conv_in")(z)
+        x = Middle(self.dtype, self.precision, name="middle")(x)
         for i in reversed(range(len(self.channel_multipliers))):
             c = self.channels * self.channel_multipliers[i]
             attend = self.resolution // 2**i in self.attention_resolutions
-            x = Level(c, self.num_res_blocks + 1, attend, self.dtype, self.remat, name=f"up_{i}")(x)
+            x = Level(c, self.num_res_blocks + 1, attend, self.dtype, self.precision, self.remat, name=f"up_{i}")(x)
             if i > 0:
                 doubled = x.repeat(2, axis=1).repeat(2, axis=2)
-                x = conv(c, c, dtype=self.dtype, name=f"upsample_{i}")(doubled)
+                x = conv_of(c, c, name=f"upsample_{i}")(doubled)
         x = nn.silu(norm(c, dtype=self.dtype, name="norm_out")(x))
-        return conv(c, 3, dtype=self.dtype, name="conv_out")(x).astype(jnp.float32)
+        return conv_of(c, 3, name="conv_out")(x).astype(jnp.float32)

@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 
 from ibq_jax.base.config import check_choices, check_positive, check_seed_and_length
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.precision import PRECISIONS
 from ibq_jax.base.sharding import check_batch
 from ibq_jax.tokenizer.autoencoder import NORM_GROUPS
 from ibq_jax.tokenizer.model import downsampling, latent_dim
@@ -16,6 +17,9 @@ CHOICES = {
     "model.remat": ("none", "blocks"),
     "quantizer.name": tuple(QUANTIZERS),
     "quantizer.beta_on": ("codebook", "commitment"),
+    "quantizer.precision": PRECISIONS,
+    "quantizer.gradient_precision": PRECISIONS,
+    "encode.precision": PRECISIONS,
 }
 POSITIVE = (
     "data.image_size",

@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ibq_jax.base.errors import UsageError
+from ibq_jax.base.precision import check_precision, compute_dtype
+from ibq_jax.base.sharding import platform
 from ibq_jax.tokenizer.autoencoder import Decoder, Encoder, Layout, conv
 from ibq_jax.tokenizer.quantizer import Quantized
 from ibq_jax.tokenizer.quantizers import build_quantizer
@@ -37,12 +39,22 @@ class TokenizerModel(Layout, kw_only=True):
     def setup(self):
         self.encoder = Encoder(**self.layout())
         self.decoder = Decoder(**self.layout())
+        settings = {**self.quantizer_settings, "search_precision": self.precision}
         self.quantize = build_quantizer(
-            self.quantizer, self.quantizer_settings, codebook_size=self.codebook_size, dim=self.code_dim, mesh=self.mesh
+            self.quantizer, settings, codebook_size=self.codebook_size, dim=self.code_dim, mesh=self.mesh
         )
-        # Latents are float32 on both sides of the quantizer, whatever the rest computes in.
+        # Latents are full float32 on both sides of the quantizer, whatever the rest computes in.
         self.quant_conv = conv(self.z_channels, self.quantize.latent_dim, 1)
         self.post_quant_conv = conv(self.quantize.latent_dim, self.z_channels, 1)
+
+    def for_encoding(self, precision: str) -> "TokenizerModel":
+        """Returns this model with all products between images and codes, both ways, at a precision from `PRECISIONS`.
+
+        Training may compute in bfloat16; whoever is given codes gets those of "float32" unless they ask otherwise.
+        Raises UsageError for an unknown precision, or one that the mesh's devices lack.
+        """
+        check_precision(precision, "encode.precision", platform(self.mesh))
+        return self.clone(dtype=compute_dtype(precision), precision=precision)
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, Quantized]:
         """Images -> (reconstructions float32 [B, H, W, 3], the quantizer's output)."""

@@ -70,7 +70,8 @@ class IndexBackpropQuantizer(nn.Module):
     Without `double_loss` the first term is left out, and VQ's loss remains.
 
     entropy_loss = sample_entropy_weight * sample entropy - batch_entropy_weight * batch entropy. The remaining fields
-    are those of `ibq_jax.ops.index_backprop`.
+    are those of `ibq_jax.ops.index_backprop`. `precision` is that of the logits in training,
+    `gradient_precision` that of the products from which only gradients come, `search_precision` that of `nearest`.
     """
 
     codebook_size: int
@@ -83,6 +84,9 @@ class IndexBackpropQuantizer(nn.Module):
     entropy_group_tokens: int = 0
     sample_entropy_weight: float = 1.0
     batch_entropy_weight: float = 1.0
+    precision: str = "float32"
+    gradient_precision: str = "float32"
+    search_precision: str = "float32"
     block_size: int = 0
     implementation: Literal["streamed", "dense"] = "streamed"
     mesh: Mesh | None = None
@@ -104,6 +108,8 @@ class IndexBackpropQuantizer(nn.Module):
             self.codebook,
             entropy_temperature=self.entropy_temperature,
             entropy_group_tokens=self.entropy_group_tokens,
+            precision=self.precision,
+            gradient_precision=self.gradient_precision,
             block_size=self.block_size,
             implementation=self.implementation,
             mesh=self.mesh,
@@ -135,7 +141,10 @@ class IndexBackpropQuantizer(nn.Module):
     def nearest(self, z: jax.Array) -> jax.Array:
         """Latents [B, h, w, D] -> codes int32 [B, h, w] by the largest dot product; on a tie the smallest index."""
         flat = z.astype(jnp.float32).reshape(-1, self.dim)
-        return nearest_codes(flat, self.codebook, block_size=self.block_size, mesh=self.mesh).reshape(z.shape[:-1])
+        codes = nearest_codes(
+            flat, self.codebook, precision=self.search_precision, block_size=self.block_size, mesh=self.mesh
+        )
+        return codes.reshape(z.shape[:-1])
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """Codes [B, h, w], each in 0..K-1 -> their rows of the codebook [B, h, w, D]."""

@@ -37,6 +37,8 @@ class LookupFreeQuantizer(nn.Module):
     entropy_group_tokens: int = 0
     sample_entropy_weight: float = 1.0
     batch_entropy_weight: float = 1.0
+    precision: str = "float32"
+    gradient_precision: str = "float32"
     block_size: int = 0
     implementation: Literal["streamed", "dense"] = "streamed"
     mesh: Mesh | None = None
@@ -58,6 +60,8 @@ class LookupFreeQuantizer(nn.Module):
             self.lookup(jnp.arange(self.codebook_size)),
             entropy_temperature=self.entropy_temperature,
             entropy_group_tokens=self.entropy_group_tokens,
+            precision=self.precision,
+            gradient_precision=self.gradient_precision,
             block_size=self.block_size,
             implementation=self.implementation,
             mesh=self.mesh,

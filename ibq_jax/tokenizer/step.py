@@ -89,6 +89,11 @@ class TokenizerTrainer:
         return build_model(self.config, mesh=self.mesh)
 
     @cached_property
+    def encoding_model(self) -> TokenizerModel:
+        """The model at config.encode.precision, for everything that gives codes or reconstructions to somebody."""
+        return self.model.for_encoding(self.config.encode.precision)
+
+    @cached_property
     def discriminator(self) -> PatchDiscriminator:
         config = self.config.discriminator
         return PatchDiscriminator(
@@ -187,8 +192,8 @@ class TokenizerTrainer:
     def reconstruct(self, params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """uint8 [B, H, W, 3] -> (reconstructions float32 in [-1, 1], codes [B, h, w]), as for evaluation."""
         variables = {"params": params}
-        indices = self.model.apply(variables, to_float(images), method="encode")
-        return jnp.clip(self.model.apply(variables, indices, method="decode"), -1.0, 1.0), indices
+        indices = self.encoding_model.apply(variables, to_float(images), method="encode")
+        return jnp.clip(self.encoding_model.apply(variables, indices, method="decode"), -1.0, 1.0), indices
 
     def _reconstruct(self, params: dict, images: jax.Array):
         """Returns ((reconstructions, codebook loss), (codes, metrics))."""

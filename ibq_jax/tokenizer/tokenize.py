@@ -3,7 +3,8 @@
 Shapes: B crops of a batch, each [S, S, 3]; V crops of an image; codes [h, w].
 
 Each shard of the cache is encoded on its own, with its last batch padded. So its content depends on its number alone,
-not on how many processes share the work or how often they were killed.
+not on how many processes share the work or how often they were killed. All products on the way from an image to its
+code are computed at the job's precision.
 """
 
 import contextlib
@@ -31,7 +32,15 @@ from ibq_jax.data.batches import check_readers, iterate
 from ibq_jax.data.pipeline import ImageSource, check_sizes, decode_record
 from ibq_jax.data.preprocess import VIEWS, resize_shorter_side, to_float, views
 from ibq_jax.data.token_cache import VERSION, find_manifest, read_manifest, record_type
-from ibq_jax.data.token_cache_writer import Shard, finish, list_shards, locked_cache, shard_count, write_records
+from ibq_jax.data.token_cache_writer import (
+    Check,
+    Shard,
+    finish,
+    list_shards,
+    locked_cache,
+    shard_count,
+    write_records,
+)
 from ibq_jax.tokenizer.model import TokenizerModel
 from ibq_jax.tokenizer.quantizers import fingerprint_fields
 
@@ -62,21 +71,33 @@ class TokenizeJob:
     resize: int  # pixels of the shorter side before cropping (antialiased)
     batch_size: int  # B, over this process's devices
     num_threads: int  # threads that decode images; each holds a batch
+    precision: str  # of the encoder and the search for the nearest code, one of `ibq_jax.base.precision.PRECISIONS`
 
     def crops(self, split: str) -> int:
         """Returns V, the number of crops of an image."""
         blank = np.zeros((self.image_size, self.image_size, 3), np.uint8)
         return len(views(blank, self.views[split], self.image_size))
 
+    def load(self, split: str, index: int) -> dict[str, np.ndarray]:
+        """Returns an image of a split: {"crops": uint8 [V, S, S, 3], "label": int32}."""
+        source = self.sources[split]
+        record = source[index]
+        image = resize_shorter_side(decode_record(record, str(source)), self.resize)
+        crops = views(image, self.views[split], self.image_size)
+        return {"crops": crops, "label": np.asarray(record["label"], np.int32)}
+
 
 def fingerprint(model: TokenizerModel, params: Mapping) -> str:
     """Returns a sha256 that is equal for tokenizers of equal codes: of the deciding fields and every parameter.
 
-    It does not depend on the number of devices, nor on whether the tokenizer was trained here or imported. `params`
-    must be readable from this process: whole on its devices or on the host, as `restore_run` returns them.
+    The model's precision is one of those fields. The digest does not depend on the number of devices, nor on whether
+    the tokenizer was trained here or imported. `params` must be readable from this process: whole on its devices or on
+    the host, as `restore_run` returns them.
     """
     fields = {FINGERPRINT_NAMES.get(name, name): getattr(model, name) for name in DECIDING_FIELDS}
     fields["dtype"] = jnp.dtype(model.dtype).name
+    if model.precision != "float32":  # left out otherwise, so that fingerprints in older token caches stay valid
+        fields["precision"] = model.precision
     fields |= fingerprint_fields(model.quantizer, model.quantizer_settings)
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
@@ -95,6 +116,7 @@ def tokenize(
     folder: Path,
     origin: Mapping,
     *,
+    check: Check,
     overwrite: bool,
     process_index: int,
     process_count: int,
@@ -107,6 +129,7 @@ def tokenize(
         job: what to encode.
         folder: the cache's folder, created if absent; the same for all processes.
         origin: the manifest's fields about the tokenizer besides its fingerprint: path, step, weights, config.
+        check: as for `token_cache_writer.finish`; called by the process that completes the cache.
         overwrite: whether to empty the cache first.
         process_index: this process's index among process_count.
         process_count: the number of processes that share the shards.
@@ -115,23 +138,24 @@ def tokenize(
         the manifest, if these shards complete the cache; None while other processes write theirs.
 
     Raises:
-        UsageError: bad input, with nothing written; or a record that is not an image, or a full disk, with whole
-            shards kept.
+        UsageError: bad input, or a precision that this machine lacks, with nothing written; or a record that is not an
+            image, or a full disk, with whole shards kept.
     """
     mesh = make_mesh({"data": -1}, jax.local_devices())
+    model = model.clone(mesh=mesh).for_encoding(job.precision)
     _check(job)
     check_batch(job.batch_size, mesh, 1, "--batch-size")
     if overwrite and process_count > 1:
         raise UsageError(f"--overwrite is for one process, not {process_count}: remove {folder} beforehand")
     folder, params = Path(folder).resolve(), jax.device_get(params)
-    settings = _settings(model, params, job, origin)
+    settings = _settings(model, params, job, origin, mesh)
     with locked_cache(folder, settings, overwrite):
         if find_manifest(folder):
             print(f"{folder} is complete already; --overwrite makes it again")
             return read_manifest(folder)
         own = [shard for shard in list_shards(folder, settings) if shard.number % process_count == process_index]
         _write_shards(own, settings, job, _encoder(model, params, mesh))
-        return finish(folder, settings)
+        return finish(folder, settings, check)
 
 
 def _check(job: TokenizeJob) -> None:
@@ -154,11 +178,13 @@ def _check_views(job: TokenizeJob, names: tuple[str, ...]) -> None:
         )
 
 
-def _settings(model: TokenizerModel, params: Mapping, job: TokenizeJob, origin: Mapping) -> dict:
+def _settings(
+    model: TokenizerModel, params: Mapping, job: TokenizeJob, origin: Mapping, mesh: jax.sharding.Mesh
+) -> dict:
     """Returns the cache's settings (see `token_cache_writer`). Raises UsageError for a size the model cannot encode."""
     blank = jax.ShapeDtypeStruct((1, job.image_size, job.image_size, 3), jnp.uint8)
-    [_, *grid] = jax.eval_shape(functools.partial(_codes, model.clone(mesh=None)), params, blank).shape
-    source = job.sources["train"]
+    [_, *grid] = jax.eval_shape(functools.partial(encode_crops, model.clone(mesh=None)), params, blank).shape
+    source, device = job.sources["train"], mesh.devices.flat[0]
     return {
         "version": VERSION,
         "tokenizer": {"fingerprint": fingerprint(model, params), **origin},
@@ -178,20 +204,22 @@ def _settings(model: TokenizerModel, params: Mapping, job: TokenizeJob, origin: 
             },
         },
         "preprocessing": {"image_size": job.image_size, "resize": job.resize, "antialias": True},
-        "precision": jnp.dtype(model.dtype).name,
+        "precision": model.precision,
+        "machine": {"platform": device.platform, "device_kind": device.device_kind},
         "codebook_size": model.codebook_size,
         "grid": grid,
         "dtype": np.min_scalar_type(model.codebook_size - 1).name,
     }
 
 
-def _codes(model: TokenizerModel, params: Mapping, crops: jax.Array) -> jax.Array:
+def encode_crops(model: TokenizerModel, params: Mapping, crops: jax.Array) -> jax.Array:
+    """Crops uint8 [B, S, S, 3] -> codes int32 [B, h, w], at the model's precision."""
     return model.apply({"params": params}, to_float(crops), method="encode")
 
 
 def _encoder(model: TokenizerModel, params: Mapping, mesh: jax.sharding.Mesh) -> Encode:
     params = jax.device_put(params, replicated(mesh))
-    encode = jax.jit(functools.partial(_codes, model.clone(mesh=mesh)), out_shardings=batch_sharding(mesh))
+    encode = jax.jit(functools.partial(encode_crops, model), out_shardings=batch_sharding(mesh))
     return lambda crops: encode(params, global_batch({"crops": crops}, mesh)["crops"])
 
 
@@ -214,7 +242,7 @@ def _write_shard(shard: Shard, dtype: np.dtype, job: TokenizeJob, encode: Encode
     records["index"] = shard.images
     encoding, codes = deque(), []
     with contextlib.closing(_image_batches(shard, job)) as batches:
-        for crops in _crop_batches(_crops(batches, records, bar), job.batch_size):
+        for crops in padded_batches(_crops(batches, records, bar), job.batch_size):
             encoding.append(encode(crops))
             if len(encoding) > 1:
                 codes.append(np.asarray(encoding.popleft()))
@@ -226,14 +254,8 @@ def _write_shard(shard: Shard, dtype: np.dtype, job: TokenizeJob, encode: Encode
 
 def _image_batches(shard: Shard, job: TokenizeJob) -> Generator[dict[str, np.ndarray]]:
     """Yields n of the shard's images at a time: {"crops": uint8 [n, V, S, S, 3], "label": int32 [n]}, n V >= B."""
-    source, names = job.sources[shard.split], job.views[shard.split]
-
-    def load(index: int) -> dict[str, np.ndarray]:
-        record = source[index]
-        image = resize_shorter_side(decode_record(record, str(source)), job.resize)
-        return {"crops": views(image, names, job.image_size), "label": np.asarray(record["label"], np.int32)}
-
     indices = grain.MapDataset.range(shard.images.start, shard.images.stop)
+    load = functools.partial(job.load, shard.split)
     return iterate(indices.map(load).batch(-(-job.batch_size // job.crops(shard.split))), 0, job.num_threads)
 
 
@@ -248,7 +270,7 @@ def _crops(batches: Iterable[Mapping[str, np.ndarray]], records: np.ndarray, bar
         start = stop
 
 
-def _crop_batches(crops: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Yields `size` crops at a time, [size, S, S, 3]; black ones fill up the last batch."""
-    while taken := list(itertools.islice(crops, size)):
+def padded_batches(rows: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Yields `size` equal arrays (crops, or codes) at a time, stacked; arrays of zeros fill up the last batch."""
+    while taken := list(itertools.islice(rows, size)):
         yield np.stack(taken + [np.zeros_like(taken[0])] * (size - len(taken)))

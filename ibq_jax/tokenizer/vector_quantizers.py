@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import normal
 from jax.sharding import Mesh
 
+from ibq_jax.base.precision import FULL
 from ibq_jax.ops.index_backprop import nearest_codes
 from ibq_jax.tokenizer.quantizer import Quantized, straight_through
 
@@ -29,6 +30,7 @@ class NearestRowQuantizer(nn.Module):
     codebook_size: int
     dim: int
     beta: float = 0.25
+    search_precision: str = "float32"
     block_size: int = 0
     mesh: Mesh | None = None
 
@@ -46,7 +48,7 @@ class NearestRowQuantizer(nn.Module):
 
     def __call__(self, z: jax.Array) -> Quantized:
         z = self.project_latents(z)
-        indices = nearest_rows(z, self.code_vectors(), block_size=self.block_size, mesh=self.mesh)
+        indices = self._nearest_rows(z)
         chosen = self.lookup(indices)
         codebook = jnp.mean((jax.lax.stop_gradient(z) - chosen) ** 2)
         commitment = jnp.mean((z - jax.lax.stop_gradient(chosen)) ** 2)
@@ -59,8 +61,12 @@ class NearestRowQuantizer(nn.Module):
 
     def nearest(self, z: jax.Array) -> jax.Array:
         """Latents [B, h, w, D] -> codes int32 [B, h, w] of the nearest vectors; on a tie the smallest index."""
-        z = self.project_latents(z)
-        return nearest_rows(z, self.code_vectors(), block_size=self.block_size, mesh=self.mesh)
+        return self._nearest_rows(self.project_latents(z))
+
+    def _nearest_rows(self, z: jax.Array) -> jax.Array:
+        return nearest_rows(
+            z, self.code_vectors(), precision=self.search_precision, block_size=self.block_size, mesh=self.mesh
+        )
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """Codes [...], each in 0..K-1 -> their vectors [..., D]."""
@@ -96,13 +102,15 @@ class SimVectorQuantizer(NearestRowQuantizer):
         init = nn.with_logical_partitioning(normal(self.dim**-0.5), ("codes", "code_dim"))
         self.codebook = jnp.asarray(self.param("codebook", init, (self.codebook_size, self.dim), jnp.float32))
         uniform = uniform_within(self.dim**-0.5)
-        self.projection = nn.Dense(self.dim, kernel_init=uniform, bias_init=uniform)
+        self.projection = nn.Dense(self.dim, kernel_init=uniform, bias_init=uniform, precision=FULL)
 
     def code_vectors(self) -> jax.Array:
         return self.projection(jax.lax.stop_gradient(self.codebook))
 
 
-def nearest_rows(z: jax.Array, rows: jax.Array, *, block_size: int = 0, mesh: Mesh | None = None) -> jax.Array:
+def nearest_rows(
+    z: jax.Array, rows: jax.Array, *, precision: str = "float32", block_size: int = 0, mesh: Mesh | None = None
+) -> jax.Array:
     """Returns the index of the row at the smallest L2 distance: z [..., D], rows [K, D] -> int32 [...].
 
     On a tie the smallest index wins. |z - e|^2 is smallest where z . e - |e|^2 / 2 is largest, which is a dot product
@@ -113,9 +121,7 @@ def nearest_rows(z: jax.Array, rows: jax.Array, *, block_size: int = 0, mesh: Me
     flat = z.reshape(-1, z.shape[-1])
     flat = jnp.concatenate([flat, jnp.ones_like(flat[:, :1])], axis=1)
     rows = jnp.concatenate([rows, -0.5 * jnp.sum(rows**2, axis=1, keepdims=True)], axis=1)
-    # Distances are small differences of products; the default precision of accelerators' products would swamp them.
-    with jax.default_matmul_precision("float32"):
-        return nearest_codes(flat, rows, block_size=block_size, mesh=mesh).reshape(z.shape[:-1])
+    return nearest_codes(flat, rows, precision=precision, block_size=block_size, mesh=mesh).reshape(z.shape[:-1])
 
 
 def uniform_within(bound: float) -> Callable[..., jax.Array]:

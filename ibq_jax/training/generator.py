@@ -167,8 +167,12 @@ def _open_token_cache(config: ConfigDict, workdir: Path) -> TokenCacheSplit:
 
 
 def _identity(manifest: Mapping) -> dict:
-    """Returns what must stay the same when a run is continued: not the cache's location, nor its number of shards."""
+    """Returns what must stay the same when a run is continued: not the cache's location, nor its number of shards.
+
+    The platform is one of these things if the run's first cache noted it, as caches of earlier versions do not.
+    """
     data = manifest["data"]
+    machine = {"machine": {"platform": manifest["machine"]["platform"]}} if "machine" in manifest else {}
     return {
         "tokenizer": {"fingerprint": manifest["tokenizer"]["fingerprint"]},
         "data": {
@@ -177,6 +181,7 @@ def _identity(manifest: Mapping) -> dict:
             "splits": {"train": {key: data["splits"]["train"][key] for key in ("images", "views")}},
         },
         **{key: manifest[key] for key in ("preprocessing", "precision", "codebook_size", "grid")},
+        **machine,
     }
 
 

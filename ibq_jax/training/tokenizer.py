@@ -37,6 +37,7 @@ FIELD_ROLES = FieldRoles(
         "watchdog.slow_seconds",
         "watchdog.hang_seconds",
         "codebook.block_size",
+        "encode.",
         "model.remat",
         "train.steps",
         "train.epochs",

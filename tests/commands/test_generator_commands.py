@@ -18,11 +18,17 @@ from support.small_runs import ROOT, STEPS, generator_arguments, save_run
 
 from ibq_jax import Generator, Tokenizer
 from ibq_jax.__main__ import main
-from ibq_jax.autoregressive.restore import restore_run
+from ibq_jax.autoregressive.restore import find_tokenizer, restore_run
 from ibq_jax.base.config import read_config
+from ibq_jax.base.errors import UsageError
+from ibq_jax.base.precision import PRECISIONS
 from ibq_jax.data.token_cache import open_token_cache
 from ibq_jax.evaluate import sample_set
 from ibq_jax.pretrained.tensor_files import read_tensors, write_tensors
+from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
+from ibq_jax.tokenizer.tokenize import fingerprint
+
+BRIEF = ("log.images_every=1000", "evaluate.every=1000")  # without samples and validation
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +36,9 @@ def tokenizer(tmp_path_factory, data_dir):
     return save_run(tmp_path_factory.mktemp("runs") / "tok", data_dir)
 
 
-def tokenized(tokenizer: Path, out: Path) -> Path:
+def tokenized(tokenizer: Path, out: Path, *flags: str) -> Path:
     splits = "--splits=train[:96],validation[:40]"
-    assert main(["tokenize", f"--tokenizer={tokenizer}", f"--out={out}", splits]) == 0
+    assert main(["tokenize", f"--tokenizer={tokenizer}", f"--out={out}", splits, *flags]) == 0
     return out
 
 
@@ -352,6 +358,90 @@ def test_codes_of_another_tokenizer_are_refused(run, codes, data_dir, tmp_path, 
     words = refused(generator_arguments(run, elsewhere), capsys)
     assert "tokenizer.fingerprint" in words and f"the run in {run} asks for" in words
     assert logged(run) == before
+
+
+def copied(codes: Path, out: Path, **fields) -> Path:
+    """Returns a copy of a token cache with some of its manifest's fields replaced, or removed if None."""
+    shutil.copytree(codes, out)
+    manifest = json.loads((out / "token_cache.json").read_text()) | fields
+    present = {name: value for name, value in manifest.items() if value is not None}
+    (out / "token_cache.json").write_text(json.dumps(present))
+    return out
+
+
+def test_a_run_is_not_continued_with_codes_of_another_precision_or_platform(run, codes, tokenizer, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for name, cache, words in (
+        (
+            "precision",
+            tokenized(tokenizer, tmp_path / "low", "--precision=bfloat16"),
+            "the cache has bfloat16, the run in {run} asks for float32",
+        ),
+        (
+            "machine.platform",
+            copied(codes, tmp_path / "gpu", machine={"platform": "gpu", "device_kind": "NVIDIA H100"}),
+            "the cache has gpu, the run in {run} asks for cpu",
+        ),
+        (
+            "machine.platform",
+            copied(codes, tmp_path / "old", machine=None),
+            "the cache has nothing, the run in {run} asks for cpu",
+        ),
+    ):
+        capsys.readouterr()
+        message = refused(generator_arguments(run, cache, "train.steps=20"), capsys)
+        assert f"{name}: {words.format(run=run)}" in message
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    other_kind = copied(codes, tmp_path / "kind", machine={"platform": "cpu", "device_kind": "another"})
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    assert main(generator_arguments(workdir, other_kind, f"train.steps={STEPS + 1}", *BRIEF)) == 0
+
+
+def test_a_cache_of_an_earlier_version_trains_and_so_does_its_run(codes, tmp_path):
+    old = copied(codes, tmp_path / "old", machine=None, compared_with_float32=None)
+    workdir = tmp_path / "run"
+    for cache, steps in ((old, 1), (codes, 2)):  # a machine that the run did not note is not compared
+        assert main(generator_arguments(workdir, cache, f"train.steps={steps}", *BRIEF)) == 0
+        assert logged(workdir)[-1]["step"] == steps
+        assert ("machine" in json.loads((workdir / "token_cache.json").read_text())) == (cache == codes)
+
+
+def manifest_of(run: Path, **fields) -> dict:
+    return {"tokenizer": {"path": str(run), "step": 7, "weights": "ema"} | fields.pop("tokenizer"), **fields}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_tokenizer_is_found_whatever_the_precision_of_its_codes(precision, tokenizer):
+    trainer, restored = restore_tokenizer(tokenizer)
+    made = trainer.model.for_encoding(precision)
+    digest = {"fingerprint": fingerprint(made, restored.state.ema)}
+    machine = {"platform": "tpu", "device_kind": "TPU v5e"}
+    found = find_tokenizer("", manifest_of(tokenizer, tokenizer=digest, precision=precision, machine=machine), True)
+    assert found is not None and found[0] == made
+    other = {"fingerprint": fingerprint(made, restored.state.params)}
+    with pytest.raises(UsageError, match=r"tokenizer.fingerprint: [^\n]* the tokenizer in [^\n]* asks for"):
+        find_tokenizer("", manifest_of(tokenizer, tokenizer=other, precision=precision, machine=machine), True)
+
+
+def test_the_tokenizer_of_an_earlier_versions_codes_is_found(data_dir, tmp_path):
+    """They were computed at the type of training, by whose name the manifest calls their precision."""
+    run = save_run(tmp_path / "tok", data_dir, "dtype=bfloat16")
+    trainer, restored = restore_tokenizer(run)
+    digest = {"fingerprint": fingerprint(trainer.model, restored.state.ema)}
+    for fields, precision in (({"precision": "bfloat16"}, "bfloat16"), ({}, "float32")):  # imported runs had no field
+        found = find_tokenizer("", manifest_of(run, tokenizer=digest, **fields), True)
+        assert found is not None and found[0].precision == precision
+
+
+def test_a_precision_that_this_machine_lacks_is_replaced_by_float32_to_decode(tokenizer, monkeypatch):
+    trainer, restored = restore_tokenizer(tokenizer)
+    digest = {"fingerprint": fingerprint(trainer.model.for_encoding("bfloat16_3x"), restored.state.ema)}
+    machine = {"platform": "tpu", "device_kind": "TPU v5e"}
+    monkeypatch.setattr("ibq_jax.tokenizer.model.platform", lambda mesh: "gpu")
+    manifest = manifest_of(tokenizer, tokenizer=digest, precision="bfloat16_3x", machine=machine)
+    found = find_tokenizer("", manifest, True)
+    assert found is not None and found[0].precision == "float32"
 
 
 def test_an_unfinished_cache_is_refused(codes, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The tokenize command, end to end: complete, killed, resumed, shared, overwritten, and used wrongly."""
 
+import functools
 import json
 import os
 import shutil
@@ -15,24 +16,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
 from support import released
 from support.image_files import noise_file
 from support.small_runs import ROOT, arguments, save_run
 
 from ibq_jax import Tokenizer
 from ibq_jax.__main__ import main
+from ibq_jax.base.precision import PRECISIONS
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.commands import tokenize
 from ibq_jax.data import store
 from ibq_jax.data.pipeline import open_split
 from ibq_jax.data.preprocess import decode_image, resize_shorter_side, views
 from ibq_jax.data.sources import Example, ImageCollection
-from ibq_jax.data.token_cache import open_token_cache
+from ibq_jax.data.token_cache import open_token_cache, read_manifest, record_type
+from ibq_jax.evaluate.check_cache import check_token_cache
 from ibq_jax.tokenizer import tokenize as library
-from ibq_jax.tokenizer.tokenize import TokenizeJob, fingerprint
+from ibq_jax.tokenizer.restore import restore_run
+from ibq_jax.tokenizer.tokenize import TokenizeJob, encode_crops, fingerprint
 
 SPLITS = "--splits=train[:100],validation[:20]"
 SIDE = 16  # pixels of a crop
+NEW_KEYS = ("machine", "compared_with_float32")  # of a manifest, which caches of earlier versions lack
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +89,11 @@ def test_a_cache_holds_the_codes_that_the_tokenizer_gives(run, data_dir, tmp_pat
     assert " of 64 codes used, " in printed[1]
     assert printed[2].startswith("  validation: 20 images (centre), 1,280 tokens; ") and printed[2].endswith(" nats")
     train = f"train --config=configs/autoregressive.py:openmoji32 --config.token_cache={out} --workdir=runs/ar"
-    assert printed[3:] == [f"next: python -m ibq_jax {train}"]
+    assert printed[3:] == [
+        "  0 of 4,096 sampled codes differ from full float32",
+        f"look at {out}/decoded.png: stored crops, each above what its codes decode to",
+        f"next: python -m ibq_jax {train}",
+    ]
 
     for split, names, size in (("train", ("centre", "flip"), 100), ("validation", ("centre",), 20)):
         source, cached = open_split("openmoji", data_dir, f"{split}[:{size}]"), open_token_cache(out, split)
@@ -121,6 +131,8 @@ def test_the_manifest_describes_the_codes(whole, run, data_dir):
         [8, 8],
         "uint8",
     ]
+    assert manifest["machine"] == {"platform": "cpu", "device_kind": "cpu"}
+    assert manifest["compared_with_float32"] == {"sampled_codes": 64 * 8 * 8, "differing_codes": 0}
     source = open_split("openmoji", data_dir, "train[:100]")
     labels = np.bincount([record["label"] for record in source], minlength=source.num_classes)
     assert manifest["splits"]["train"]["labels"] == labels.tolist()
@@ -142,6 +154,158 @@ def test_a_complete_cache_is_left_alone(whole, run, capsys):
     assert main(command(run, whole)) == 0
     assert f"{whole} is complete already; --overwrite makes it again" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def sampled_crops(data_dir: Path) -> np.ndarray:
+    """Returns the first crops of 64 of the 100 training images, spread evenly: uint8 [64, S, S, 3]."""
+    source = open_split("openmoji", data_dir, "train[:100]")
+    records = [source[number * 100 // 64] for number in range(64)]
+    return np.concatenate([views(decode_resized(record), ("centre",), SIDE) for record in records])
+
+
+def decode_resized(record) -> np.ndarray:
+    return resize_shorter_side(decode_image(record["image"]), SIDE)
+
+
+def test_the_share_of_codes_that_differ_from_float32_is_counted(whole, run, data_dir, tmp_path, capsys):
+    out = tmp_path / "codes"
+    assert main(command(run, out, SPLITS, "--precision=bfloat16")) == 0
+    crops = sampled_crops(data_dir)
+    low, full = (np.asarray(Tokenizer.load(run, precision=name).encode(crops)) for name in ("bfloat16", "float32"))
+    stored = np.stack([open_token_cache(out, "train")[number * 100 // 64]["codes"][0] for number in range(64)])
+    np.testing.assert_array_equal(stored, low)
+    differing = int((low != full).sum())
+    assert 0 < differing < 0.2 * full.size
+    manifest = read_manifest(out)
+    assert manifest["precision"] == "bfloat16"
+    assert manifest["compared_with_float32"] == {"sampled_codes": full.size, "differing_codes": differing}
+    assert manifest["tokenizer"]["fingerprint"] != read_manifest(whole)["tokenizer"]["fingerprint"]
+    share = f"{differing} of 4,096 sampled codes ({100 * differing / full.size:.2f}%) differ from full float32"
+    assert f"  {share}; --precision=float32 gives none\n" in capsys.readouterr().out
+
+
+def test_the_precision_is_the_configs_unless_given(data_dir, tmp_path, capsys):
+    run = save_run(tmp_path / "tok", data_dir, "encode.precision=tf32")
+    splits = "--splits=train[:9],validation[:3]"
+    assert main(command(run, tmp_path / "codes", splits)) == 0
+    assert main(command(run, tmp_path / "others", splits, "--precision=float32")) == 0
+    names = [read_manifest(tmp_path / name)["precision"] for name in ("codes", "others")]
+    assert names == ["tf32", "float32"]
+    assert capsys.readouterr().out.count("0 of 576 sampled codes differ") == 2  # on a CPU both are float32
+
+
+def job_and_tokenizer(run: Path, data_dir: Path):
+    """Returns (a job of the images and crops of `whole`, the tokenizer's model, its parameters)."""
+    trainer, restored = restore_run(run)
+    sources = {"train": open_split("openmoji", data_dir, "train[:100]")}
+    names = {"train": ("centre", "flip")}
+    job = TokenizeJob(sources, names, SIDE, SIDE, batch_size=8, num_threads=1, precision="float32")
+    return job, trainer.model, restored.state.weights("ema")
+
+
+def change_code(folder: Path, image: int) -> None:
+    """Changes the first code of one training image of the first shard."""
+    [shard] = folder.glob("train/00000-of-*")
+    cached = open_token_cache(folder, "train")
+    dtype = record_type("train", cached.manifest)
+    records = np.zeros(100 // 8, dtype)
+    for record, stored in zip(records, cached, strict=False):
+        record["index"], record["label"], record["codes"] = (stored[name] for name in ("index", "label", "codes"))
+    records["codes"][image, 0, 0, 0] = (records["codes"][image, 0, 0, 0] + 1) % 64
+    library.write_records(shard, records)
+
+
+def test_the_sheet_shows_stored_crops_above_what_their_codes_decode_to(whole, run, data_dir, tmp_path):
+    """So a wrong code is seen, and counted."""
+    with Image.open(whole / "decoded.png") as image:
+        sheet = np.asarray(image)
+    side, gap, factor = 64, 4, 64 // SIDE
+    margin = sheet.shape[1] - 8 * (side + gap)
+    assert sheet.shape[0] == 4 * (side + gap) + gap  # 2 rows of 8 originals, 2 of 8 decoded
+    rows = sheet[gap:].reshape(4, side + gap, *sheet.shape[1:])[:, :side:factor, margin:]
+    shown = rows.reshape(4, SIDE, 8, side + gap, 3).swapaxes(1, 2)[:, :, :, :side:factor]  # [4, 8, S, S, 3]
+    crops = sampled_crops(data_dir)[::4]
+    np.testing.assert_array_equal(shown[[0, 2]].reshape(crops.shape), crops)
+    tokenizer = Tokenizer.load(run)
+    decoded = np.round((np.clip(tokenizer.decode(tokenizer.encode(crops)), -1, 1) + 1) * 127.5)
+    assert np.abs(shown[[1, 3]].reshape(crops.shape) - decoded).max() <= 1
+
+    shutil.copytree(whole, tmp_path / "wrong")
+    change_code(tmp_path / "wrong", image=0)
+    job, model, params = job_and_tokenizer(run, data_dir)
+    settings = json.loads((whole / "settings.json").read_text())
+    found = check_token_cache(tmp_path / "wrong", settings, model, params, job)
+    assert found == {"compared_with_float32": {"sampled_codes": 4_096, "differing_codes": 1}}
+    with Image.open(tmp_path / "wrong" / "decoded.png") as image:
+        changed = (np.asarray(image) != sheet).any(axis=(1, 2))
+    assert changed.any() and not changed[: side + gap].any() and not changed[2 * (side + gap) :].any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 16])
+def test_an_images_codes_are_the_same_alone_and_in_any_batch_place_and_number_of_devices(count, run, data_dir):
+    _, model, params = job_and_tokenizer(run, data_dir)
+    model, params = model.for_encoding("float32"), jax.device_get(params)
+    crops = sampled_crops(data_dir)[:16]
+    mesh = make_mesh({"data": -1}, jax.devices())
+    on_all_devices = library._encoder(model.clone(mesh=mesh), params, mesh)
+    expected = np.asarray(on_all_devices(crops))
+    np.testing.assert_array_equal(np.asarray(on_all_devices(crops[::-1]))[::-1], expected)
+    encode = jax.jit(functools.partial(encode_crops, model.clone(mesh=None)))
+    for first in range(0, 16, 3):
+        chosen = np.arange(first, first + count) % 16
+        np.testing.assert_array_equal(encode(params, crops[chosen]), expected[chosen])
+    neighbours = np.random.default_rng(0).integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)
+    for place in range(count):
+        batch = np.concatenate([neighbours[:place], crops[:1], neighbours[place + 1 :]])
+        np.testing.assert_array_equal(encode(params, batch)[place], expected[0])
+
+
+def test_a_half_written_cache_is_not_continued_on_another_platform_or_at_another_precision(
+    run, tmp_path, monkeypatch, capsys
+):
+    out, settings_file = tmp_path / "codes", tmp_path / "codes" / "settings.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "finish", interrupt)
+        assert main(command(run, out)) == 130
+    before, settings = files(out), json.loads(settings_file.read_text())
+    capsys.readouterr()
+    assert main(command(run, out, SPLITS, "--precision=bfloat16")) == 2
+    assert "precision: the cache has float32, this command asks for bfloat16" in one_error(capsys)
+    assert files(out) == before
+    settings["machine"] = {"platform": "gpu", "device_kind": "NVIDIA H100"}
+    settings_file.write_text(json.dumps(settings))
+    assert main(command(run, out)) == 2
+    assert "machine.platform: the cache has gpu, this command asks for cpu (--overwrite" in one_error(capsys)
+    del settings["machine"]
+    settings_file.write_text(json.dumps(settings))
+    assert main(command(run, out)) == 2
+    assert "was begun by an earlier version, which did not note the machine" in one_error(capsys)
+    settings_file.write_bytes(before["settings.json"])
+    assert main(command(run, out)) == 0
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def one_error(capsys) -> str:
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_complete_cache_of_an_earlier_version_is_left_alone(whole, run, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "codes")
+    (tmp_path / "codes" / "decoded.png").unlink()
+    for name in ("token_cache.json", "settings.json"):
+        path = tmp_path / "codes" / name
+        fields = json.loads(path.read_text())
+        path.write_text(json.dumps({key: fields[key] for key in fields if key not in NEW_KEYS}))
+    before = files(tmp_path / "codes")
+    assert main(command(run, tmp_path / "codes")) == 0
+    printed = capsys.readouterr().out
+    assert "is complete already" in printed and "sampled codes" not in printed and "decoded.png" not in printed
+    assert files(tmp_path / "codes") == before
 
 
 @pytest.mark.parametrize("shards", [0, 9])
@@ -255,6 +419,9 @@ def test_a_fingerprint_is_of_the_weights_and_the_architecture_alone(run, data_di
     model, params = tokenizer.model, tokenizer.params
     print_ = fingerprint(model, params)
     assert len(print_) == 64
+    assert fingerprint(model.for_encoding("float32"), params) == print_
+    precisions = {fingerprint(model.for_encoding(name), params) for name in PRECISIONS}
+    assert len(precisions) == len(PRECISIONS) and print_ in precisions
     mesh = make_mesh({"codebook": 8})
     sharded = jax.tree.map(np.asarray, params)
     sharded["quantize"]["codebook"] = jax.device_put(
@@ -281,9 +448,9 @@ def test_an_imported_tokenizer_tokenizes_too(data_dir, tmp_path):
     assert fingerprint(again.model, again.params) == fingerprint(tokenizer.model, tokenizer.params)
     sources = {split: open_split("openmoji", data_dir, f"{split}[:10]") for split in ("train", "validation")}
     names = {"train": ("flip",), "validation": ("centre",)}
-    job = TokenizeJob(sources, names, image_size=SIDE, resize=SIDE, batch_size=8, num_threads=1)
+    job = TokenizeJob(sources, names, image_size=SIDE, resize=SIDE, batch_size=8, num_threads=1, precision="float32")
     origin = {"path": "tokenizer.ckpt", "step": 0, "weights": "raw", "config": config}
-    where = dict(overwrite=False, process_index=0, process_count=1)
+    where = dict(check=lambda folder, settings: {}, overwrite=False, process_index=0, process_count=1)
     manifest = library.tokenize(tokenizer.model, tokenizer.params, job, tmp_path / "codes", origin, **where)
     assert manifest["tokenizer"]["config"] == config
     crops = [resize_shorter_side(decode_image(record["image"]), SIDE)[:, ::-1] for record in sources["train"]]
@@ -311,6 +478,7 @@ def test_an_imported_tokenizer_tokenizes_too(data_dir, tmp_path):
         (["--splits=train[:0],validation"], "has no images in split 'train[:0]'"),
         (["--splits=train[7,validation"], "has no split 'train[7': Unrecognized split format"),
         (["--weights=best"], "invalid choice: 'best'"),
+        (["--precision=float16"], "invalid choice: 'float16'"),
         (["--run=nowhere"], "nowhere/config.json does not exist"),
         (["--size=3"], "unrecognized arguments: --size=3"),
     ],

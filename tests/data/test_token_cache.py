@@ -30,6 +30,7 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.data import token_cache_writer
 from ibq_jax.data.preprocess import centre_crop, views
 from ibq_jax.data.token_cache import (
+    TokenCacheSplit,
     check_manifest,
     evaluation_code_batches,
     find_run_manifest,
@@ -349,16 +350,21 @@ def old_cache(tmp_path):
     return tmp_path / "old"
 
 
+def without_machine(manifest: dict) -> dict:
+    return {name: value for name, value in manifest.items() if name != "machine"}
+
+
 def test_a_cache_of_version_1_is_read_and_left_as_it_is(old_cache, cache):
     before = files(old_cache)
     assert b'"codes"' in before["manifest.json"] and b'"version": 1' in before["settings.json"]
-    assert read_manifest(old_cache) == read_manifest(cache)
+    manifest = without_machine(read_manifest(cache))
+    assert read_manifest(old_cache) == manifest
     for split in ("train", "validation"):
         one, other = open_token_cache(old_cache, split), open_token_cache(cache, split)
         assert one.codebook_size == other.codebook_size == CODEBOOK_SIZE
         np.testing.assert_array_equal([image["codes"] for image in one], [image["codes"] for image in other])
     with locked_cache(old_cache, settings(), overwrite=False):
-        assert finish(old_cache, settings()) == read_manifest(cache)
+        assert finish(old_cache, settings()) == manifest
     assert files(old_cache) == before
 
 
@@ -372,15 +378,88 @@ def test_a_cache_of_version_1_is_compared_and_overwritten(old_cache, cache):
     assert files(old_cache) == files(cache)
 
 
-def test_an_unfinished_cache_of_version_1_is_continued(cache, tmp_path):
-    with locked_cache(tmp_path, settings(), overwrite=False):
-        write_shards(tmp_path, settings(), numbers=(1, 3))
+def begin_cache(folder, **machine) -> None:
+    """Writes some of a cache's shards, on the given machine."""
+    fields = settings(machine=settings()["machine"] | machine)
+    with locked_cache(folder, fields, overwrite=False):
+        write_shards(folder, fields, numbers=(1, 3))
+
+
+def test_an_unfinished_cache_of_an_earlier_version_is_not_continued_as_its_machine_is_unknown(cache, tmp_path):
+    begin_cache(tmp_path)
     make_version_1(tmp_path)
-    old_settings = (tmp_path / "settings.json").read_bytes()
+    before = files(tmp_path)
     with pytest.raises(UsageError, match="is unfinished: rerun the same tokenize command"):
         open_token_cache(tmp_path, "train")
-    assert write_cache(tmp_path, settings()) == read_manifest(cache)
-    assert files(tmp_path) == files(cache) | {"settings.json": old_settings}
+    with pytest.raises(UsageError, match=r"begun by an earlier version, [^\n]*: --overwrite begins it again$"):
+        write_cache(tmp_path, settings())
+    assert files(tmp_path) == before
+    with locked_cache(tmp_path, settings(), overwrite=True):
+        write_shards(tmp_path, settings())
+        finish(tmp_path, settings())
+    assert files(tmp_path) == files(cache)
+
+
+def test_a_cache_is_not_continued_on_another_platform_or_at_another_precision(tmp_path):
+    begin_cache(tmp_path, platform="gpu", device_kind="NVIDIA H100")
+    before = files(tmp_path)
+    for other, words in (
+        (settings(), "machine.platform: the cache has gpu, this command asks for cpu"),
+        (
+            settings(machine={"platform": "gpu", "device_kind": "NVIDIA H100"}, precision="tf32"),
+            "precision: the cache has float32, this command asks for tf32",
+        ),
+    ):
+        with pytest.raises(UsageError, match=rf"^token cache [^\n]* does not fit: {words} \(--overwrite [^\n]*$"):
+            write_cache(tmp_path, other)
+        assert files(tmp_path) == before
+
+
+def test_another_kind_of_device_continues_a_cache_and_a_complete_one_is_left_alone_on_any_machine(tmp_path):
+    begin_cache(tmp_path, platform="gpu", device_kind="NVIDIA H100")
+    a100 = settings(machine={"platform": "gpu", "device_kind": "NVIDIA A100"})
+    assert write_cache(tmp_path, a100)["machine"]["device_kind"] == "NVIDIA A100"
+    before = files(tmp_path)
+    with locked_cache(tmp_path, settings(), overwrite=False):
+        assert finish(tmp_path, settings())["machine"]["platform"] == "gpu"
+    assert files(tmp_path) == before
+
+
+def test_what_the_check_finds_is_in_the_manifest_and_a_killed_check_is_repeated(tmp_path):
+    found = {"compared_with_float32": {"sampled_codes": 7, "differing_codes": 2}}
+
+    def check(folder, fields):
+        assert fields == settings() and not (folder / "token_cache.json").exists()
+        assert len(TokenCacheSplit(folder, "train", fields)) == COUNT
+        return found
+
+    def killed(folder, fields):
+        raise KeyboardInterrupt
+
+    with locked_cache(tmp_path, settings(), overwrite=False):
+        write_shards(tmp_path, settings())
+        with pytest.raises(KeyboardInterrupt):
+            finish(tmp_path, settings(), killed)
+        with pytest.raises(UsageError, match="is unfinished"):
+            read_manifest(tmp_path)
+        assert finish(tmp_path, settings(), check) == read_manifest(tmp_path)
+    assert read_manifest(tmp_path)["compared_with_float32"] == found["compared_with_float32"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("precision", "float16"),
+        ("machine", "cpu"),
+        ("machine", {"platform": 3, "device_kind": "x"}),
+        ("compared_with_float32", {"sampled_codes": 7}),
+    ],
+)
+def test_a_manifest_with_a_wrong_field_about_its_codes_is_damaged(field, value, tmp_path):
+    manifest = write_cache(tmp_path, settings())
+    (tmp_path / "token_cache.json").write_text(json.dumps(manifest | {field: value}))
+    with pytest.raises(UsageError, match=rf"token_cache.json is damaged \({field} is [^\n]*: tokenize again"):
+        read_manifest(tmp_path)
 
 
 def test_a_run_holds_the_manifest_under_its_name_of_today_or_before(cache, tmp_path):

@@ -19,7 +19,7 @@ from ibq_jax.data.openmoji import openmoji
 from ibq_jax.data.preprocess import decode_image
 from ibq_jax.interop import torch_model
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 INSTALLED = ("torch", "numpy", "safetensors", "pillow")
 
 
@@ -51,6 +51,24 @@ def python(tmp_path_factory) -> Path:
             if not link.exists():
                 link.symlink_to(distribution.locate_file(top))
     return folder / "bin" / "python"
+
+
+def test_codes_are_computed_without_tf32(tmp_path):
+    run = save_run(tmp_path / "run", tmp_path, "dtype=float32")
+    assert main(["convert", f"--in={run}", f"--out={tmp_path / 'tokenizer.safetensors'}"]) == 0
+    tokenizer, seen = torch_model.load(tmp_path / "tokenizer.safetensors"), []
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    tokenizer.quant_conv.register_forward_hook(lambda *_: seen.append([owner.fp32_precision for owner in backends]))
+    before = [owner.fp32_precision for owner in backends]
+    try:
+        for owner in backends:
+            owner.fp32_precision = "tf32"
+        tokenizer.encode(torch.zeros(1, 3, 16, 16))
+        assert seen == [["ieee", "ieee"]]
+        assert [owner.fp32_precision for owner in backends] == ["tf32", "tf32"]
+    finally:
+        for owner, precision in zip(backends, before, strict=True):
+            owner.fp32_precision = precision
 
 
 def test_from_our_file_to_a_reconstructed_picture_without_jax(python, tmp_path):

@@ -23,6 +23,8 @@ def settings(classes: int = 5, codebook_size: int = CODEBOOK_SIZE, images: int =
         "version": 2,
         "tokenizer": {"fingerprint": "f", "path": "/runs/tok", "step": 3},
         "data": {"name": "noise", "class_names": list("abcde"[:classes]), "splits": splits},
+        "precision": "float32",
+        "machine": {"platform": "cpu", "device_kind": "cpu"},
         "codebook_size": codebook_size,
         "grid": list(GRID),
         "dtype": np.min_scalar_type(codebook_size - 1).name,
@@ -63,6 +65,7 @@ def make_version_1(folder: Path) -> None:
         if (folder / name).exists():
             fields = json.loads((folder / name).read_text())
             fields |= {"version": 1, "codes": fields.pop("codebook_size")}
+            del fields["machine"]
             for counts in fields.get("splits", {}).values():
                 counts["codes"] = counts.pop("num_tokens")
             (folder / name).unlink()

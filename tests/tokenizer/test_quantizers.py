@@ -12,6 +12,7 @@ from support.compiled_text import largest_array
 from support.quantizers import BETA, SHAPE, assert_close, normal
 
 from ibq_jax.base.sharding import AXES, CODEBOOK, make_mesh
+from ibq_jax.ops.exact_search import TOKENS_AT_ONCE
 from ibq_jax.tokenizer.quantizer import IndexBackpropQuantizer
 from ibq_jax.tokenizer.quantizers import QUANTIZERS, build_quantizer
 
@@ -78,9 +79,9 @@ def test_codes_split_over_devices_give_the_same_losses_and_gradients(name):
 
 @pytest.mark.parametrize("name", ["vq", "simvq"])
 def test_no_array_of_tokens_by_codes(name):
-    tokens, width, codes = 256, 16, 8192
+    tokens, width, codes = 4096, 16, 8192
     module = build_quantizer(name, {"block_size": 256}, codebook_size=codes, dim=width)
-    z = jax.ShapeDtypeStruct((1, 16, 16, width), jnp.float32)
+    z = jax.ShapeDtypeStruct((16, 16, 16, width), jnp.float32)
     params = meta.unbox(jax.eval_shape(module.init, jax.random.key(0), z))
 
     def loss(params, z):
@@ -88,4 +89,5 @@ def test_no_array_of_tokens_by_codes(name):
         return out.quant_loss + out.z_q.sum()
 
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, z).compile()
-    assert largest_array(compiled.as_text()) == codes * (width + 1) < tokens * codes
+    largest_of_a_group = codes // 4 * TOKENS_AT_ONCE  # 4 codes of each group, see ops/exact_search.py
+    assert largest_array(compiled.as_text()) == largest_of_a_group == tokens * codes // 16
