@@ -14,8 +14,8 @@ rules out nearly all codes, and only the few that remain are compared, without r
   3. Tokens with codes that float32 cannot tell apart: up to F of these codes are compared in twice its precision.
 
 Few tokens need the second and third step. If after the second more than T groups or F codes are left, that many
-products agree to float32's rounding error, and the smallest codes among them are compared. Hence the result depends on
-neither blocks, batch, devices nor machine.
+products agree to float32's rounding error, and the first of those with the largest float32 product are compared. Hence
+the result depends on neither blocks, batch, devices nor machine.
 
 Before all this, latents and codebook are multiplied by powers of two, so that nothing overflows. Numbers below
 float32's normal range count as zero, as they do in all of XLA's programs. A latent with a NaN gets code 0.
@@ -101,12 +101,12 @@ def _search(z: jax.Array, codebook: jax.Array, scale: jax.Array, stream: BlockSc
         bound = _length(z - z_rounded.astype(jnp.float32)) * longest + length * rounded + error
         with jax.named_scope(f"{precision}_{FAST_PASS}"):
             best, maxima, group = _group_maxima(z_rounded, rows, scale, stream.block_size)
-        groups, remaining = _candidates(maxima, best, best - 2 * bound)
+        numbers = jnp.arange(maxima.shape[0], dtype=jnp.int32)[:, None]
+        groups, all_groups = _largest(maxima, numbers, best, 2 * bound, GROUPS_COMPARED)
         products, codes = _group_products(z, codebook, scale, groups, stream.block_size, group)
         high = products.max(axis=0)
-        finalists, undecided = _smallest(codes, products >= (high - 2 * error)[None], FINALISTS)
-        complete = (remaining <= GROUPS_COMPARED) & (undecided <= FINALISTS)
-        unseen = jnp.where(complete, -jnp.inf, best + bound)
+        finalists, all_codes = _largest(products, codes, high, 2 * error, FINALISTS)
+        unseen = jnp.where(all_groups & all_codes, -jnp.inf, best + bound)
         return _Found(high, jnp.zeros_like(high), error, unseen, finalists.T)
 
     return _in_chunks(chunk, z)
@@ -116,7 +116,8 @@ def _group_maxima(z: jax.Array, rows: jax.Array, scale: jax.Array, size: int) ->
     """Returns the largest product of all [N], that of every group [groups, N], and W."""
     blocks = rows.shape[0] // size
     # About as much time then goes into looking through the maxima as into comparing the codes of the groups left.
-    group = max(width for width in _divisors(blocks) if width == 1 or 256 * width**2 <= rows.shape[0])
+    most = max(1, math.isqrt(rows.shape[0] // 256))
+    group = max(width for width in range(1, most + 1) if blocks % width == 0)
 
     start = jnp.broadcast_to(per_token(z, -jnp.inf) + 0 * scale, (size, z.shape[0]))
 
@@ -131,14 +132,6 @@ def _group_maxima(z: jax.Array, rows: jax.Array, scale: jax.Array, size: int) ->
 
     best, maxima = lax.scan(maxima, start, jnp.arange(0, blocks, group))
     return best.max(axis=0), maxima.reshape(-1, z.shape[0]), group
-
-
-def _candidates(maxima: jax.Array, best: jax.Array, floor: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the group of the largest maximum and the first others above the floor, [T, N], and how many there are."""
-    numbers = jnp.arange(maxima.shape[0], dtype=jnp.int32)[:, None]
-    top = jnp.where(maxima == best[None], numbers, NO_CODE).min(axis=0)
-    others, count = _smallest(numbers, (maxima >= floor[None]) & (numbers != top[None]), GROUPS_COMPARED - 1)
-    return jnp.concatenate([top[None], others]), count + 1
 
 
 def _group_products(
@@ -244,23 +237,25 @@ def _best_of_devices(found: _Found, codebook: jax.Array, stream: BlockScan) -> j
     return jnp.where(code == NO_CODE, 0, code)
 
 
-def _smallest(numbers: jax.Array, wanted: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the `count` smallest wanted numbers of each column, [count, N] ascending, and how many are wanted.
+def _largest(
+    values: jax.Array, numbers: jax.Array, best: jax.Array, margin: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the numbers of the values within `margin` of the best, [count, N] ascending, and whether these are all.
 
-    numbers: [M, N] or [M, 1]; wanted: [M, N]. `NO_CODE` stands where fewer are wanted.
+    If there are more than `count`, only values equal to the best are taken. `NO_CODE` stands where there are fewer.
+    values: [M, N]; numbers: [M, N] or [M, 1]; best, margin: [N].
     """
+    near = values >= (best - margin)[None]
+    complete = near.sum(axis=0, dtype=jnp.int32) <= count
+    floor = jnp.where(complete, best - margin, best)[None]
 
     def next_one(last, _):
-        last = jnp.where(wanted & (numbers > last), numbers, NO_CODE).min(axis=0, keepdims=True)
+        last = jnp.where((values >= floor) & (numbers > last), numbers, NO_CODE).min(axis=0, keepdims=True)
         return last, last[0]
 
-    before = jnp.where(wanted[:1], -1, -1)
+    before = jnp.where(complete, -1, -1)[None]
     _, found = lax.scan(next_one, before, length=count)
-    return found, wanted.sum(axis=0, dtype=jnp.int32)
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return found, complete
 
 
 def _length(vectors: jax.Array) -> jax.Array:

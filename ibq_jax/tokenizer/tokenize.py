@@ -71,7 +71,7 @@ class TokenizeJob:
     resize: int  # pixels of the shorter side before cropping (antialiased)
     batch_size: int  # B, over this process's devices
     num_threads: int  # threads that decode images; each holds a batch
-    precision: str  # of the encoder and the search for the nearest code, one of `ibq_jax.base.precision.PRECISIONS`
+    precision: str = "float32"  # of all products between images and codes, one of `ibq_jax.base.precision.PRECISIONS`
 
     def crops(self, split: str) -> int:
         """Returns V, the number of crops of an image."""
@@ -116,7 +116,7 @@ def tokenize(
     folder: Path,
     origin: Mapping,
     *,
-    check: Check,
+    check: Check | None = None,
     overwrite: bool,
     process_index: int,
     process_count: int,
