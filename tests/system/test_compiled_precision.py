@@ -93,17 +93,18 @@ def test_the_quantizer_trains_at_its_precision(platform, precision):
     mesh = mesh_on(platform, {"codebook": 2})
     z = jax.ShapeDtypeStruct((1024, 64), jnp.float32, sharding=replicated(mesh))
     codebook = jax.ShapeDtypeStruct((2048, 64), jnp.float32, sharding=replicated(mesh))
+    others = "float32" if precision == "float32" else "bfloat16"
 
     def loss(z, codebook):
-        out = index_backprop(z, codebook, precision=precision, gradient_precision=precision, mesh=mesh)
+        settings = dict(precision=precision, gradient_precision=others, block_size=256, mesh=mesh)
+        out = index_backprop(z, codebook, **settings)
         return (out.z_q**2).sum() + out.sample_entropy - out.batch_entropy
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=replicated(mesh))
-    found = compiled_products(platform, gradients, z, codebook)
-    assert len(found) >= 5  # the backward pass alone; that of the forward pass may be left out
-    assert {product.bits for product in found} == {
-        11 if (platform, precision) == ("gpu", "bfloat16") else BITS[precision]
-    }
+    bits = sorted(product.bits for product in compiled_products(platform, gradients, z, codebook))
+    least = {"float32": 24, "bfloat16_3x": 16, "bfloat16": 11 if platform == "gpu" else 8}
+    assert len(bits) >= 6 and set(bits[:-3]) == {least[others]}  # mu, p's gradient, dz, dE; some are merged
+    assert bits[-3:] == [least[precision]] * 3  # the logits of three passes
 
 
 def test_a_search_at_float32_has_no_other_product_below_it(platform):
@@ -125,8 +126,8 @@ def test_a_training_step_keeps_the_bits_that_were_asked_for(platform, dtype):
     quantizer = [product for product in found if "quantize" in product.op_name]
     latents = [product for product in found if "quant_conv" in product.op_name]
     networks = [product for product in found if product not in quantizer + latents]
-    assert len(quantizer) >= 7 and len(latents) >= 4
+    assert len(quantizer) >= 5 and len(latents) >= 4
     logits = [product for product in quantizer if product.bits >= BITS["bfloat16_3x"]]
-    assert len(logits) >= 3 and len(quantizer) - len(logits) <= 4  # three passes; mu, p's gradient, dz and dE
+    assert len(logits) >= 1 and len(quantizer) - len(logits) <= 4  # of one block; mu, p's gradient, dz and dE
     assert min(product.bits for product in latents) == BITS["float32"]
     assert min(product.bits for product in networks) == BITS[dtype]
