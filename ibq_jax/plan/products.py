@@ -55,7 +55,8 @@ def _product(kind: str, computation: Computation, instruction: Instruction, plat
     dtypes = tuple(computation.instructions[operand].arrays[0].dtype for operand in instruction.operands[:2])
     if not all(dtype in BITS for dtype in dtypes):
         return  # of integers
-    bits = min(BITS[dtype] for dtype in dtypes)
+    # A compiler leaves out the conversion of a bfloat16 operand to float32: the other operand's precision counts.
+    bits = max(BITS[dtype] for dtype in dtypes)
     if bits == BITS["f32"]:
         bits = _float32_bits(instruction.attributes, platform)
     yield Product(kind, dtypes, bits, instruction.op_name)

@@ -118,6 +118,7 @@ def test_a_search_at_float32_has_no_other_product_below_it(platform):
     assert all(FAST_PASS in product.op_name for product in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_training_step_keeps_the_bits_that_were_asked_for(platform, dtype):
     trainer = trainer_on(mesh_on(platform, {"data": 2}), f"dtype={dtype}")
