@@ -162,5 +162,8 @@ def test_a_config_saved_before_there_were_other_quantizers_is_of_ibq(tmp_path):
         "double_loss": True,
         "l2_normalize": False,
         "levels": (),
+        "precision": "bfloat16_3x",
+        "gradient_precision": "bfloat16",
     }
+    assert config.encode.to_dict() == {"precision": "float32"}
     assert config.codebook.to_dict() == {"size": 8, "init_scale": 1.0} and config.data.to_dict() == {"name": "x"}
