@@ -14,8 +14,8 @@ rules out nearly all codes, and only the few that remain are compared, without r
   3. Tokens with codes that float32 cannot tell apart: up to F of these codes are compared in twice its precision.
 
 Few tokens need the second and third step. If after the second more than T groups or F codes are left, that many
-products agree to float32's rounding error, and the first of those with the largest float32 product are compared. Hence
-the result depends on neither blocks, batch, devices nor machine.
+products agree to float32's rounding error, and the first of those with the largest float32 product are compared. But
+for that case, the result depends on neither blocks, batch, devices nor machine.
 
 Before all this, latents and codebook are multiplied by powers of two, so that nothing overflows. Numbers below
 float32's normal range count as zero, as they do in all of XLA's programs. A latent with a NaN gets code 0.
