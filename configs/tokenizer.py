@@ -35,8 +35,8 @@ def _imagenet256(codebook_size: int, epochs: int = 330, drop_epochs: tuple[int, 
     # whose products are then float32 on every machine. The losses are float32 always.
     config.dtype = "bfloat16"
     config.encode = ConfigDict()
-    # Of every product between images and codes wherever codes are given to somebody (tokenize, evaluate, validation):
-    # "float32", "bfloat16_3x", "tf32" or "bfloat16", see docs/precision.md.
+    # The precision of every product between images and codes wherever codes are given to somebody (tokenize, evaluate,
+    # validation): "float32", "bfloat16_3x", "tf32" or "bfloat16", see docs/precision.md.
     config.encode.precision = "float32"
     _add_data_and_networks(config)
     _add_quantizer(config, codebook_size)

@@ -37,7 +37,6 @@ from ibq_jax.base.precision import compute_dtype
 from ibq_jax.ops.block_scan import CODES, GATHERED, OWNED, BlockScan, first_code, per_token, product
 
 TOKENS_AT_ONCE = 1024  # bounds the memory of the group maxima
-BLOCK_BYTES = 4 * 2**20  # for the products of a block with these tokens
 GROUPS_COMPARED = 4  # T
 FINALISTS = 4  # F
 # Parts of the names that operations have in compiled programs.

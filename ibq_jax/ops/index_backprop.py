@@ -122,6 +122,7 @@ def nearest_codes(
     _check_arrays(z, codebook)
     check_precision(precision, "precision")
     if precision == "float32":
+        # Twice the tokens, because next to a block's products its running maxima are held.
         stream = _stream(z, codebook, block_size, mesh, lambda tokens: 2 * min(tokens, TOKENS_AT_ONCE))
         return exact_nearest_codes(z, codebook, stream, "float32" if platform(mesh) == "cpu" else "bfloat16")
     stream = _stream(z, codebook, block_size, mesh, lambda tokens: tokens)

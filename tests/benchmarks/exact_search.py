@@ -18,13 +18,13 @@ from jax.sharding import SingleDeviceSharding
 
 from ibq_jax.ops import nearest_codes
 from ibq_jax.ops.block_scan import BlockScan
-from ibq_jax.ops.exact_search import BLOCK_BYTES, FOR_FEW, TOKENS_AT_ONCE, exact_nearest_codes
+from ibq_jax.ops.exact_search import FOR_FEW, exact_nearest_codes
 from ibq_jax.ops.streamed import streamed_nearest_codes
 from ibq_jax.plan.chips import topology_devices
 
 DIMENSIONS = 256
 SIZES = (16_384, 131_072, 262_144)
-BLOCK = BLOCK_BYTES // (4 * TOKENS_AT_ONCE)
+BLOCK = 1024  # codes, as `nearest_codes` chooses for at least 1,024 tokens of 256 dimensions
 
 
 def batches(rng: np.random.Generator, tokens: int, codes: int, dimensions: int):
