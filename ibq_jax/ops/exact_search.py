@@ -11,11 +11,11 @@ rules out nearly all codes, and only the few that remain are compared, without r
      so that a group whose maximum lies more than 2 bound_n below the largest does not hold the largest product. The
      codes of up to T remaining groups are compared in float32, where only the last term of the bound is left.
   2. Tokens with more than T groups left are searched again, with full float32 products in the fast pass.
-  3. Tokens with codes that float32 cannot tell apart: up to F of these codes are compared in twice its precision.
+  3. Tokens with up to F codes that float32 cannot tell apart: these codes are compared in three times its precision.
+  4. Tokens with more such codes: all codes are looked through once more, and all such codes are compared.
 
-Few tokens need the second and third step. If after the second more than T groups or F codes are left, that many
-products agree to float32's rounding error, and the first of those with the largest float32 product are compared. But
-for that case, the result depends on neither blocks, batch, devices nor machine.
+Few tokens need the second and third step, and hardly any the fourth, which is slow: tokens for which more than F codes
+agree to float32's rounding error. The result depends on neither blocks, batch, devices nor machine.
 
 Before all this, latents and codebook are multiplied by powers of two, so that nothing overflows. Numbers below
 float32's normal range count as zero, as they do in all of XLA's programs. A latent with a NaN gets code 0.
@@ -39,6 +39,7 @@ from ibq_jax.ops.block_scan import CODES, GATHERED, OWNED, BlockScan, first_code
 TOKENS_AT_ONCE = 1024  # bounds the memory of the group maxima
 GROUPS_COMPARED = 4  # T
 FINALISTS = 4  # F
+TOKENS_OF_A_CROWD = 16  # that the fourth step takes at once; more would make it compare more codes in vain
 # Parts of the names that operations have in compiled programs.
 FAST_PASS = "fast_pass"
 FOR_FEW = "search_again"  # the loops over the few tokens that need the second and third step
@@ -50,7 +51,7 @@ class _Found(NamedTuple):
     """The best code of each token among those of one device, as far as it is known."""
 
     high: jax.Array  # [N] the best product, rounded to float32
-    low: jax.Array  # [N] the rest of that product, once it has been compared exactly
+    rest: tuple[jax.Array, jax.Array]  # [N] twice: what that product is above `high`, once it has been compared exactly
     error: jax.Array  # [N] bounds the error of `high`
     unseen: jax.Array  # [N] an upper bound of the products that were not compared; -inf if all others are smaller
     codes: jax.Array  # [N, F] int32, the device's rows whose products float32 cannot tell from the best, ascending
@@ -71,14 +72,17 @@ def exact_nearest_codes(z: jax.Array, codebook: jax.Array, stream: BlockScan, fa
         z, codebook = z * _inverse_power(jnp.abs(z).max(axis=1, keepdims=True)), codebook.astype(jnp.float32)
         scale = _inverse_power(lax.pmax(jnp.abs(codebook).max(), stream.code_axes))
         found = _search(z, codebook, scale, stream, fast)
-        if fast != "float32":
-            unsure = lax.pmax(found.unseen, stream.code_axes) >= lax.pmax(found.high, stream.code_axes)
-            again = partial(_search, codebook=codebook, scale=scale, stream=stream, precision="float32")
-            with jax.named_scope(FOR_FEW):
-                found = _replace(found, unsure, z, lambda z, _: again(z))
-        tied = _contenders(found, stream) > 1
         with jax.named_scope(FOR_FEW):
-            found = _replace(found, tied, z, partial(_compare_exactly, codebook=codebook, scale=scale))
+            if fast != "float32":
+                again = partial(_search, codebook=codebook, scale=scale, stream=stream, precision="float32")
+                found = _replace(found, _unsure(found, stream), z, lambda z, _: again(z))
+            crowded = _unsure(found, stream)
+            tied = ~crowded & (_contenders(found, stream) > 1)
+            few, all_near = (
+                partial(compare, codebook=codebook, scale=scale) for compare in (_compare_few, _compare_all)
+            )
+            found = _replace(found, tied, z, few)
+            found = _replace(found, crowded, z, partial(all_near, size=stream.block_size), TOKENS_OF_A_CROWD)
         return _best_of_devices(found, codebook, stream)
 
     return stream.on_devices(local, (OWNED, CODES), GATHERED)(z, codebook)
@@ -105,8 +109,9 @@ def _search(z: jax.Array, codebook: jax.Array, scale: jax.Array, stream: BlockSc
         products, codes = _group_products(z, codebook, scale, groups, stream.block_size, group)
         high = products.max(axis=0)
         finalists, all_codes = _largest(products, codes, high, 2 * error, FINALISTS)
-        unseen = jnp.where(all_groups & all_codes, -jnp.inf, best + bound)
-        return _Found(high, jnp.zeros_like(high), error, unseen, finalists.T)
+        complete = (all_groups & all_codes) | (bound == 0)  # without a bound, all products are zero
+        unseen = jnp.where(complete, -jnp.inf, best + bound)
+        return _Found(high, (jnp.zeros_like(high),) * 2, error, unseen, finalists.T)
 
     return _in_chunks(chunk, z)
 
@@ -149,35 +154,72 @@ def _products(z: jax.Array, codebook: jax.Array, scale: jax.Array, codes: jax.Ar
     return (codebook[codes] * scale * z[None, None]).sum(axis=-1)
 
 
-def _compare_exactly(z: jax.Array, found: _Found, *, codebook: jax.Array, scale: jax.Array) -> _Found:
-    """Compares the finalists' products in twice float32's precision; all codes of the result are the best one."""
+def _compare_few(z: jax.Array, found: _Found, *, codebook: jax.Array, scale: jax.Array) -> _Found:
+    """Compares the finalists' products exactly; all codes of the result are the best one."""
     rows = codebook[jnp.where(found.codes == NO_CODE, 0, found.codes)] * scale  # [N, F, D]
-    high, low = _exact_product(*(jnp.moveaxis(factor, -1, 0) for factor in (rows, z[:, None])))
-    high = jnp.where(found.codes == NO_CODE, -jnp.inf, high)
-    largest = high.max(axis=1, keepdims=True)
-    low = jnp.where(high == largest, low, -jnp.inf)
-    rest = low.max(axis=1, keepdims=True)
-    code = jnp.where(low == rest, found.codes, NO_CODE).min(axis=1, keepdims=True)
-    return found._replace(high=largest[:, 0], low=rest[:, 0], codes=jnp.broadcast_to(code, found.codes.shape))
+    products = _exact_product(*(jnp.moveaxis(factor, -1, 0) for factor in (rows, z[:, None])))
+    return _decided(found, *_first_largest(products, found.codes, axis=1))
 
 
-def _exact_product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the dot products over the first axis as high + low, with about twice float32's precision.
+def _compare_all(z: jax.Array, found: _Found, *, codebook: jax.Array, scale: jax.Array, size: int) -> _Found:
+    """Compares the products of all codes that float32 cannot tell from the best exactly."""
+    floor = found.high - 2 * found.error
+
+    def block(best, first):
+        rows = lax.dynamic_slice_in_dim(codebook, first, size) * scale
+        near = product("kd,nd->kn", rows, z) >= floor[None]
+
+        def compare(best):
+            codes = jnp.where(near, first + jnp.arange(size, dtype=jnp.int32)[:, None], NO_CODE)
+            of_block = _first_largest(_exact_product(rows.T[:, :, None], z.T[:, None]), codes, axis=0)
+            return _first_largest(*jax.tree.map(lambda *arrays: jnp.stack(arrays), best, of_block), axis=0)
+
+        return lax.cond(near.any(), compare, lambda best: best, best), None
+
+    best = ((found.high, *found.rest), jnp.maximum(found.codes[:, 0], NO_CODE))  # none yet
+    best, _ = lax.scan(block, best, jnp.arange(0, codebook.shape[0], size, dtype=jnp.int32))
+    return _decided(found, *best)
+
+
+def _decided(found: _Found, best: tuple[jax.Array, ...], code: jax.Array) -> _Found:
+    """Returns what is known of tokens whose best code of this device [N], with its exact product, was found."""
+    return found._replace(high=best[0], rest=best[1:], codes=jnp.broadcast_to(code[:, None], found.codes.shape))
+
+
+def _first_largest(
+    products: tuple[jax.Array, ...], codes: jax.Array, axis: int
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Returns the largest of exact products along an axis, and the smallest code that has it; `NO_CODE` is left out."""
+    left, largest = codes != NO_CODE, []
+    for part in products:
+        part = jnp.where(left, part, -jnp.inf)
+        largest.append(part.max(axis=axis, keepdims=True))
+        left &= part == largest[-1]
+    return tuple(part.squeeze(axis) for part in largest), jnp.where(left, codes, NO_CODE).min(axis=axis)
+
+
+def _exact_product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the dot products over the first axis as a sum of three, with about three times float32's precision.
 
     Every factor is cut into two halves of 12 bits, whose products are exact. The rounding error of each addition, also
-    a float32, is added up in the low part (Ogita, Rump, Oishi 2005). No rounded product is ever added, so a compiler
-    that contracts multiplications and additions changes nothing.
+    a float32, is added to a second sum, whose errors are added up in a third (Ogita, Rump, Oishi 2005). No rounded
+    product is ever added, so a compiler that contracts multiplications and additions changes nothing.
     """
 
     def add(total, factors):
-        high, low = total
+        high, middle, low = total
         for term in (x * y for x in _halves(factors[0]) for y in _halves(factors[1])):
             high, error = _sum_and_error(high, term)
+            middle, error = _sum_and_error(middle, error)
             low += error
-        return (high, low), None
+        return (high, middle, low), None
 
     start = jnp.zeros_like(a[0] * b[0])
-    return _sum_and_error(*lax.scan(add, (start, start), (a, b))[0])
+    high, middle, low = lax.scan(add, (start,) * 3, (a, b))[0]
+    high, middle = _sum_and_error(high, middle)
+    middle, low = _sum_and_error(middle, low)
+    high, middle = _sum_and_error(high, middle)
+    return high, *_sum_and_error(middle, low)
 
 
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -202,12 +244,18 @@ def _in_chunks(function: Callable[[jax.Array], Any], z: jax.Array) -> Any:
     return jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:])[:tokens], lax.map(function, z))
 
 
-def _replace(found: _Found, chosen: jax.Array, z: jax.Array, function: Callable[[jax.Array, _Found], _Found]) -> _Found:
+def _replace(
+    found: _Found,
+    chosen: jax.Array,
+    z: jax.Array,
+    function: Callable[[jax.Array, _Found], _Found],
+    at_once: int = TOKENS_AT_ONCE,
+) -> _Found:
     """Replaces what was found for the chosen tokens [N] by function(their latents, what was found), some at a time.
 
     Tokens that are not chosen may fill up the last time; what the function returns is as true of them.
     """
-    size = min(TOKENS_AT_ONCE, z.shape[0])
+    size = min(at_once, z.shape[0])
 
     def replace(carry):
         found, left = carry
@@ -219,6 +267,12 @@ def _replace(found: _Found, chosen: jax.Array, z: jax.Array, function: Callable[
     return lax.while_loop(lambda carry: carry[1].any(), replace, (found, chosen))[0]
 
 
+def _unsure(found: _Found, stream: BlockScan) -> jax.Array:
+    """Returns for each token whether a code that was not compared may have the largest product."""
+    largest = lax.pmax(found.high - found.error, stream.code_axes)  # at least
+    return lax.pmax(found.unseen, stream.code_axes) >= largest
+
+
 def _contenders(found: _Found, stream: BlockScan) -> jax.Array:
     """Returns for each token how many finalists on all devices may have the largest product."""
     floor = lax.pmax(found.high, stream.code_axes) - 2 * lax.pmax(found.error, stream.code_axes)
@@ -228,7 +282,7 @@ def _contenders(found: _Found, stream: BlockScan) -> jax.Array:
 
 def _best_of_devices(found: _Found, codebook: jax.Array, stream: BlockScan) -> jax.Array:
     is_best = found.codes[:, 0] != NO_CODE
-    for part in (found.high, found.low):
+    for part in (found.high, *found.rest):
         part = jnp.where(is_best, part, -jnp.inf)
         is_best &= part == lax.pmax(part, stream.code_axes)
     code = jnp.where(is_best, found.codes[:, 0] + first_code(codebook, stream), NO_CODE)
