@@ -77,6 +77,7 @@ def cosine_schedule(first: float, last: float, total_steps: int) -> optax.Schedu
     return lambda step: last + decay(step)
 
 
+@jax.named_scope("optimizer")
 def apply_gradient(
     optimizer: optax.GradientTransformation, gradient, state: optax.OptState, params
 ) -> tuple[Any, optax.OptState]:
@@ -127,6 +128,7 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
+@jax.named_scope("average")
 def moving_average(average, value, decay: float):
     """Returns decay * average + (1 - decay) * value, leaf by leaf; in this form equal trees stay equal bit for bit."""
     return jax.tree.map(lambda a, v: a - (1.0 - decay) * (a - v), average, value)

@@ -26,13 +26,18 @@ STAGES = {
 }
 GB = 1e9
 PEAKS = (
-    "Peaks of a {name} chip: {flops:.3g} operations/s in bfloat16, {hbm_bytes_per_second:.3g} bytes/s of HBM, "
+    "Peaks of {device}: {flops:.3g} operations/s in bfloat16, {hbm_bytes_per_second:.3g} bytes/s of HBM, "
     "{ici_bytes_per_second:.3g} bytes/s to its neighbours ({source})."
 )
 BETWEEN_SLICES = (
     "Collectives over data also cross between the slices. The speed of that network is unknown here; the bound by "
     "interconnect assumes the speed inside a slice."
 )
+ESTIMATE = (
+    "The expected time is what the TPU's compiler writes next to each operation, added up: an estimate without "
+    "overlap, not a measurement. Collectives are counted at the links' peak, as the compiler estimates none."
+)
+COSTLIEST = 10  # places in the model that are listed
 TO_TRY = (
     "try a larger codebook or fsdp axis in --mesh, --config.model.remat=blocks, --config.train.grad_accum_steps=2, "
     "or more chips (fewer images per chip)"
@@ -146,8 +151,10 @@ def _cpu_devices(count: int) -> list:
 
 
 def _report(plan: Plan, config: str, batch_size: int, mesh: jax.sharding.Mesh, slices: int) -> dict:
-    bounds = plan.bounds
+    bounds, expected = plan.bounds, plan.expected_seconds
     binding = max(bounds, key=lambda name: bounds[name]) if bounds else None
+    total = sum(expected.values())
+    operations = plan.clock.operations[:COSTLIEST] if plan.clock else ()
     return {
         "config": config,
         "mesh": dict(mesh.shape),
@@ -165,6 +172,11 @@ def _report(plan: Plan, config: str, batch_size: int, mesh: jax.sharding.Mesh, s
         "bound_seconds": bounds,
         "binding": binding,
         "images_a_second_at_best": batch_size / bounds[binding] if binding else None,
+        "expected_seconds": expected,
+        "expected_images_a_second": batch_size / total if total else None,
+        "expected_share_of_peak": bounds["matrix units"] / total if total else None,
+        "kernels_without_estimate": plan.clock.unknown if plan.clock else None,
+        "costliest": [dataclasses.asdict(group) for group in operations],
         "collectives": [dataclasses.asdict(traffic) for traffic in plan.collectives],
         "compile_seconds": plan.compile_seconds,
     }
@@ -182,19 +194,38 @@ def _table(report: dict) -> str:
         ("memory traffic", traffic),
         *((f"bound by {side}", f"{1e3 * seconds:.1f} ms") for side, seconds in report["bound_seconds"].items()),
     ]
+    unit = "chips" if not chip or chip["devices_per_chip"] == 1 else "halves of chips"
     if chip:
         best = f"{report['images_a_second_at_best']:,.0f} images/s, bound by {report['binding']}"
-        rows.append((f"all {report['devices']} chips at best", best))
+        rows.append((f"all {report['devices']} {unit} at best", best))
+    if expected := report["expected_seconds"]:
+        total = (
+            f"{1e3 * sum(expected.values()):.1f} ms, {report['expected_share_of_peak']:.0%} of the matrix units' peak"
+        )
+        rows.append(("expected time", total))
+        rows += [(f"expected: {kind}", f"{1e3 * seconds:.1f} ms") for kind, seconds in expected.items()]
+        expected_rate = f"{report['expected_images_a_second']:,.0f} images/s expected"
+        rows.append((f"all {report['devices']} {unit}", expected_rate))
     rows += [
         (f"{row['kind']} over {row['axes']}", f"{row['count']:,} x, {row['bytes'] / 1e6:,.1f} MB")
         for row in report["collectives"]
     ]
     rows.append(("compiled in", f"{report['compile_seconds']:.0f} s"))
-    kind = f"{chip['name']} chips" if chip else "simulated devices"
+    kind = f"{chip['name']} {unit}" if chip else "simulated devices"
     if report["slices"] > 1:
         kind += f" in {report['slices']} slices"
     title = f"{report['config']}, {report['images_a_step']} images per step on {report['devices']} {kind}"
     lines = [f"{title} ({mesh or 'one device'}); each device's share of a step:", "", "| what | figure |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows]
-    lines += ["", PEAKS.format_map(chip)] if chip else []
+    if report["costliest"]:
+        lines += ["", "| costliest operations, by place | kind | runs | expected |", "|---|---|---|---|"]
+        lines += [
+            f"| {row['place']} | {row['kind']} | {row['times']:,} | {1e3 * row['seconds']:.2f} ms |"
+            for row in report["costliest"]
+        ]
+        unknown = report["kernels_without_estimate"]
+        lines += ["", ESTIMATE + (f" {unknown:,} runs of kernels have no estimate." if unknown else "")]
+    if chip:
+        device = "a {name} chip" if chip["devices_per_chip"] == 1 else "half a {name} chip, which is one device"
+        lines += ["", PEAKS.format(device=device.format_map(chip), **chip)]
     return "\n".join(lines + ([BETWEEN_SLICES] if report["slices"] > 1 else []))

@@ -51,7 +51,7 @@ class _Found(NamedTuple):
     """The best code of each token among those of one device, as far as it is known."""
 
     high: jax.Array  # [N] the best product, rounded to float32
-    rest: tuple[jax.Array, jax.Array]  # [N] twice: what that product is above `high`, once it has been compared exactly
+    rest: tuple[jax.Array, ...]  # [N] twice: the rest of that product, once it has been compared exactly
     error: jax.Array  # [N] bounds the error of `high`
     unseen: jax.Array  # [N] an upper bound of the products that were not compared; -inf if all others are smaller
     codes: jax.Array  # [N, F] int32, the device's rows whose products float32 cannot tell from the best, ascending

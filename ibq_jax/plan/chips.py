@@ -16,26 +16,47 @@ from ibq_jax.base.errors import UsageError
 
 @dataclass(frozen=True)
 class Chip:
-    """The peaks of one TPU chip. `source` is the page that states them."""
+    """The peaks of one device, which is a TPU chip or a half of one. `source` is the page that states them.
+
+    `flops_per_cycle` is what the matrix units do in a cycle; with the compiler's cycles of a large product it gives the
+    clock at which that product takes as long as the peak says.
+    """
 
     name: str
     flops: float  # bfloat16 operations per second
+    flops_per_cycle: int
     hbm_bytes: float
     hbm_bytes_per_second: float
     ici_bytes_per_second: float  # to all neighbours together, in one direction
     source: str
     dimensions: int  # of the torus
     options: tuple[tuple[str, str], ...] = ()  # settings with which libtpu shows a chip as one device
+    libtpu_name: str = ""  # where it is not `name`
+    devices_per_chip: int = 1
+
+    @property
+    def clock(self) -> float:
+        """Cycles per second."""
+        return self.flops / self.flops_per_cycle
 
 
 DOCUMENTATION = "https://docs.cloud.google.com/tpu/docs/"
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, 32 * 2**30, 1228e9, 300e9, DOCUMENTATION + "v4", 3, (("chip_config_name", "megacore"),)),
-        Chip("v5e", 197e12, 16 * 2**30, 819e9, 200e9, DOCUMENTATION + "v5e", 2),
-        Chip("v5p", 459e12, 95 * 2**30, 2765e9, 600e9, DOCUMENTATION + "v5p", 3),
-        Chip("v6e", 918e12, 32 * 2**30, 1640e9, 448e9, DOCUMENTATION + "v6e", 2),
+        Chip(
+            *("v4", 275e12, 2**18, 32 * 2**30, 1228e9, 300e9, DOCUMENTATION + "v4", 3),
+            options=(("chip_config_name", "megacore"),),
+        ),
+        Chip("v5e", 197e12, 2**17, 16 * 2**30, 819e9, 200e9, DOCUMENTATION + "v5e", 2),
+        Chip("v5p", 459e12, 2**18, 95 * 2**30, 2765e9, 600e9, DOCUMENTATION + "v5p", 3),
+        Chip("v6e", 918e12, 2**19, 32 * 2**30, 1640e9, 448e9, DOCUMENTATION + "v6e", 2),
+        # The page states a chip's figures, 2307e12, 192 GiB, 7380e9 and 600e9; a device has half of each.
+        Chip(
+            *("v7x", 1153.5e12, 2**19, 96 * 2**30, 3690e9, 300e9, DOCUMENTATION + "tpu7x", 3),
+            libtpu_name="tpu7x",
+            devices_per_chip=2,
+        ),
     )
 }
 SHAPES = {
@@ -80,7 +101,7 @@ def topology_devices(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]
     if slices > 1:
         options["num_slices"] = slices
     try:
-        topology = topologies.get_topology_desc(name, "tpu", **options)
+        topology = topologies.get_topology_desc(f"{chip.libtpu_name or family}:{shape}", "tpu", **options)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"libtpu does not know the topology {name!r} ({reason}); {_near(chip, shape)}") from error

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from ibq_jax.plan.chips import Chip
+from ibq_jax.plan.clock import Clock, read_clock
 from ibq_jax.plan.hlo import Collective, Module
 
 SIZE = r"([\d.]+[KMGT]?)"
@@ -38,6 +39,7 @@ class Traffic:
     count: int
     bytes: float
     ici_bytes: float  # bytes that leave one device if the neighbours form rings
+    exposed_ici_bytes: float  # those of collectives during which nothing else runs
 
     def __str__(self) -> str:
         return f"{self.kind} over {self.axes}: {self.count} x, {self.bytes / 1e6:,.1f} MB"
@@ -55,6 +57,18 @@ class Plan:
     collectives: tuple[Traffic, ...]
     compile_seconds: float
     chip: Chip | None
+    clock: Clock | None  # the compiler's own estimate; None where it makes none
+
+    @property
+    def expected_seconds(self) -> dict[str, float]:
+        """The seconds per step that the compiler expects, by kind of operation; empty where it makes no estimate.
+
+        Collectives that no other operation hides are counted at the links' peak, since the compiler estimates none.
+        """
+        if self.chip is None or self.clock is None:
+            return {}
+        exposed = sum(traffic.exposed_ici_bytes for traffic in self.collectives)
+        return self.clock.seconds | {"collectives that nothing hides": exposed / self.chip.ici_bytes_per_second}
 
     @property
     def bounds(self) -> dict[str, float]:
@@ -114,6 +128,7 @@ def compile_plan(step, arguments: tuple, mesh: jax.sharding.Mesh, chip: Chip | N
         collectives=_by_axes(module.collectives(), mesh),
         compile_seconds=seconds,
         chip=chip,
+        clock=read_clock(module, chip) if chip else None,
     )
 
 
@@ -122,12 +137,14 @@ def _parse_size(text: str) -> float:
 
 
 def _by_axes(collectives: list[Collective], mesh: jax.sharding.Mesh) -> tuple[Traffic, ...]:
-    totals: dict[tuple[str, str], list] = defaultdict(lambda: [0, 0.0, 0.0])
+    totals: dict[tuple[str, str], list] = defaultdict(lambda: [0, 0.0, 0.0, 0.0])
     for collective in collectives:
         total = totals[collective.kind, _axes(collective, mesh)]
         total[0] += collective.times
         total[1] += collective.times * collective.bytes
-        total[2] += collective.times * collective.bytes * _ring_share(collective, mesh)
+        leaving = collective.times * collective.bytes * _ring_share(collective, mesh)
+        total[2] += leaving
+        total[3] += 0.0 if collective.hidden else leaving
     rows = [Traffic(kind, axes, *numbers) for (kind, axes), numbers in totals.items()]
     return tuple(sorted(rows, key=lambda row: -row.bytes))
 

@@ -104,6 +104,7 @@ class Collective:
     bytes: int
     times: int
     op_name: str
+    hidden: bool  # it is started, and other operations run until its result is needed
 
 
 class Module:
@@ -232,14 +233,20 @@ class Module:
     def collectives(self) -> list[Collective]:
         """Returns all collective operations of the program."""
         found = []
-        for computation, instruction, times in self.executed():
-            kind = instruction.opcode.removesuffix("-start")
-            if kind in COLLECTIVES and not instruction.opcode.endswith("-done"):
-                operands = sum(
-                    array.bytes for o in instruction.operands for array in computation.instructions[o].arrays
-                )
-                result = max(operands, max((a.bytes for a in instruction.arrays), default=0))
-                found.append(Collective(kind, _groups(instruction), result, times, instruction.op_name))
+        for outer, instruction, times in self.executed():
+            computation, starts = outer, [instruction]
+            if instruction.opcode == "fusion":
+                computation = self.computations[instruction.called[0]]
+                starts = list(computation.instructions.values())
+                if not any('target="AsyncCollectiveStart"' in inner.attributes for inner in starts):
+                    continue
+            for start in starts:
+                kind = start.opcode.removesuffix("-start")
+                if kind in COLLECTIVES and not start.opcode.endswith("-done"):
+                    operands = sum(_size(computation.instructions[name]) for name in start.operands)
+                    size = max(operands, max((a.bytes for a in start.arrays), default=0))
+                    hidden = start is not instruction or start.opcode.endswith("-start")
+                    found.append(Collective(kind, _groups(start), size, times, start.op_name, hidden))
         return found
 
 

@@ -130,6 +130,7 @@ def _tensor(tensors: dict, name: str, shape: tuple[int, ...], path: str | Path, 
     return tensors[name].astype(np.float32)
 
 
+@jax.named_scope("lpips")
 def lpips(weights: dict, x: jax.Array, y: jax.Array, dtype: jnp.dtype = jnp.float32, net: str = "vgg16") -> jax.Array:
     """Computes the LPIPS distances between images, float32 [B]; 0 up to rounding for equal images.
 

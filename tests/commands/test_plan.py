@@ -111,7 +111,7 @@ def test_a_plan_of_a_generator(capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--topology=v9:2x2"], "topology 'v9:2x2': there is no chip 'v9'; the chips are v4, v5e, v5p, v6e"),
+        (["--topology=v9:2x2"], "topology 'v9:2x2': there is no chip 'v9'; the chips are v4, v5e, v5p, v6e, v7x"),
         (["--topology=v5e:4x4x4"], "topology 'v5e:4x4x4' is not a shape of 2 dimensions; similar ones: v5e:4x4"),
         (["--topology=v5e"], "topology 'v5e' is not a shape of 2 dimensions"),
         (["--cpu-devices=8", "--mesh=data:3"], "mesh data=3, fsdp=1, codebook=1 does not fit 8 devices"),
@@ -172,6 +172,8 @@ def test_a_plan_for_a_tpu(capsys):
     assert main(["plan", f"--config={CONFIG}", "--topology=v5e:2x4", "--mesh=data:4,codebook:2", *SMALL]) == 0
     table = capsys.readouterr().out
     assert "8 v5e chips (data 4, codebook 2)" in table and "bound by HBM" in table and "to spare" in table
+    assert "| expected time |" in table and "| expected: matrix products |" in table
+    assert "TokenizerModel/decoder" in table and "an estimate without overlap" in table
 
 
 @needs_libtpu
