@@ -11,6 +11,8 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import normal, ones, zeros
 
 from ibq_jax.base.precision import FULL
@@ -20,6 +22,7 @@ NORM_EPSILON = 1e-5
 INITIAL_DEVIATION = 0.02
 ROTARY_BASE = 10_000.0
 HIDDEN_MULTIPLE = 256
+KEPT = "kept"  # the name of arrays that the backward pass may keep
 MODULATIONS = 6  # gamma1, gamma2, scale1, scale2, shift1, shift2
 
 
@@ -105,10 +108,47 @@ def rotary_angles(grid: tuple[int, int], head_channels: int) -> tuple[jax.Array,
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates pairs of neighbouring channels (2j, 2j + 1) of x [..., D] by angles that broadcast to [..., D / 2]."""
-    x = x.astype(jnp.float32)
-    even, odd = x[..., ::2], x[..., 1::2]
-    rotated = jnp.stack((even * cos - odd * sin, odd * cos + even * sin), axis=-1)
-    return rotated.reshape(x.shape)
+    turned = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]])  # (a, b) -> (-b, a)
+    other = jnp.einsum("...i,ij->...j", x, jnp.asarray(turned, x.dtype), precision=FULL)
+    cos, sin = (jnp.repeat(table, 2, axis=-1) for table in (cos, sin))
+    return x.astype(jnp.float32) * cos + other.astype(jnp.float32) * sin
+
+
+def kept(x: jax.Array) -> jax.Array:
+    """Returns x, which the backward pass keeps, and does not compute again, if the model's remat is "dots"."""
+    return checkpoint_name(x, KEPT)
+
+
+class DropoutMasks(nn.Module):
+    """Draws which elements two dropouts of the same shape keep; their rates are `rate`, to a multiple of 2^-16.
+
+    One random number of 32 bits decides about an element of both, which halves the time that an accelerator spends on
+    random numbers, and both decisions are kept in one byte.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, shape: tuple[int, ...], train: bool) -> tuple[jax.Array | None, jax.Array | None]:
+        """Returns bool arrays of the shape, True where an element stays; None where all do."""
+        threshold = _threshold(self.rate)
+        if not train or not threshold:
+            return None, None
+        bits = jax.random.bits(self.make_rng("dropout"), shape, jnp.uint32)
+        stay = [part >= threshold for part in (bits & 0xFFFF, bits >> 16)]
+        both = kept(stay[0].astype(jnp.uint8) + 2 * stay[1].astype(jnp.uint8))
+        return both & 1 == 1, both >= 2
+
+
+def _threshold(rate: float) -> int:
+    return round(rate * 2**16)
+
+
+def drop(x: jax.Array, stay: jax.Array | None, rate: float) -> jax.Array:
+    """Returns x with 0 where an element does not stay, and the others divided by their share; x if `stay` is None."""
+    if stay is None:
+        return x
+    return jnp.where(stay, x / (1 - _threshold(rate) / 2**16), jnp.zeros((), x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -125,48 +165,58 @@ class Attention(nn.Module):
 
     num_heads: int
     num_kv_heads: int
-    dropout: float
     kernel: Kernel  # jax.nn.dot_product_attention's implementation
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], train: bool):
+    def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array]):
         b, s, c = x.shape
         d = c // self.num_heads
         width = (self.num_heads + 2 * self.num_kv_heads) * d
         qkv = dense(width, ("width", "heads"), dtype=self.dtype, name="wqkv")(x)
-        query, key, value = jnp.split(
-            qkv.reshape(b, s, -1, d), (self.num_heads, self.num_heads + self.num_kv_heads), axis=2
-        )
+        ends = self.num_heads * d, (self.num_heads + self.num_kv_heads) * d
+        query, key, value = (part.reshape(b, s, -1, d) for part in jnp.split(qkv, ends, axis=2))
         cos, sin = (table[None, :s, None] for table in angles)
-        query, key = (rotate(t, cos, sin).astype(self.dtype) for t in (query, key))
+        query, key = (kept(rotate(t, cos, sin).astype(self.dtype)) for t in (query, key))
+        value = kept(value)
         # It takes no precision. Its products take this one as they are traced, those of the backward pass with them. In
         # bfloat16, more than one pass would be spent on the float32 gradient of the logits only.
         with jax.default_matmul_precision("float32" if self.dtype == jnp.float32 else "bfloat16"):
             out = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=self.kernel)
-        out = dense(c, ("heads", "width"), dtype=self.dtype, name="wo")(out.reshape(b, s, c))
-        return nn.Dropout(self.dropout)(out, deterministic=not train), (key, value)
+        return kept(dense(c, ("heads", "width"), dtype=self.dtype, name="wo")(out.reshape(b, s, c))), (key, value)
 
 
-def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Returns silu(gate) * up; keeps the arguments for the backward pass, and nothing in between."""
     return nn.silu(gate) * up
+
+
+def _swiglu_forward(gate, up):
+    return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(arguments, cotangent):
+    # Without the barrier, compilers for TPUs compute the gradients anew for every tile of the products that read them.
+    return jax.lax.optimization_barrier(jax.vjp(lambda gate, up: nn.silu(gate) * up, *arguments)[1](cotangent))
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 class FeedForward(nn.Module):
     """SwiGLU, [B, S, C] -> [B, S, C]."""
 
-    dropout: float
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         c = x.shape[-1]
         gate, up = (
-            dense(hidden_channels(c), ("width", "hidden"), dtype=self.dtype, name=name)(x) for name in ("w1", "w3")
+            kept(dense(hidden_channels(c), ("width", "hidden"), dtype=self.dtype, name=name)(x))
+            for name in ("w1", "w3")
         )
-        hidden = jax.checkpoint(_swiglu, prevent_cse=False)(gate, up)  # keeps the arguments, not the intermediates
-        out = dense(c, ("hidden", "width"), dtype=self.dtype, name="w2")(hidden)
-        return nn.Dropout(self.dropout)(out, deterministic=not train)
+        return kept(dense(c, ("hidden", "width"), dtype=self.dtype, name="w2")(swiglu(gate, up)))
 
 
 class Block(nn.Module):
@@ -182,15 +232,12 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, modulation: jax.Array, angles: tuple[jax.Array, jax.Array], train: bool):
         """Applies the layer; `modulation` is [B, 6, C]."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = jnp.split(modulation, MODULATIONS, axis=1)
-        attention = Attention(
-            self.num_heads, self.num_kv_heads, self.dropout, self.kernel, self.dtype, name="attention"
-        )
-        y, keys_values = attention(RMSNorm(name="attention_norm")(x) * (1 + scale1) + shift1, angles, train)
-        x = x + gamma1 * y
-        y = FeedForward(self.dropout, self.dtype, name="feed_forward")(
-            RMSNorm(name="ffn_norm")(x) * (1 + scale2) + shift2, train
-        )
-        return x + gamma2 * y, keys_values
+        stay1, stay2 = DropoutMasks(self.dropout, name="dropout")(x.shape, train)
+        attention = Attention(self.num_heads, self.num_kv_heads, self.kernel, self.dtype, name="attention")
+        y, keys_values = attention(RMSNorm(name="attention_norm")(x) * (1 + scale1) + shift1, angles)
+        x = x + gamma1 * drop(y, stay1, self.dropout)
+        y = FeedForward(self.dtype, name="feed_forward")(RMSNorm(name="ffn_norm")(x) * (1 + scale2) + shift2)
+        return x + gamma2 * drop(y, stay2, self.dropout), keys_values
 
 
 class Modulation(nn.Module):

@@ -14,7 +14,18 @@ from jax.nn.initializers import normal, zeros
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ibq_jax.autoregressive.layers import INITIAL_DEVIATION, Block, Kernel, Modulation, RMSNorm, dense, rotary_angles
+from ibq_jax.autoregressive.layers import (
+    INITIAL_DEVIATION,
+    KEPT,
+    Block,
+    DropoutMasks,
+    Kernel,
+    Modulation,
+    RMSNorm,
+    dense,
+    drop,
+    rotary_angles,
+)
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import FULL
 from ibq_jax.base.sharding import batch_sharding
@@ -22,7 +33,7 @@ from ibq_jax.ops import embedding_lookup
 
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
     "blocks": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -121,7 +132,7 @@ class GeneratorModel(nn.Module):
             block, split_rngs={"params": True, "dropout": True}, in_axes=(0, nn.broadcast, nn.broadcast), **per_layer
         )
         self.blocks = blocks(self.num_heads, self.num_kv_heads, self.dropout, self.attention, self.dtype)
-        self.token_dropout = nn.Dropout(self.dropout)
+        self.token_dropout = DropoutMasks(self.dropout)
         self.head_norm = RMSNorm()
         self.head_modulation = dense(
             2 * self.embed_dim,
@@ -169,7 +180,7 @@ class GeneratorModel(nn.Module):
     def _forward(self, codes: jax.Array, labels: jax.Array, modulations: tuple[jax.Array, jax.Array], train: bool):
         per_layer, head = modulations
         x = jnp.concatenate((self._class_rows(labels)[:, None], self.tok_emb(codes)), axis=1)
-        x = self._constrain_batch(self.token_dropout(x, deterministic=not train))
+        x = self._constrain_batch(drop(x, self.token_dropout(x.shape, train)[0], self.dropout))
         x, keys_values = self.blocks(x, per_layer, rotary_angles(self.grid, self.head_channels), train)
         scale, shift = head[:, :1], head[:, 1:]
         return self._constrain_batch(self.head_norm(x) * (1 + scale) + shift), keys_values

@@ -39,6 +39,7 @@ from ibq_jax.base.state import (
 from ibq_jax.ops import cross_entropy, weighted_cross_entropy
 
 UNDECAYED = ("scale", "bias")
+OF_PRODUCTS = ("kernel", "bias", "head")  # names of parameters that are used in the type of the products only
 
 
 @flax.struct.dataclass
@@ -125,7 +126,7 @@ class GeneratorTrainer:
         class_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
         dropped = jax.random.bernoulli(class_key, config.loss.class_dropout, labels.shape)
         labels = jnp.where(dropped, config.model.num_classes, labels)
-        loss, gradient = self._gradient(state.params, codes, labels, dropout_key)
+        loss, gradient = self._gradient(self._compute_weights(state.params), codes, labels, dropout_key)
         params, optimizer = apply_gradient(self.optimizer, gradient, state.optimizer, state.params)
         norm = optax.tree.norm(gradient)
         metrics = {
@@ -166,20 +167,48 @@ class GeneratorTrainer:
         loss = self.config.loss
         return {"block_size": loss.block_size, "implementation": loss.implementation, "mesh": self.mesh}
 
-    def _gradient(self, params: dict, codes: jax.Array, labels: jax.Array, key: jax.Array):
-        """Returns (mean loss, its gradient), from A micro-batches in turn: only one's activations are in memory."""
+    @cached_property
+    def _shardings(self) -> tuple[dict, dict]:
+        """Of the parameters: where the state keeps them, and where the model computes with them."""
+        stored, computing = (
+            abstract_state(self.create_state, self.mesh, 0, spread_out=spread_out)[1].params
+            for spread_out in (True, False)
+        )
+        return stored, computing
+
+    def _compute_weights(self, params: dict) -> dict:
+        """Returns the parameters where the model computes with them; those of products in the products' type."""
+
+        def convert(path, leaf):
+            name = jax.tree_util.keystr(path[-1:], simple=True)
+            return leaf.astype(self.model.dtype) if name in OF_PRODUCTS else leaf
+
+        converted = jax.tree_util.tree_map_with_path(convert, params)
+        return jax.lax.with_sharding_constraint(converted, self._shardings[1])
+
+    def _gradient(self, weights: dict, codes: jax.Array, labels: jax.Array, key: jax.Array):
+        """Returns (mean loss, its gradient spread like the state), from A micro-batches in turn.
+
+        Only one's activations are in memory.
+        """
+
+        def gradient_of(*batch):
+            loss, gradient = jax.value_and_grad(self.mean_loss)(weights, *batch)
+            gradient = jax.lax.with_sharding_constraint(gradient, self._shardings[0])
+            return loss, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient)
+
         count = self.config.train.grad_accum_steps
         if count == 1:
-            return jax.value_and_grad(self.mean_loss)(params, codes, labels, key)
+            return gradient_of(codes, labels, key)
         sharding = NamedSharding(self.mesh, PartitionSpec(None, AXES))
         codes, labels = (
             jax.lax.with_sharding_constraint(x.reshape(count, -1, *x.shape[1:]), sharding) for x in (codes, labels)
         )
 
         def add_micro_batch(total, batch):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(self.mean_loss)(params, *batch)), None
+            return jax.tree.map(jnp.add, total, gradient_of(*batch)), None
 
-        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        zeros = jnp.zeros(()), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), weights)
         total, _ = jax.lax.scan(add_micro_batch, zeros, (codes, labels, jax.random.split(key, count)))
         return jax.tree.map(lambda leaf: leaf / count, total)
 

@@ -9,7 +9,10 @@ The mesh has three axes, and a batch is split over all of them:
     codebook  also splits the rows of the tokenizer's codebook or of the generator's vocabulary, their optimizer state
               and their average
 
-Parameters carry logical axis names (`flax.linen.with_logical_partitioning`); RULES maps those to mesh axes.
+Parameters carry logical axis names (`flax.linen.with_logical_partitioning`); RULES maps those to mesh axes. That is
+where a model computes with them. Between steps a training state is spread further, over all devices (`spread`): each
+keeps and updates its part of parameters, moments and averages, and a step gathers the weights that it computes with,
+as in ZeRO (arXiv 1910.02054, section 5).
 """
 
 from collections.abc import Callable, Mapping
@@ -25,6 +28,8 @@ from ibq_jax.base.processes import barrier, joined
 
 DATA, FSDP, CODEBOOK = "data", "fsdp", "codebook"
 AXES = (DATA, FSDP, CODEBOOK)
+SMALLEST_SPREAD = 2**14  # elements
+LANES = 128  # numbers that a TPU computes at once along an array's last dimension
 
 RULES = {
     "codes": CODEBOOK,
@@ -147,18 +152,40 @@ def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: 
     return PartitionSpec(*spec)
 
 
-def abstract_state(create: Callable, mesh: Mesh, *args):
+def spread(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Returns a partition spec that also splits an array over the mesh axes that `spec` leaves, if a dimension divides.
+
+    The last dimension but one is tried first, and the last one last, because an accelerator computes along it. Arrays
+    of less than `SMALLEST_SPREAD` elements are not worth a message.
+    """
+    left = tuple(axis for axis in AXES if axis not in spec and mesh.shape[axis] > 1)
+    parts = int(np.prod([mesh.shape[axis] for axis in left]))
+    if parts == 1 or np.prod(shape) < SMALLEST_SPREAD:
+        return spec
+    axes = list(spec)
+    for number in (*reversed(range(len(shape) - 1)), len(shape) - 1):
+        taken = axes[number]
+        size = shape[number] // (mesh.shape[taken] if taken else 1)
+        if size % parts == 0 and (number < len(shape) - 1 or size // parts >= LANES):
+            axes[number] = (taken, *left) if taken else left
+            return PartitionSpec(*axes)
+    return spec
+
+
+def abstract_state(create: Callable, mesh: Mesh, *args, spread_out: bool = True):
     """Returns the shapes and shardings of what `create(*args)` would return, without computing it.
 
     Both are pytrees of the unboxed structure: of jax.ShapeDtypeStruct (each with its sharding) and of NamedSharding.
-    Leaves with logical names follow RULES; all others are replicated.
+    Leaves with logical names follow RULES, and are then spread over all devices unless `spread_out` is False; all
+    others are replicated.
     """
     boxed = jax.eval_shape(create, *args)
 
     def place(leaf) -> NamedSharding:
-        if isinstance(leaf, nn.LogicallyPartitioned):
-            return NamedSharding(mesh, partition_spec(leaf.names, leaf.value.shape, mesh))
-        return replicated(mesh)
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            return replicated(mesh)
+        spec = partition_spec(leaf.names, leaf.value.shape, mesh)
+        return NamedSharding(mesh, spread(spec, leaf.value.shape, mesh) if spread_out else spec)
 
     shardings = jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
     shapes = jax.tree.map(
