@@ -71,7 +71,8 @@ def _add_model(config: ConfigDict, layers: int, gamma_init: float) -> None:
     config.model.use_pretrained_codebook = False  # True: token embeddings from the tokenizer's codebook and two layers
     config.model.codebook_dim = 256  # dimensions of that codebook
     config.model.attention = "xla"  # jax.nn.dot_product_attention's implementation; "cudnn": on GPUs, in bfloat16
-    config.model.remat = "none"  # "dots": the backward pass keeps only matrix products; "blocks": only layers' inputs
+    # What the backward pass keeps of a layer: "dots": products and dropout masks; "blocks": its input; "none": all.
+    config.model.remat = "dots"
 
 
 def _add_training(config: ConfigDict, end_lr_factor: float) -> None:
@@ -114,6 +115,7 @@ def _openmoji() -> ConfigDict:
     config.model.num_heads = 4
     config.model.num_kv_heads = 4
     config.model.embed_dim = 128
+    config.model.remat = "none"
     config.model.codebook_dim = 32
     config.optimizer.learning_rate = 2e-3
     config.optimizer.ema_decay = 0.99

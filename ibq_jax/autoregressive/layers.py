@@ -134,7 +134,8 @@ class DropoutMasks(nn.Module):
         threshold = _threshold(self.rate)
         if not train or not threshold:
             return None, None
-        bits = jax.random.bits(self.make_rng("dropout"), shape, jnp.uint32)
+        key = self.make_rng("dropout")  # pyright: ignore[reportAttributeAccessIssue]: nn.Module has it
+        bits = jax.random.bits(key, shape, jnp.uint32)
         stay = [part >= threshold for part in (bits & 0xFFFF, bits >> 16)]
         both = kept(stay[0].astype(jnp.uint8) + 2 * stay[1].astype(jnp.uint8))
         return both & 1 == 1, both >= 2

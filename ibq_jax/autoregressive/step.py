@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from ibq_jax.autoregressive.model import GeneratorModel, build_model
 from ibq_jax.base.saved_run import total_steps
-from ibq_jax.base.sharding import AXES, abstract_state, batch_sharding, jit_step
+from ibq_jax.base.sharding import AXES, WeightPlacement, abstract_state, batch_sharding, jit_step
 from ibq_jax.base.state import (
     AveragedWeights,
     adamw,
@@ -126,7 +126,7 @@ class GeneratorTrainer:
         class_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
         dropped = jax.random.bernoulli(class_key, config.loss.class_dropout, labels.shape)
         labels = jnp.where(dropped, config.model.num_classes, labels)
-        loss, gradient = self._gradient(self._compute_weights(state.params), codes, labels, dropout_key)
+        loss, gradient = self._gradient(state.params, codes, labels, dropout_key)
         params, optimizer = apply_gradient(self.optimizer, gradient, state.optimizer, state.params)
         norm = optax.tree.norm(gradient)
         metrics = {
@@ -168,34 +168,21 @@ class GeneratorTrainer:
         return {"block_size": loss.block_size, "implementation": loss.implementation, "mesh": self.mesh}
 
     @cached_property
-    def _shardings(self) -> tuple[dict, dict]:
-        """Of the parameters: where the state keeps them, and where the model computes with them."""
-        stored, computing = (
-            abstract_state(self.create_state, self.mesh, 0, spread_out=spread_out)[1].params
-            for spread_out in (True, False)
-        )
-        return stored, computing
+    def placement(self) -> WeightPlacement:
+        """Where the state's parameters are kept, and where the model computes with them."""
+        return WeightPlacement.of(lambda: self.create_state(0).params, self.mesh)
 
-    def _compute_weights(self, params: dict) -> dict:
-        """Returns the parameters where the model computes with them; those of products in the products' type."""
-
-        def convert(path, leaf):
-            name = jax.tree_util.keystr(path[-1:], simple=True)
-            return leaf.astype(self.model.dtype) if name in OF_PRODUCTS else leaf
-
-        converted = jax.tree_util.tree_map_with_path(convert, params)
-        return jax.lax.with_sharding_constraint(converted, self._shardings[1])
-
-    def _gradient(self, weights: dict, codes: jax.Array, labels: jax.Array, key: jax.Array):
+    def _gradient(self, params: dict, codes: jax.Array, labels: jax.Array, key: jax.Array):
         """Returns (mean loss, its gradient spread like the state), from A micro-batches in turn.
 
         Only one's activations are in memory.
         """
 
+        weights = self.placement.gather(params, self.model.dtype, OF_PRODUCTS)
+
         def gradient_of(*batch):
             loss, gradient = jax.value_and_grad(self.mean_loss)(weights, *batch)
-            gradient = jax.lax.with_sharding_constraint(gradient, self._shardings[0])
-            return loss, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient)
+            return loss, self.placement.scatter(gradient)
 
         count = self.config.train.grad_accum_steps
         if count == 1:

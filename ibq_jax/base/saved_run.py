@@ -75,7 +75,7 @@ class SavedRun:
             UsageError: nothing is saved yet, or not the requested step.
         """
         checkpoints = self._open()
-        shapes, _ = abstract_state(create_state, mesh, self.config.seed)
+        shapes, _ = abstract_state(create_state, mesh, self.config.seed, spread_out=False)
         select = every_leaf if with_optimizer else _is_not_of_an_optimizer
         if self.step is None:
             newest = checkpoints.restore(shapes, select=select)

@@ -39,7 +39,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from ibq_jax.base.sharding import AXES, abstract_state, batch_sharding, jit_step, replicated
+from ibq_jax.base.sharding import AXES, WeightPlacement, abstract_state, batch_sharding, jit_step, replicated
 from ibq_jax.base.state import AveragedWeights, adam, apply_gradient, drop_schedule, moving_average
 from ibq_jax.data.preprocess import to_float
 from ibq_jax.pretrained.lpips import lpips, weight_shapes
@@ -48,6 +48,8 @@ from ibq_jax.tokenizer.codebook_monitor import CodebookWindow
 from ibq_jax.tokenizer.discriminator import PatchDiscriminator
 from ibq_jax.tokenizer.model import TokenizerModel, build_model, downsampling
 from ibq_jax.tokenizer.quantizers import WITH_TRAINED_ROWS
+
+OF_PRODUCTS = ("kernel",)  # names of parameters that are used in the type of the products only
 
 
 @flax.struct.dataclass
@@ -159,7 +161,7 @@ class TokenizerTrainer:
         """
         images = to_float(images)
         (reconstructions, codebook_loss), pull_back, (indices, metrics) = jax.vjp(
-            lambda params: self._reconstruct(params, images), state.params, has_aux=True
+            lambda weights: self._reconstruct(weights, images), self._gathered(state.params), has_aux=True
         )
         discriminator = state.discriminator
         if discriminator is not None:
@@ -169,6 +171,7 @@ class TokenizerTrainer:
             reconstructions, discriminator, perceptual, images, state.step
         )
         (gradient,) = pull_back((cotangent, jnp.ones_like(codebook_loss)))
+        gradient = self.placement.scatter(gradient)
         params, optimizer = apply_gradient(self.optimizer, gradient, state.optimizer, state.params)
         step = state.step + 1
         state = TokenizerState(
@@ -188,6 +191,14 @@ class TokenizerTrainer:
         if self.model.quantizer in WITH_TRAINED_ROWS:
             metrics["codebook/max_norm"] = jnp.sqrt(jnp.max(jnp.sum(params["quantize"]["codebook"] ** 2, axis=1)))
         return state, metrics | state.window.metrics(step, self.window_steps)
+
+    @cached_property
+    def placement(self) -> WeightPlacement:
+        """Where the state's parameters are kept, and where the model computes with them."""
+        return WeightPlacement.of(lambda: self.create_state(0).params, self.mesh)
+
+    def _gathered(self, params: dict) -> dict:
+        return self.placement.gather(params, jnp.dtype(self.config.dtype), OF_PRODUCTS)
 
     def reconstruct(self, params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """uint8 [B, H, W, 3] -> (reconstructions float32 in [-1, 1], codes [B, h, w]), as for evaluation."""

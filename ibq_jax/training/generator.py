@@ -85,7 +85,7 @@ class GeneratorStage:
         )
 
     def evaluate(self, state: GeneratorState) -> dict[str, float | np.ndarray]:
-        measured = self._evaluator(state.weights("ema"))
+        measured = self._evaluator(self._weights(state))
         return {
             "validation/loss": measured.loss,
             "validation/perplexity": measured.perplexity,
@@ -95,7 +95,10 @@ class GeneratorStage:
     def images(self, state: GeneratorState) -> dict[str, np.ndarray]:
         if self._tokenizer is None:
             return {}
-        return {"samples": class_samples(self._trainer, state.weights("ema"), self._manifest, self._tokenizer)}
+        return {"samples": class_samples(self._trainer, self._weights(state), self._manifest, self._tokenizer)}
+
+    def _weights(self, state: GeneratorState) -> dict:
+        return self._trainer.placement.everywhere(state.weights("ema"))
 
 
 def train_generator(

@@ -80,10 +80,17 @@ class TokenizerStage:
         return "  ".join([*words, f"codebook used {metrics['codebook/usage']:.1%}"])
 
     def evaluate(self, state: TokenizerState) -> dict[str, float | np.ndarray]:
-        return {f"validation/{name}": value for name, value in self._evaluator(state.ema)}
+        return {f"validation/{name}": value for name, value in self._evaluator(self._weights(state))}
+
+    def _weights(self, state: TokenizerState) -> dict:
+        return self._trainer.placement.everywhere(state.ema)
 
     def images(self, state: TokenizerState) -> dict[str, np.ndarray]:
-        return {"reconstructions": self._evaluator.comparison_grid(state.ema, self._trainer.config.log.num_images)}
+        return {
+            "reconstructions": self._evaluator.comparison_grid(
+                self._weights(state), self._trainer.config.log.num_images
+            )
+        }
 
 
 def train_tokenizer(

@@ -311,8 +311,10 @@ def test_every_parameter_lies_where_the_golden_file_says_and_its_moments_beside_
     trainer = GeneratorTrainer(
         config("optimizer.ema_decay=0.9", preset="imagenet256_B"), make_mesh({"data": 2, "fsdp": 2, "codebook": 2}), 1
     )
+    check_golden("partition_specs_generator.json", partition_specs_text(trainer.placement.computing))
     _, shardings = abstract_state(trainer.create_state, trainer.mesh, 0)
-    check_golden("partition_specs_generator.json", partition_specs_text(shardings.params))
+    check_golden("stored_specs_generator.json", partition_specs_text(shardings.params))
+    assert trainer.placement.stored == shardings.params
     adam = moments(shardings.optimizer)
     for place in (shardings.ema, adam.mu, adam.nu):
         assert place == shardings.params

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import (
     AXES,
+    WeightPlacement,
     abstract_state,
     check_batch,
     create_sharded,
@@ -19,6 +20,7 @@ from ibq_jax.base.sharding import (
     make_mesh,
     partition_spec,
     process_rows,
+    spread,
 )
 
 
@@ -48,6 +50,50 @@ def test_specs_follow_the_rules():
         None, None, None, "fsdp"
     )
     assert partition_spec((None, None, "conv_in", "conv_out"), (3, 3, 8, 3), mesh) == PartitionSpec(*[None] * 4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "expected"),
+    [
+        ((None, None), (1024, 3072), (AXES, None)),
+        ((None, None, None), (16, 1024, 3072), (None, AXES, None)),
+        (("codebook", None), (4096, 32), (("codebook", "data", "fsdp"), None)),
+        ((None, "fsdp"), (1024, 64), (("data", "codebook"), "fsdp")),
+        ((None, None, None, "fsdp"), (3, 3, 6, 1024), (None, None, None, ("fsdp", "data", "codebook"))),
+        ((None, None, None, None), (3, 3, 6, 512), (None,) * 4),  # 64 columns would not fill a row of lanes
+        ((None,), (65536,), (None,)),
+        ((None, None), (64, 64), (None, None)),  # small
+    ],
+)
+def test_a_state_is_spread_over_the_axes_that_its_specs_leave(spec, shape, expected):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
+    assert spread(PartitionSpec(*spec), shape, mesh) == PartitionSpec(*expected)
+    assert spread(PartitionSpec(*spec), shape, make_mesh({"data": 1}, jax.devices()[:1])) == PartitionSpec(*spec)
+
+
+def test_weights_are_gathered_in_the_type_of_products_and_their_gradient_goes_back():
+    mesh = make_mesh({"data": 4, "codebook": 2})
+
+    def create():
+        leaves = {"kernel": ((256, 128), ("width", None)), "codebook": ((512, 64), ("codes", "code_dim"))}
+        normal = {name: jax.random.normal(jax.random.key(0), shape) for name, (shape, _) in leaves.items()}
+        return {name: nn.LogicallyPartitioned(normal[name], names) for name, (_, names) in leaves.items()}
+
+    placement = WeightPlacement.of(create, mesh)
+    stored = create_sharded(create, mesh)
+    assert {shard.data.shape for shard in stored["kernel"].addressable_shards} == {(32, 128)}
+    assert {shard.data.shape for shard in stored["codebook"].addressable_shards} == {(64, 64)}
+    gathered = jax.jit(lambda params: placement.gather(params, jnp.bfloat16, ("kernel",)))(stored)
+    assert {shard.data.shape for shard in gathered["kernel"].addressable_shards} == {(256, 128)}
+    assert {shard.data.shape for shard in gathered["codebook"].addressable_shards} == {(256, 64)}
+    np.testing.assert_array_equal(gathered["kernel"], stored["kernel"].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(gathered["codebook"], stored["codebook"])
+    gradient = jax.jit(placement.scatter)(gathered)
+    assert all(leaf.dtype == jnp.float32 for leaf in gradient.values())
+    assert all(gradient[name].sharding.is_equivalent_to(stored[name].sharding, 2) for name in stored)
+    everywhere = placement.everywhere(stored)
+    assert everywhere["kernel"].sharding.is_fully_replicated
+    np.testing.assert_array_equal(everywhere["kernel"], stored["kernel"])
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_preset_builds_its_state(preset):
     assert count == TOKENIZER_PARAMETERS.get(preset, count)
     assert state.params["quantize"]["codebook"].shape == (config.codebook.size, config.codebook.dim)
     for place in (shardings.params, shardings.ema, shardings.optimizer[0].mu, shardings.optimizer[0].nu):
-        assert place["quantize"]["codebook"].spec[0] == "codebook"
+        assert place["quantize"]["codebook"].spec[0] == ("codebook", "data", "fsdp")
     assert shardings.window.last_used.spec[0] == "codebook"
 
 
@@ -56,8 +56,10 @@ def test_the_larger_presets_differ_from_the_base_by_the_codebook_alone():
 def test_every_parameter_lies_where_the_golden_file_says_and_its_moments_beside_it(check_golden):
     config = load_config(f"{CONFIGS}/tokenizer.py:imagenet256_16384")
     mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
-    _, shardings = abstract_state(TokenizerTrainer(config, mesh, steps_per_epoch=5004).create_state, mesh, 0)
-    check_golden("partition_specs.json", partition_specs_text((shardings.params, shardings.discriminator.params)))
+    create_state = TokenizerTrainer(config, mesh, steps_per_epoch=5004).create_state
+    for spread_out, golden in ((False, "partition_specs.json"), (True, "stored_specs.json")):
+        _, shardings = abstract_state(create_state, mesh, 0, spread_out=spread_out)
+        check_golden(golden, partition_specs_text((shardings.params, shardings.discriminator.params)))
     for moments in (shardings.ema, shardings.optimizer[0].mu, shardings.optimizer[0].nu):
         assert moments == shardings.params
     assert shardings.discriminator.optimizer[0].nu == shardings.discriminator.params
@@ -72,7 +74,8 @@ def test_generator_preset_builds_its_state(preset):
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert count == GENERATOR_PARAMETERS.get(preset, count)
     assert state.params["head"].shape == (config.model.vocab_size, config.model.embed_dim)
-    assert shardings.params["head"].spec[0] == shardings.params["tok_emb"]["embedding"].spec[0] == "codebook"
+    for table in (shardings.params["head"], shardings.params["tok_emb"]["embedding"]):
+        assert table.spec[0] == ("codebook", "data") and table.spec[1] == "fsdp"
     assert (state.ema is None) == (config.optimizer.ema_decay == 0)
 
 
