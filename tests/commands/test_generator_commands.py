@@ -28,6 +28,8 @@ from ibq_jax.pretrained.tensor_files import read_tensors, write_tensors
 from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
 from ibq_jax.tokenizer.tokenize import fingerprint
 
+pytestmark = pytest.mark.slow
+
 BRIEF = ("log.images_every=1000", "evaluate.every=1000")  # without samples and validation
 
 
@@ -160,7 +162,6 @@ def test_a_complete_run_goes_on_when_it_is_made_longer(run, codes, tmp_path):
     assert logged(workdir)[-1]["step"] == STEPS + 1
 
 
-@pytest.mark.slow
 def test_killed_and_restarted_it_ends_the_same_bit_for_bit(run, codes, tmp_path):
     workdir = tmp_path / "killed"
     command = [sys.executable, "-m", "ibq_jax", *generator_arguments(workdir, codes)]

@@ -1,7 +1,6 @@
 """Plans of a training step for devices that are not present; those for TPUs are skipped without libtpu."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from support.compilers import installed, needs_libtpu
 
 from ibq_jax.__main__ import main
 from ibq_jax.base.config import load_config
@@ -41,7 +41,6 @@ SMALL = [
         "quantizer.entropy_group_tokens=0",
     )
 ]
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs requirements-tpu.txt")
 
 
 def test_bounds_and_collectives_of_a_known_step():
@@ -131,7 +130,7 @@ def test_wrong_use_is_one_line(flags, words, capsys):
     assert words in error and error.count("\n") == 1
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
+@pytest.mark.skipif(installed("tpu"), reason="libtpu is here")
 def test_without_libtpu_the_command_that_installs_it_is_named(capsys):
     assert main(["plan", f"--config={CONFIG}", "--topology=v5e:2x2"]) == 2
     assert "VENV=.venv-tpu bash launch/setup.sh tpu" in capsys.readouterr().err

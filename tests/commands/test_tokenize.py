@@ -36,6 +36,8 @@ from ibq_jax.tokenizer import tokenize as library
 from ibq_jax.tokenizer.restore import restore_run
 from ibq_jax.tokenizer.tokenize import TokenizeJob, encode_crops, fingerprint
 
+pytestmark = pytest.mark.slow
+
 SPLITS = "--splits=train[:100],validation[:20]"
 SIDE = 16  # pixels of a crop
 NEW_KEYS = ("machine", "compared_with_float32")  # of a manifest, which caches of earlier versions lack
@@ -335,7 +337,6 @@ def test_stopped_while_it_writes_and_started_again_it_ends_the_same_to_the_byte(
     assert files(tmp_path / "codes") == files(whole)
 
 
-@pytest.mark.slow
 def test_killed_and_started_again_it_ends_the_same_to_the_byte(run, tmp_path):
     whole, killed, flags = tmp_path / "whole", tmp_path / "killed", ("--views=centre", "--batch-size=8")
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_NUM_CPU_DEVICES": "8"}
@@ -352,7 +353,6 @@ def test_killed_and_started_again_it_ends_the_same_to_the_byte(run, tmp_path):
     assert files(killed) == files(whole)
 
 
-@pytest.mark.slow
 def test_a_trained_run_is_tokenized(data_dir, tmp_path):
     run, out = tmp_path / "tok", tmp_path / "codes"
     assert main(arguments(run, data_dir, "train.steps=1")) == 0

@@ -15,6 +15,8 @@ from ibq_jax import Tokenizer
 from ibq_jax.__main__ import main
 from ibq_jax.data.pipeline import evaluation_batches, open_split
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def train(start):
@@ -37,7 +39,6 @@ def whole(tmp_path_factory, data_dir, start):
     return workdir, finished(start(arguments(workdir, data_dir), devices=1))
 
 
-@pytest.mark.slow
 def test_a_run_says_and_leaves_what_it_should(whole, data_dir, tmp_path, capsys):
     workdir, out = whole
     assert "perceptual loss: OFF, because torchvision's vgg16-397923af.pth was not found" in out
@@ -71,7 +72,6 @@ def test_a_run_says_and_leaves_what_it_should(whole, data_dir, tmp_path, capsys)
     assert max(jax.tree.leaves(difference)) > 0
 
 
-@pytest.mark.slow
 def test_a_complete_run_is_left_alone_and_can_be_made_longer(whole, data_dir, train, tmp_path):
     workdir = tmp_path / "longer"
     shutil.copytree(whole[0], workdir)
@@ -81,7 +81,6 @@ def test_a_complete_run_is_left_alone_and_can_be_made_longer(whole, data_dir, tr
     assert logged(workdir)[-2]["step"] == 13
 
 
-@pytest.mark.slow
 def test_a_run_continues_with_more_codes_and_with_fewer(whole, data_dir, train, tmp_path, capsys):
     grown, pruned = tmp_path / "grown", tmp_path / "pruned"
     assert main(["convert", f"--in={whole[0]}", f"--out={grown}", "--codebook-size=128"]) == 0
@@ -101,7 +100,6 @@ def test_a_run_continues_with_more_codes_and_with_fewer(whole, data_dir, train, 
     assert results[1]["perplexity"] == pytest.approx(results[0]["perplexity"], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_convert_used_wrongly_is_one_line_and_writes_nothing(whole, tmp_path, capsys):
     run, out = f"--in={whole[0]}", tmp_path / "out"
     for flags, words in (
@@ -177,7 +175,6 @@ def test_wrong_flags_are_one_line(argv, words, capsys):
     assert words in error and error.count("\n") == 1
 
 
-@pytest.mark.slow
 def test_a_workdir_of_another_config_names_the_fields_that_differ(whole, data_dir, capsys):
     workdir = whole[0]
     before = logged(workdir)

@@ -13,6 +13,8 @@ from ibq_jax import Generator, Tokenizer
 from ibq_jax.__main__ import main
 from ibq_jax.pretrained.tensor_files import open_tensors, read_tensors, write_tensors
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip("torch")
 
 SUFFIXES = ("ckpt", "pt", "safetensors")
@@ -113,7 +115,6 @@ def test_a_trained_run_has_every_published_name(tmp_path):
         np.testing.assert_array_equal(after.to_torch()[name], array)
 
 
-@pytest.mark.slow
 def test_an_imported_tokenizer_is_evaluated_and_trained_on(tmp_path, capsys):
     """With another learning rate: of weights that were not trained on yet, only the networks are fixed."""
     data, file = tmp_path / "data", tmp_path / "run.safetensors"

@@ -1,13 +1,12 @@
 """The time that a TPU's compiler expects, against sums by hand."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+from support.compilers import needs_libtpu
 
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.plan.chips import CHIPS, topology_devices
@@ -15,7 +14,6 @@ from ibq_jax.plan.clock import COPIES, OTHERS, PRODUCTS, place, read_clock
 from ibq_jax.plan.compiled import compile_plan
 from ibq_jax.plan.hlo import Module
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs requirements-tpu.txt")
 # As libtpu prints it: a loop that runs five times, a kernel without an estimate, a collective that is only started.
 PROGRAM = """HloModule jit_f, is_scheduled=true
 

@@ -14,6 +14,8 @@ from ibq_jax.__main__ import main
 from ibq_jax.evaluate.feature_nets import FD
 from ibq_jax.report.history import read_history
 
+pytestmark = pytest.mark.slow
+
 WIDTHS = [390, 1200]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 

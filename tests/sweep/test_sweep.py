@@ -19,6 +19,8 @@ from ibq_jax.base.config import PREFIX, load_config, save_config
 from ibq_jax.base.errors import UsageError
 from ibq_jax.sweep.grid import Grid, parse_over, read_study
 
+pytestmark = pytest.mark.slow
+
 SPEC = f"{ROOT}/configs/tokenizer.py:openmoji32"
 
 # Stands in for python -m ibq_jax: writes what a run would, and ends as the codebook size selects. Size 4 with seed 1
@@ -326,7 +328,6 @@ def test_a_sweep_over_seeds_alone_has_one_row(tmp_path):
 # A real sweep
 
 
-@pytest.mark.slow
 def test_a_stopped_sweep_continues_and_its_table_has_what_its_runs_logged(tmp_path, data_dir, start):
     workdir = tmp_path / "sweep"
     fields = [f"{PREFIX}{field}" for field in (*SMALL, "codebook_monitor.grace_steps=0", f"data.dir={data_dir}")]

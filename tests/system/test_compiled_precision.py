@@ -5,12 +5,11 @@ The TPU's part needs requirements-tpu.txt, the GPU's requirements-cuda.txt; neit
 The bfloat16 pass of the exact search is left out: it decides nothing by itself (`ibq_jax.ops.exact_search`).
 """
 
-import importlib.util
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from support.compilers import NEEDED, installed
 from support.small_runs import ROOT, SMALL
 
 from ibq_jax.base.config import load_config
@@ -24,12 +23,12 @@ from ibq_jax.plan.products import Product, products
 from ibq_jax.tokenizer.step import TokenizerTrainer, abstract_arguments, jit_train_step
 
 BITS = {"float32": 24, "bfloat16_3x": 16, "tf32": 11, "bfloat16": 8}
-COMPILERS = {"tpu": "libtpu", "gpu": "jax_cuda13_plugin"}
+pytestmark = pytest.mark.compiler
 
 
-@pytest.fixture(params=COMPILERS)
+@pytest.fixture(params=NEEDED)
 def platform(request) -> str:
-    if importlib.util.find_spec(COMPILERS[request.param]) is None:
+    if not installed(request.param):
         pytest.skip(f"the compiler for a {request.param} is not installed")
     return request.param
 

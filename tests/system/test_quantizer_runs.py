@@ -20,6 +20,8 @@ from ibq_jax.tokenizer.tokenize import fingerprint
 from ibq_jax.training.fit import check_same_run
 from ibq_jax.training.tokenizer import FIELD_ROLES
 
+pytestmark = pytest.mark.slow
+
 OTHERS = tuple(name for name in QUANTIZERS if name != "ibq")
 
 

@@ -16,6 +16,8 @@ from ibq_jax.base.config import load_config
 from ibq_jax.base.sharding import abstract_state, batch_sharding, create_sharded, make_mesh, replicated
 from ibq_jax.tokenizer.step import TokenizerTrainer
 
+pytestmark = pytest.mark.slow
+
 LOGGED = {
     "train/total_loss": "loss/total",
     "train/nll_loss": "loss/nll",
@@ -79,7 +81,6 @@ def test_first_float32_step_is_the_released_one():
         released.assert_close(gradients[name.removeprefix("grad0/")], exact[name], GRADIENT_TOLERANCE)
 
 
-@pytest.mark.slow
 def test_four_float64_steps_end_where_the_released_code_ends(tmp_path):
     tests = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": f"{tests.parent}:{tests}"}
@@ -158,12 +159,15 @@ def test_eight_devices_log_what_one_logs(on_one_device, axes):
     assert state.optimizer[0].nu["quantize"]["codebook"].sharding == sharding
 
 
-@pytest.mark.parametrize("name", ["vq", "simvq", "lfq", "fsq"])
+SMALL = ("loss.adversarial_weight=0.0", "model.channel_multipliers=(1,)")
+
+
 @pytest.mark.parametrize(
-    "fields",
+    ("name", "fields"),
     [
-        pytest.param((), id="whole"),
-        pytest.param(("loss.adversarial_weight=0.0", "model.channel_multipliers=(1,)"), id="small"),
+        pytest.param("vq", (), id="vq"),
+        *(pytest.param(name, SMALL, id=f"small-{name}") for name in ("simvq", "lfq", "fsq")),
+        *(pytest.param(name, (), id=name, marks=pytest.mark.long) for name in ("simvq", "lfq", "fsq")),
     ],
 )
 def test_eight_devices_log_what_one_logs_of_other_quantizers(name, fields):
