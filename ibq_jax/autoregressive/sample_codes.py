@@ -6,7 +6,7 @@ Shapes: N samples, P codes of a given prefix, S = h w codes per image.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Integral
 
@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 
 from ibq_jax.autoregressive.generate import LogitFilter, generate, step_weights
 from ibq_jax.autoregressive.model import GeneratorModel
+from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.sharding import batch_sharding, jit_on_mesh, replicated, to_host
+from ibq_jax.base.sharding import abstract_everywhere, batch_sharding, jit_on_mesh, replicated, to_host
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -141,6 +142,38 @@ class Sampler:
         ids = padded(sample_ids.astype(np.uint32))
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(ids)
         return {"labels": padded(labels), "keys": keys, "prefix": padded(prefix)}
+
+
+def sampling_program(trainer: GeneratorTrainer) -> tuple[Callable, tuple]:
+    """Returns what `sample` compiles for a trainer's model, mesh and config.sample, and its abstract arguments.
+
+    It draws all codes of config.data.batch_size samples.
+    """
+    mesh, config, model = trainer.mesh, trainer.config.sample, trainer.model.clone(mesh=None)
+    guided, samples = config.cfg_scale != 1, trainer.config.data.batch_size
+    logit_filter = LogitFilter(config.top_k, config.top_p, greedy=config.temperature == 0)
+
+    def draw(params, weights, labels, keys, scales, temperature):
+        return generate(
+            model,
+            params,
+            weights,
+            labels=labels,
+            keys=keys,
+            prefix=jnp.zeros((samples, 0), jnp.int32),
+            guidance_scales=scales,
+            temperature=temperature,
+            guided=guided,
+            logit_filter=logit_filter,
+        )
+
+    params = abstract_everywhere(lambda: trainer.create_state(0).params, mesh)
+    weights = abstract_everywhere(partial(step_weights, model), mesh, params)
+    labels = jnp.zeros(samples, jnp.int32)
+    batch = jax.eval_shape(lambda: (labels, jax.random.split(jax.random.key(0), samples)))
+    split = (jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh)) for leaf in batch)
+    settings = abstract_everywhere(lambda: (jnp.zeros(model.positions), jnp.zeros(())), mesh)
+    return jax.jit(draw, out_shardings=batch_sharding(mesh)), (params, weights, *split, *settings)
 
 
 def pad_batch(rows: np.ndarray, size: int, mesh: Mesh) -> jax.Array:

@@ -256,6 +256,13 @@ def jit_on_mesh(function: Callable, mesh: Mesh, **options) -> Callable:
     return run
 
 
+def abstract_everywhere(create: Callable, mesh: Mesh, *args):
+    """Returns the shapes of what `create(*args)` would return, unboxed, with a whole copy on every device."""
+    shapes = nn.meta.unbox(jax.eval_shape(create, *args))
+    everywhere = replicated(mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
+
+
 def create_sharded(create: Callable, mesh: Mesh, *args):
     """Returns `create(*args)` with every array computed directly in its final placement."""
     _, shardings = abstract_state(create, mesh, *args)

@@ -1,14 +1,16 @@
-"""`python -m ibq_jax plan` compiles a config's training step for devices that are not present, and prints its needs."""
+"""`python -m ibq_jax plan` compiles a config's programs for devices that are not present, and prints their needs."""
 
 import contextlib
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
 from ibq_jax.autoregressive import check as autoregressive_check
 from ibq_jax.autoregressive import step as autoregressive
+from ibq_jax.autoregressive.sample_codes import sampling_program
 from ibq_jax.autoregressive.token_sizes import preset_sizes, resolve_model
 from ibq_jax.base.config import PREFIX, load_config
 from ibq_jax.base.errors import Failed, UsageError
@@ -19,11 +21,25 @@ from ibq_jax.plan.chips import topology_devices
 from ibq_jax.plan.compiled import DoesNotFit, Plan, compile_plan
 from ibq_jax.tokenizer import check as tokenizer_check
 from ibq_jax.tokenizer import step as tokenizer
+from ibq_jax.tokenizer.tokenize import encoding_program
 
-STAGES = {
-    "tokenizer": (tokenizer, tokenizer.TokenizerTrainer, tokenizer_check.check_config),
-    "autoregressive": (autoregressive, autoregressive.GeneratorTrainer, autoregressive_check.check_config),
+STAGES: dict[str, tuple[Callable, Callable]] = {
+    "tokenizer": (tokenizer.TokenizerTrainer, tokenizer_check.check_config),
+    "autoregressive": (autoregressive.GeneratorTrainer, autoregressive_check.check_config),
 }
+TRAIN, ENCODE, SAMPLE = "train", "encode", "sample"
+# Stage -> what runs in it -> trainer to (jitted program, its abstract arguments)
+PROGRAMS: dict[str, dict[str, Callable[..., tuple[Callable, tuple]]]] = {
+    "tokenizer": {
+        TRAIN: lambda trainer: (tokenizer.jit_train_step(trainer), tokenizer.abstract_arguments(trainer)),
+        ENCODE: encoding_program,
+    },
+    "autoregressive": {
+        TRAIN: lambda trainer: (autoregressive.jit_train_step(trainer), autoregressive.abstract_arguments(trainer)),
+        SAMPLE: sampling_program,
+    },
+}
+RUN = {TRAIN: "images per step", ENCODE: "images encoded at a time", SAMPLE: "samples drawn at a time"}
 GB = 1e9
 PEAKS = (
     "Peaks of {device}: {flops:.3g} operations/s in bfloat16, {hbm_bytes_per_second:.3g} bytes/s of HBM, "
@@ -61,7 +77,11 @@ def main(argv: list[str]) -> None:
     config = load_config(flags.config, rest)
     if config.stage not in STAGES:
         raise UsageError(f"{flags.config} is of stage {config.stage!r}; plan knows {', '.join(STAGES)}")
-    stage, make_trainer, check_config = STAGES[config.stage]
+    make_trainer, check_config = STAGES[config.stage]
+    if flags.what not in PROGRAMS[config.stage]:
+        raise UsageError(
+            f"--what={flags.what} is not for a {config.stage}, which has {' and '.join(PROGRAMS[config.stage])}"
+        )
     jax.config.update("jax_platforms", "cpu")  # nothing runs, so this machine's accelerator stays free
     if flags.topology:
         chip, devices = topology_devices(flags.topology, flags.slices)
@@ -75,12 +95,12 @@ def main(argv: list[str]) -> None:
     check_config(config, mesh)
     trainer = make_trainer(config, mesh, steps_per_epoch=1)
     try:
-        plan = compile_plan(stage.jit_train_step(trainer), stage.abstract_arguments(trainer), mesh, chip)
+        plan = compile_plan(*PROGRAMS[config.stage][flags.what](trainer), mesh, chip)
     except DoesNotFit as error:
         raise Failed(
             f"{flags.config} {error}: {(error.needed - error.capacity) / 2**30:.1f} GiB over; {TO_TRY}"
         ) from None
-    report = _report(plan, flags.config, config.data.batch_size, mesh, flags.slices)
+    report = {"what": flags.what} | _report(plan, flags.config, config.data.batch_size, mesh, flags.slices)
     if flags.json is None:
         print(_table(report))
     else:
@@ -97,10 +117,12 @@ def parser() -> Parser:
     """Returns the parser of the command's flags."""
     parser = Parser(
         "plan",
-        "Compiles a config's training step for devices that are not present, and prints the memory, the time at best "
-        "and the collectives of each device.",
+        "Compiles a config's training step, encoding or sampling for devices that are not present, and prints the "
+        "memory, the time at best, the time that the compiler expects, and the collectives of each device.",
         examples=[
             "--config=configs/tokenizer.py:imagenet256_262144 --topology=v5e:8x8\n--mesh=data:4,codebook:16",
+            "--config=configs/tokenizer.py:imagenet256_16384 --topology=v5e:2x4 --what=encode\n"
+            "--config.data.batch_size=128",
             "--config=configs/autoregressive.py:openmoji32 --cpu-devices=8 --config.data.batch_size=64",
         ],
         notes=f"Fields of the config are overridden with {PREFIX}NAME=VALUE. The exit code is 1 if the step does not "
@@ -108,6 +130,13 @@ def parser() -> Parser:
     )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE.py:PRESET", help="The config whose training step is compiled.")
+    add(
+        "--what",
+        choices=(TRAIN, ENCODE, SAMPLE),
+        default=TRAIN,
+        help="What to compile: a step of training; tokenize's encoding of a batch (tokenizers); drawing a batch of "
+        "samples with the config's `sample` fields (generators). A batch is config.data.batch_size. Default: train.",
+    )
     devices = parser.add_mutually_exclusive_group(required=True)
     devices.add_argument(
         "--topology", metavar="CHIP:SHAPE", help="Plan for these TPU chips, such as v5e:16x16. Needs the extra [tpu]."
@@ -214,7 +243,7 @@ def _table(report: dict) -> str:
     kind = f"{chip['name']} {unit}" if chip else "simulated devices"
     if report["slices"] > 1:
         kind += f" in {report['slices']} slices"
-    title = f"{report['config']}, {report['images_a_step']} images per step on {report['devices']} {kind}"
+    title = f"{report['config']}, {report['images_a_step']} {RUN[report['what']]} on {report['devices']} {kind}"
     lines = [f"{title} ({mesh or 'one device'}); each device's share of a step:", "", "| what | figure |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows]
     if report["costliest"]:

@@ -27,7 +27,14 @@ from tqdm import tqdm
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.parts import write_part
-from ibq_jax.base.sharding import batch_sharding, check_batch, global_batch, make_mesh, replicated
+from ibq_jax.base.sharding import (
+    abstract_everywhere,
+    batch_sharding,
+    check_batch,
+    global_batch,
+    make_mesh,
+    replicated,
+)
 from ibq_jax.data.batches import check_readers, iterate
 from ibq_jax.data.pipeline import ImageSource, check_sizes, decode_record
 from ibq_jax.data.preprocess import VIEWS, resize_shorter_side, to_float, views
@@ -43,6 +50,7 @@ from ibq_jax.data.token_cache_writer import (
 )
 from ibq_jax.tokenizer.model import TokenizerModel
 from ibq_jax.tokenizer.quantizers import fingerprint_fields
+from ibq_jax.tokenizer.step import TokenizerTrainer
 
 # The model's fields that decide which codes an image gets; the others affect only training, speed or placement.
 DECIDING_FIELDS = (
@@ -217,9 +225,22 @@ def encode_crops(model: TokenizerModel, params: Mapping, crops: jax.Array) -> ja
     return model.apply({"params": params}, to_float(crops), method="encode")
 
 
+def jit_encode(model: TokenizerModel, mesh: jax.sharding.Mesh) -> Callable:
+    """Returns `encode_crops` with the model, jitted: (parameters on every device, crops on all mesh axes) -> codes."""
+    return jax.jit(functools.partial(encode_crops, model), out_shardings=batch_sharding(mesh))
+
+
+def encoding_program(trainer: TokenizerTrainer) -> tuple[Callable, tuple]:
+    """Returns what `tokenize` compiles for a trainer's model and mesh, and its abstract arguments: a batch of crops."""
+    mesh, data = trainer.mesh, trainer.config.data
+    params = abstract_everywhere(lambda: trainer.create_state(0).params, mesh)
+    shape = (data.batch_size, data.image_size, data.image_size, 3)
+    crops = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh))
+    return jit_encode(trainer.encoding_model, mesh), (params, crops)
+
+
 def _encoder(model: TokenizerModel, params: Mapping, mesh: jax.sharding.Mesh) -> Encode:
-    params = jax.device_put(params, replicated(mesh))
-    encode = jax.jit(functools.partial(encode_crops, model), out_shardings=batch_sharding(mesh))
+    params, encode = jax.device_put(params, replicated(mesh)), jit_encode(model, mesh)
     return lambda crops: encode(params, global_batch({"crops": crops}, mesh)["crops"])
 
 

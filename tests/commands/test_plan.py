@@ -107,9 +107,42 @@ def test_a_plan_of_a_generator(capsys):
     assert {"codebook", "fsdp"} <= axes and report["flops"] > 0
 
 
+def test_a_plan_of_encoding_holds_no_optimizer(capsys):
+    flags = [f"--config={CONFIG}", "--cpu-devices=8", "--mesh=data:8", "--json", *SMALL]
+    assert main(["plan", *flags, "--what=encode"]) == 0
+    encoding = json.loads(capsys.readouterr().out)
+    config = load_config(CONFIG, SMALL)
+    trainer = TokenizerTrainer(config, make_mesh({"data": 8}), steps_per_epoch=1)
+    params = jax.eval_shape(lambda: trainer.create_state(0).params)
+    used = (leaf.size for name in ("encoder", "quant_conv", "quantize") for leaf in jax.tree.leaves(params[name]))
+    assert encoding["what"] == "encode" and encoding["argument_bytes"] == 4 * sum(used) + 16 * 16 * 3
+    assert encoding["flops"] > 0
+
+
+def test_a_plan_of_sampling_reads_every_weight_for_every_code(capsys):
+    config = CONFIG.replace("tokenizer.py", "autoregressive.py")
+    sizes = ("num_layers=2", "embed_dim=32", "num_heads=2", "num_kv_heads=2", "grid=(4, 4)")
+    small = [f"--config.model.{size}" for size in sizes]
+    rows = {}
+    for scale in (1.0, 2.0):
+        flags = [
+            f"--config={config}",
+            "--cpu-devices=8",
+            "--what=sample",
+            "--json",
+            f"--config.sample.cfg_scale={scale}",
+        ]
+        assert main(["plan", *flags, *small]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["what"] == "sample" and not report["collectives"]
+        rows[scale] = report["flops"]
+    assert 1.7 < rows[2.0] / rows[1.0] < 2.1  # guidance evaluates each sample with and without its class
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--cpu-devices=8", "--what=sample"], "--what=sample is not for a tokenizer, which has train and encode"),
         (["--topology=v9:2x2"], "topology 'v9:2x2': there is no chip 'v9'; the chips are v4, v5e, v5p, v6e, v7x"),
         (["--topology=v5e:4x4x4"], "topology 'v5e:4x4x4' is not a shape of 2 dimensions; similar ones: v5e:4x4"),
         (["--topology=v5e"], "topology 'v5e' is not a shape of 2 dimensions"),
