@@ -21,6 +21,8 @@ from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import FULL
 
+MATRIX_ROWS = 8  # a TPU's vector registers hold so many rows, and its matrix units take no fewer
+
 
 @dataclasses.dataclass(frozen=True)
 class LogitFilter:
@@ -212,12 +214,27 @@ def _attend(model, qkv: jax.Array, cache, position, angles):
     keys, values = (
         lax.dynamic_update_slice_in_dim(c, n[:, :, None], position, 2) for c, n in zip(cache, new, strict=True)
     )
-    query = query.reshape(r, g, -1, d)
-    scores = _einsum("rgqd,rgsd->rgqs", query, keys) * d**-0.5
     seen = jnp.arange(keys.shape[2]) <= position
-    weights = jax.nn.softmax(jnp.where(seen[None, None, None], scores, -jnp.inf), axis=-1).astype(model.dtype)
-    out = _einsum("rgqs,rgsd->rgqd", weights, values)
+    query = query.reshape(r, g, -1, d)
+    out = lax.platform_dependent(query, keys, values, seen, tpu=_attention_of_padded_rows, default=_attention)
     return out.reshape(r, -1).T, (keys, values)
+
+
+def _attention(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
+    """Returns float32 [R, G, Q, D] for queries [R, G, Q, D], of keys and values [R, G, S, D] that are `seen` [S]."""
+    scores = _einsum("rgqd,rgsd->rgqs", query, keys) * query.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(seen[None, None, None], scores, -jnp.inf), axis=-1).astype(values.dtype)
+    return _einsum("rgqs,rgsd->rgqd", weights, values)
+
+
+def _attention_of_padded_rows(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
+    """Returns the same with rows of zeros added to the queries, so that a TPU's matrix units multiply them.
+
+    Products with one row are computed by its vector units, which the compiler expects to take 30 times as long.
+    """
+    count = query.shape[2]
+    query = jnp.pad(query, ((0, 0), (0, 0), (0, -count % MATRIX_ROWS), (0, 0)))
+    return _attention(query, keys, values, seen)[:, :, :count]
 
 
 def _product(matrix: jax.Array, x: jax.Array) -> jax.Array:

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from support.small_generators import generator, guided_logits, softmax
 
-from ibq_jax.autoregressive.generate import LogitFilter, generate, step_weights
+from ibq_jax.autoregressive.generate import (
+    LogitFilter,
+    _attention,
+    _attention_of_padded_rows,
+    generate,
+    step_weights,
+)
 from ibq_jax.autoregressive.sample_codes import Guidance, Sampler
 from ibq_jax.base.sharding import make_mesh
 
@@ -156,3 +162,15 @@ def test_without_guidance_no_row_is_doubled():
 
     assert "14" in shapes(guided=True)
     assert "7" in shapes(guided=False) and "14" not in shapes(guided=False)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 8])
+def test_attention_with_rows_of_zeros_is_attention(queries):
+    """The form for TPUs, which `plan` compiles, beside the one that runs here."""
+    rng = np.random.default_rng(0)
+    query, keys, values = (jnp.asarray(rng.normal(size=(5, 2, rows, 16)), jnp.float32) for rows in (queries, 12, 12))
+    seen = jnp.arange(12) <= 7
+    plain, padded = (form(query, keys, values, seen) for form in (_attention, _attention_of_padded_rows))
+    np.testing.assert_allclose(padded, plain, rtol=1e-6, atol=1e-6)
+    weights = jax.nn.softmax(jnp.einsum("rgqd,rgsd->rgqs", query, keys)[..., :8] / 4, axis=-1)
+    np.testing.assert_allclose(plain, jnp.einsum("rgqs,rgsd->rgqd", weights, values[:, :, :8]), rtol=1e-5, atol=1e-6)
