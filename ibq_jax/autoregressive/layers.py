@@ -198,7 +198,7 @@ def _swiglu_forward(gate, up):
 
 
 def _swiglu_backward(arguments, cotangent):
-    # Without the barrier, compilers for TPUs compute the gradients anew for every tile of the products that read them.
+    # Without the barrier, compilers for TPUs compute the gradients again for every tile of the products that read them.
     return jax.lax.optimization_barrier(jax.vjp(lambda gate, up: nn.silu(gate) * up, *arguments)[1](cotangent))
 
 

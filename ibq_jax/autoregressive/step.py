@@ -169,7 +169,7 @@ class GeneratorTrainer:
 
     @cached_property
     def placement(self) -> WeightPlacement:
-        """Where the state's parameters are kept, and where the model computes with them."""
+        """The places of the parameters: in the state, and where the model computes with them."""
         return WeightPlacement.of(lambda: self.create_state(0).params, self.mesh)
 
     def _gradient(self, params: dict, codes: jax.Array, labels: jax.Array, key: jax.Array):

@@ -32,7 +32,7 @@ from ibq_jax.base.processes import barrier, joined
 DATA, FSDP, CODEBOOK = "data", "fsdp", "codebook"
 AXES = (DATA, FSDP, CODEBOOK)
 SMALLEST_SPREAD = 2**14  # elements
-LANES = 128  # numbers that a TPU computes at once along an array's last dimension
+VECTOR_WIDTH = 128  # numbers that a TPU computes at once along an array's last dimension
 
 RULES = {
     "codes": CODEBOOK,
@@ -169,7 +169,7 @@ def spread(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> Partition
     for number in (*reversed(range(len(shape) - 1)), len(shape) - 1):
         taken = axes[number]
         size = shape[number] // (mesh.shape[taken] if taken else 1)
-        if size % parts == 0 and (number < len(shape) - 1 or size // parts >= LANES):
+        if size % parts == 0 and (number < len(shape) - 1 or size // parts >= VECTOR_WIDTH):
             axes[number] = (taken, *left) if taken else left
             return PartitionSpec(*axes)
     return spec
@@ -201,7 +201,7 @@ def abstract_state(create: Callable, mesh: Mesh, *args, spread_out: bool = True)
 
 @dataclass(frozen=True)
 class WeightPlacement:
-    """Where a training state keeps its parameters, and where a model computes with them: pytrees of NamedSharding."""
+    """The shardings of parameters: `stored` as a training state keeps them, `computing` where a model reads them."""
 
     stored: Any
     computing: Any
