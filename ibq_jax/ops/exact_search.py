@@ -208,14 +208,14 @@ def _exact_product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, ja
 
     def add(total, factors):
         high, middle, low = total
-        for term in (x * y for x in _halves(factors[0]) for y in _halves(factors[1])):
-            high, error = _sum_and_error(high, term)
-            middle, error = _sum_and_error(middle, error)
-            low += error
-        return (high, middle, low), None
+        high, error = _sum_and_error(high, factors[0] * factors[1])
+        middle, error = _sum_and_error(middle, error)
+        return (high, middle, low + error), None
 
     start = jnp.zeros_like(a[0] * b[0])
-    high, middle, low = lax.scan(add, (start,) * 3, (a, b))[0]
+    (a1, a2), (b1, b2) = _halves(a), _halves(b)
+    factors = jnp.concatenate((a1, a1, a2, a2)), jnp.concatenate((b1, b2, b1, b2))
+    high, middle, low = lax.scan(add, (start,) * 3, factors)[0]
     high, middle = _sum_and_error(high, middle)
     middle, low = _sum_and_error(middle, low)
     high, middle = _sum_and_error(high, middle)
