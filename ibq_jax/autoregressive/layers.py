@@ -187,19 +187,23 @@ class Attention(nn.Module):
         return kept(dense(c, ("heads", "width"), dtype=self.dtype, name="wo")(out.reshape(b, s, c))), (key, value)
 
 
-@jax.custom_vjp
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """Returns silu(gate) * up; keeps the arguments for the backward pass, and nothing in between."""
+def _gated(gate, up):
     return nn.silu(gate) * up
 
 
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Returns silu(gate) * up; keeps the arguments for the backward pass, and nothing in between."""
+    return _gated(gate, up)
+
+
 def _swiglu_forward(gate, up):
-    return swiglu(gate, up), (gate, up)
+    return _gated(gate, up), (gate, up)
 
 
 def _swiglu_backward(arguments, cotangent):
     # Without the barrier, compilers for TPUs compute the gradients again for every tile of the products that read them.
-    return jax.lax.optimization_barrier(jax.vjp(lambda gate, up: nn.silu(gate) * up, *arguments)[1](cotangent))
+    return jax.lax.optimization_barrier(jax.vjp(_gated, *arguments)[1](cotangent))
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)

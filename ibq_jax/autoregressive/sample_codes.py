@@ -19,7 +19,7 @@ from ibq_jax.autoregressive.generate import LogitFilter, generate, step_weights
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.base.errors import UsageError
-from ibq_jax.base.sharding import abstract_everywhere, batch_sharding, jit_on_mesh, replicated, to_host
+from ibq_jax.base.sharding import abstract_everywhere, batch_sharding, jit_on_mesh, replicated, to_host, with_sharding
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -169,11 +169,10 @@ def sampling_program(trainer: GeneratorTrainer) -> tuple[Callable, tuple]:
 
     params = abstract_everywhere(lambda: trainer.create_state(0).params, mesh)
     weights = abstract_everywhere(partial(step_weights, model), mesh, params)
-    labels = jnp.zeros(samples, jnp.int32)
-    batch = jax.eval_shape(lambda: (labels, jax.random.split(jax.random.key(0), samples)))
-    split = (jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh)) for leaf in batch)
+    labels_and_keys = jax.eval_shape(lambda: (jnp.zeros(samples, int), jax.random.split(jax.random.key(0), samples)))
+    batch = with_sharding(labels_and_keys, batch_sharding(mesh))
     settings = abstract_everywhere(lambda: (jnp.zeros(model.positions), jnp.zeros(())), mesh)
-    return jax.jit(draw, out_shardings=batch_sharding(mesh)), (params, weights, *split, *settings)
+    return jax.jit(draw, out_shardings=batch_sharding(mesh)), (params, weights, *batch, *settings)
 
 
 def pad_batch(rows: np.ndarray, size: int, mesh: Mesh) -> jax.Array:

@@ -68,6 +68,11 @@ class GeneratorTrainer:
         return build_model(self.config, mesh=self.mesh)
 
     @cached_property
+    def placement(self) -> WeightPlacement:
+        """The places of the parameters: in the state, and where the model computes with them."""
+        return WeightPlacement.of(lambda: self.create_state(0).params, self.mesh)
+
+    @cached_property
     def learning_rate(self) -> optax.Schedule:
         """Step -> the learning rate."""
         config, steps = self.config.optimizer, total_steps(self.config, self.steps_per_epoch)
@@ -167,17 +172,11 @@ class GeneratorTrainer:
         loss = self.config.loss
         return {"block_size": loss.block_size, "implementation": loss.implementation, "mesh": self.mesh}
 
-    @cached_property
-    def placement(self) -> WeightPlacement:
-        """The places of the parameters: in the state, and where the model computes with them."""
-        return WeightPlacement.of(lambda: self.create_state(0).params, self.mesh)
-
     def _gradient(self, params: dict, codes: jax.Array, labels: jax.Array, key: jax.Array):
         """Returns (mean loss, its gradient spread like the state), from A micro-batches in turn.
 
         Only one's activations are in memory.
         """
-
         weights = self.placement.gather(params, self.model.dtype, OF_PRODUCTS)
 
         def gradient_of(*batch):
@@ -195,7 +194,7 @@ class GeneratorTrainer:
         def add_micro_batch(total, batch):
             return jax.tree.map(jnp.add, total, gradient_of(*batch)), None
 
-        zeros = jnp.zeros(()), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), weights)
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
         total, _ = jax.lax.scan(add_micro_batch, zeros, (codes, labels, jax.random.split(key, count)))
         return jax.tree.map(lambda leaf: leaf / count, total)
 

@@ -17,6 +17,7 @@ as in ZeRO (arXiv 1910.02054, section 5).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import flax.linen as nn
@@ -183,14 +184,7 @@ def abstract_state(create: Callable, mesh: Mesh, *args, spread_out: bool = True)
     others are replicated.
     """
     boxed = jax.eval_shape(create, *args)
-
-    def place(leaf) -> NamedSharding:
-        if not isinstance(leaf, nn.LogicallyPartitioned):
-            return replicated(mesh)
-        spec = partition_spec(leaf.names, leaf.value.shape, mesh)
-        return NamedSharding(mesh, spread(spec, leaf.value.shape, mesh) if spread_out else spec)
-
-    shardings = jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+    shardings = _shardings(boxed, mesh, spread_out)
     shapes = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.meta.unbox(boxed),
@@ -199,17 +193,29 @@ def abstract_state(create: Callable, mesh: Mesh, *args, spread_out: bool = True)
     return shapes, shardings
 
 
+def _shardings(boxed, mesh: Mesh, spread_out: bool):
+    def place(leaf) -> NamedSharding:
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            return replicated(mesh)
+        spec = partition_spec(leaf.names, leaf.value.shape, mesh)
+        return NamedSharding(mesh, spread(spec, leaf.value.shape, mesh) if spread_out else spec)
+
+    return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+
 @dataclass(frozen=True)
 class WeightPlacement:
     """The shardings of parameters: `stored` as a training state keeps them, `computing` where a model reads them."""
 
     stored: Any
     computing: Any
+    mesh: Mesh
 
     @classmethod
     def of(cls, create_params: Callable, mesh: Mesh) -> "WeightPlacement":
         """Returns the placement of the boxed parameters that `create_params()` would return."""
-        return cls(*(abstract_state(create_params, mesh, spread_out=spread_out)[1] for spread_out in (True, False)))
+        boxed = jax.eval_shape(create_params)
+        return cls(_shardings(boxed, mesh, spread_out=True), _shardings(boxed, mesh, spread_out=False), mesh)
 
     def gather(self, params, dtype: jnp.dtype, names: tuple[str, ...]):
         """Returns stored parameters where the model computes with them; those with one of the names, in `dtype`.
@@ -223,10 +229,10 @@ class WeightPlacement:
 
         return jax.lax.with_sharding_constraint(jax.tree_util.tree_map_with_path(convert, params), self.computing)
 
-    def everywhere(self, params):
-        """Returns stored parameters, unconverted, where the model computes with them; called outside of steps."""
-        mesh = jax.tree.leaves(self.computing)[0].mesh
-        return jit_on_mesh(lambda params: params, mesh, out_shardings=self.computing)(params)
+    @cached_property
+    def everywhere(self) -> Callable:
+        """Moves stored parameters, unconverted, to where the model computes with them; called outside of steps."""
+        return jit_on_mesh(lambda params: params, self.mesh, out_shardings=self.computing)
 
     def scatter(self, gradient):
         """Returns a gradient with respect to gathered parameters, float32 and split as the parameters are stored."""
@@ -256,11 +262,14 @@ def jit_on_mesh(function: Callable, mesh: Mesh, **options) -> Callable:
     return run
 
 
+def with_sharding(shapes, sharding: NamedSharding):
+    """Returns a pytree's shapes and types, as of jax.eval_shape, all with one sharding."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
 def abstract_everywhere(create: Callable, mesh: Mesh, *args):
     """Returns the shapes of what `create(*args)` would return, unboxed, with a whole copy on every device."""
-    shapes = nn.meta.unbox(jax.eval_shape(create, *args))
-    everywhere = replicated(mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
+    return with_sharding(nn.meta.unbox(jax.eval_shape(create, *args)), replicated(mesh))
 
 
 def create_sharded(create: Callable, mesh: Mesh, *args):

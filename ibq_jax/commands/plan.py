@@ -223,7 +223,8 @@ def _table(report: dict) -> str:
         ("memory traffic", traffic),
         *((f"bound by {side}", f"{1e3 * seconds:.1f} ms") for side, seconds in report["bound_seconds"].items()),
     ]
-    unit = "chips" if not chip or chip["devices_per_chip"] == 1 else "halves of chips"
+    whole = not chip or chip["devices_per_chip"] == 1
+    unit = "chips" if whole else "halves of chips"
     if chip:
         best = f"{report['images_a_second_at_best']:,.0f} images/s, bound by {report['binding']}"
         rows.append((f"all {report['devices']} {unit} at best", best))
@@ -255,6 +256,6 @@ def _table(report: dict) -> str:
         unknown = report["kernels_without_estimate"]
         lines += ["", ESTIMATE + (f" {unknown:,} runs of kernels have no estimate." if unknown else "")]
     if chip:
-        device = "a {name} chip" if chip["devices_per_chip"] == 1 else "half a {name} chip, which is one device"
+        device = "a {name} chip" if whole else "half a {name} chip, which is one device"
         lines += ["", PEAKS.format(device=device.format_map(chip), **chip)]
     return "\n".join(lines + ([BETWEEN_SLICES] if report["slices"] > 1 else []))

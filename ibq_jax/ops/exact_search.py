@@ -78,11 +78,10 @@ def exact_nearest_codes(z: jax.Array, codebook: jax.Array, stream: BlockScan, fa
                 found = _replace(found, _unsure(found, stream), z, lambda z, _: again(z))
             crowded = _unsure(found, stream)
             tied = ~crowded & (_contenders(found, stream) > 1)
-            few, all_near = (
-                partial(compare, codebook=codebook, scale=scale) for compare in (_compare_few, _compare_all)
-            )
+            few = partial(_compare_few, codebook=codebook, scale=scale)
+            all_near = partial(_compare_all, codebook=codebook, scale=scale, size=stream.block_size)
             found = _replace(found, tied, z, few)
-            found = _replace(found, crowded, z, partial(all_near, size=stream.block_size), TOKENS_OF_A_CROWD)
+            found = _replace(found, crowded, z, all_near, TOKENS_OF_A_CROWD)
         return _best_of_devices(found, codebook, stream)
 
     return stream.on_devices(local, (OWNED, CODES), GATHERED)(z, codebook)

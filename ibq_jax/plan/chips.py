@@ -41,22 +41,16 @@ class Chip:
 
 
 DOCUMENTATION = "https://docs.cloud.google.com/tpu/docs/"
+MEGACORE = (("chip_config_name", "megacore"),)
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip(
-            *("v4", 275e12, 2**18, 32 * 2**30, 1228e9, 300e9, DOCUMENTATION + "v4", 3),
-            options=(("chip_config_name", "megacore"),),
-        ),
+        Chip("v4", 275e12, 2**18, 32 * 2**30, 1228e9, 300e9, DOCUMENTATION + "v4", 3, options=MEGACORE),
         Chip("v5e", 197e12, 2**17, 16 * 2**30, 819e9, 200e9, DOCUMENTATION + "v5e", 2),
         Chip("v5p", 459e12, 2**18, 95 * 2**30, 2765e9, 600e9, DOCUMENTATION + "v5p", 3),
         Chip("v6e", 918e12, 2**19, 32 * 2**30, 1640e9, 448e9, DOCUMENTATION + "v6e", 2),
         # The page states a chip's figures, 2307e12, 192 GiB, 7380e9 and 600e9; a device has half of each.
-        Chip(
-            *("v7x", 1153.5e12, 2**19, 96 * 2**30, 3690e9, 300e9, DOCUMENTATION + "tpu7x", 3),
-            libtpu_name="tpu7x",
-            devices_per_chip=2,
-        ),
+        Chip("v7x", 1153.5e12, 2**19, 96 * 2**30, 3690e9, 300e9, DOCUMENTATION + "tpu7x", 3, (), "tpu7x", 2),
     )
 }
 SHAPES = {

@@ -17,7 +17,7 @@ CYCLES = re.compile(r'estimated_cycles":"(\d+)"')
 PRODUCTS, OTHERS, COPIES = "matrix products", "other operations", "copies"
 COPYING = ("copy", "transpose", "reshape", "slice", "concatenate", "pad", "dynamic-slice", "dynamic-update-slice")
 KERNEL = 'custom_call_target="tpu_custom_call"'
-# What a place in the traced program is written with next to the names of functions and modules.
+# A place in the traced program has these next to the names of functions and modules.
 WRAPPED = re.compile(r"^\w+\((.*)\)$")
 BACKWARD = "transpose("
 BETWEEN = ("while", "body", "cond", "closed_call", "shard_map", "branch_0_fun", "branch_1_fun", "checkpoint")

@@ -233,21 +233,24 @@ class Module:
     def collectives(self) -> list[Collective]:
         """Returns all collective operations of the program."""
         found = []
-        for outer, instruction, times in self.executed():
-            computation, starts = outer, [instruction]
+        for computation, instruction, times in self.executed():
+            inside, hidden = [instruction], instruction.opcode.endswith("-start")
             if instruction.opcode == "fusion":
                 computation = self.computations[instruction.called[0]]
-                starts = list(computation.instructions.values())
-                if not any('target="AsyncCollectiveStart"' in inner.attributes for inner in starts):
+                inside, hidden = list(computation.instructions.values()), True
+                if not any('target="AsyncCollectiveStart"' in inner.attributes for inner in inside):
                     continue
-            for start in starts:
-                kind = start.opcode.removesuffix("-start")
-                if kind in COLLECTIVES and not start.opcode.endswith("-done"):
-                    operands = sum(_size(computation.instructions[name]) for name in start.operands)
-                    size = max(operands, max((a.bytes for a in start.arrays), default=0))
-                    hidden = start is not instruction or start.opcode.endswith("-start")
-                    found.append(Collective(kind, _groups(start), size, times, start.op_name, hidden))
+            found += _collectives(computation, inside, times, hidden)
         return found
+
+
+def _collectives(fused: Computation, inside: list[Instruction], times: int, hidden: bool) -> Iterator[Collective]:
+    for instruction in inside:
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            operands = sum(_size(fused.instructions[name]) for name in instruction.operands)
+            size = max(operands, max((array.bytes for array in instruction.arrays), default=0))
+            yield Collective(kind, _groups(instruction), size, times, instruction.op_name, hidden)
 
 
 def _convolution_flops(convolution: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:

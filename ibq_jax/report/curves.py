@@ -16,7 +16,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 
 from ibq_jax.report.history import History, Series
 
-INK = "#7a828c"  # a placeholder that is replaced by the page's text colour
+INK = "#7a828c"  # the page replaces it by its text colour
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#14b8a6", "#ec4899", "#84cc16")
 DASHES = ("-", "--", ":")
 SIZE = (4.2, 2.5)  # inches; the page scales it

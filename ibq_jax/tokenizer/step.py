@@ -39,7 +39,15 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from ibq_jax.base.sharding import AXES, WeightPlacement, abstract_state, batch_sharding, jit_step, replicated
+from ibq_jax.base.sharding import (
+    AXES,
+    WeightPlacement,
+    abstract_state,
+    batch_sharding,
+    jit_step,
+    replicated,
+    with_sharding,
+)
 from ibq_jax.base.state import AveragedWeights, adam, apply_gradient, drop_schedule, moving_average
 from ibq_jax.data.preprocess import to_float
 from ibq_jax.pretrained.lpips import lpips, weight_shapes
@@ -106,6 +114,11 @@ class TokenizerTrainer:
         )
 
     @cached_property
+    def placement(self) -> WeightPlacement:
+        """The places of the parameters: in the state, and where the model computes with them."""
+        return WeightPlacement.of(lambda: self.create_state(0).params, self.mesh)
+
+    @cached_property
     def learning_rate(self) -> optax.Schedule:
         """Step -> the learning rate of both optimizers."""
         config = self.config.optimizer
@@ -160,8 +173,9 @@ class TokenizerTrainer:
             (state, metrics): the metrics of the module's table, float32 scalars, and "finite", a bool.
         """
         images = to_float(images)
+        weights = self.placement.gather(state.params, jnp.dtype(self.config.dtype), OF_PRODUCTS)
         (reconstructions, codebook_loss), pull_back, (indices, metrics) = jax.vjp(
-            lambda weights: self._reconstruct(weights, images), self._gathered(state.params), has_aux=True
+            lambda weights: self._reconstruct(weights, images), weights, has_aux=True
         )
         discriminator = state.discriminator
         if discriminator is not None:
@@ -191,14 +205,6 @@ class TokenizerTrainer:
         if self.model.quantizer in WITH_TRAINED_ROWS:
             metrics["codebook/max_norm"] = jnp.sqrt(jnp.max(jnp.sum(params["quantize"]["codebook"] ** 2, axis=1)))
         return state, metrics | state.window.metrics(step, self.window_steps)
-
-    @cached_property
-    def placement(self) -> WeightPlacement:
-        """The places of the parameters: in the state, and where the model computes with them."""
-        return WeightPlacement.of(lambda: self.create_state(0).params, self.mesh)
-
-    def _gathered(self, params: dict) -> dict:
-        return self.placement.gather(params, jnp.dtype(self.config.dtype), OF_PRODUCTS)
 
     def reconstruct(self, params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """uint8 [B, H, W, 3] -> (reconstructions float32 in [-1, 1], codes [B, h, w]), as for evaluation."""
@@ -319,9 +325,6 @@ def abstract_arguments(trainer: TokenizerTrainer) -> tuple:
     state, _ = abstract_state(trainer.create_state, mesh, 0)
     perceptual = None
     if trainer.config.loss.perceptual_weight:
-        everywhere = replicated(mesh)
-        perceptual = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), weight_shapes()
-        )
+        perceptual = with_sharding(weight_shapes(), replicated(mesh))
     shape = (data.batch_size, data.image_size, data.image_size, 3)
     return state, perceptual, jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh))

@@ -82,15 +82,12 @@ class TokenizerStage:
     def evaluate(self, state: TokenizerState) -> dict[str, float | np.ndarray]:
         return {f"validation/{name}": value for name, value in self._evaluator(self._weights(state))}
 
+    def images(self, state: TokenizerState) -> dict[str, np.ndarray]:
+        grid = self._evaluator.comparison_grid(self._weights(state), self._trainer.config.log.num_images)
+        return {"reconstructions": grid}
+
     def _weights(self, state: TokenizerState) -> dict:
         return self._trainer.placement.everywhere(state.ema)
-
-    def images(self, state: TokenizerState) -> dict[str, np.ndarray]:
-        return {
-            "reconstructions": self._evaluator.comparison_grid(
-                self._weights(state), self._trainer.config.log.num_images
-            )
-        }
 
 
 def train_tokenizer(
