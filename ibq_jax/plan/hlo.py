@@ -246,10 +246,9 @@ class Module:
 
 def _collectives(fused: Computation, inside: list[Instruction], times: int, hidden: bool) -> Iterator[Collective]:
     for instruction in inside:
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
+        if (kind := instruction.opcode.removesuffix("-start")) in COLLECTIVES:
             operands = sum(_size(fused.instructions[name]) for name in instruction.operands)
-            size = max(operands, max((array.bytes for array in instruction.arrays), default=0))
+            size = max(operands, *(array.bytes for array in instruction.arrays), 0)
             yield Collective(kind, _groups(instruction), size, times, instruction.op_name, hidden)
 
 
