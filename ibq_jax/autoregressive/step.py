@@ -39,7 +39,7 @@ from ibq_jax.base.state import (
 from ibq_jax.ops import cross_entropy, weighted_cross_entropy
 
 UNDECAYED = ("scale", "bias")
-OF_PRODUCTS = ("kernel", "bias", "head")  # names of parameters that are used in the type of the products only
+IN_MODEL_TYPE = ("kernel", "bias", "head")  # names of parameters that are used in the type of the products only
 
 
 @flax.struct.dataclass
@@ -177,7 +177,7 @@ class GeneratorTrainer:
 
         Only one's activations are in memory.
         """
-        weights = self.placement.gather(params, self.model.dtype, OF_PRODUCTS)
+        weights = self.placement.gather(params, self.model.dtype, lambda path: path[-1] in IN_MODEL_TYPE)
 
         def gradient_of(*batch):
             loss, gradient = jax.value_and_grad(self.mean_loss)(weights, *batch)

@@ -217,15 +217,21 @@ class WeightPlacement:
         boxed = jax.eval_shape(create_params)
         return cls(_shardings(boxed, mesh, spread_out=True), _shardings(boxed, mesh, spread_out=False), mesh)
 
-    def gather(self, params, dtype: jnp.dtype, names: tuple[str, ...]):
-        """Returns stored parameters where the model computes with them; those with one of the names, in `dtype`.
+    def gather(self, params, dtype: jnp.dtype, converted: Callable[[tuple[str, ...]], bool]):
+        """Returns stored parameters where the model computes with them, in `dtype` those that `converted` names.
 
         They are converted before they are sent, so that a conversion takes a part of the time on every device, and
         half as many bytes travel.
+
+        Args:
+            params: parameters as a training state keeps them.
+            dtype: the type that the model computes in.
+            converted: path of a parameter -> whether the model uses it in `dtype` only.
         """
 
         def convert(path, leaf):
-            return leaf.astype(dtype) if jax.tree_util.keystr(path[-1:], simple=True) in names else leaf
+            names = tuple(jax.tree_util.keystr((part,), simple=True) for part in path)
+            return leaf.astype(dtype) if converted(names) else leaf
 
         return jax.lax.with_sharding_constraint(jax.tree_util.tree_map_with_path(convert, params), self.computing)
 

@@ -91,6 +91,11 @@ class TokenizerModel(Layout, kw_only=True):
         return self.decoder(self.post_quant_conv(z_q))
 
 
+def used_in_model_type(path: tuple[str, ...]) -> bool:
+    """Returns whether the parameter at a path is used in the model's `dtype` only, unlike those around the quantizer."""
+    return path[-1] == "kernel" and not set(path) & {"quant_conv", "post_quant_conv", "quantize"}
+
+
 def downsampling(config: ConfigDict) -> int:
     """Returns the pixels per code along one side of an image."""
     return 2 ** (len(config.model.channel_multipliers) - 1)

@@ -54,10 +54,9 @@ from ibq_jax.pretrained.lpips import lpips, weight_shapes
 from ibq_jax.tokenizer import losses
 from ibq_jax.tokenizer.codebook_monitor import CodebookWindow
 from ibq_jax.tokenizer.discriminator import PatchDiscriminator
-from ibq_jax.tokenizer.model import TokenizerModel, build_model, downsampling
+from ibq_jax.tokenizer.model import TokenizerModel, build_model, downsampling, used_in_model_type
 from ibq_jax.tokenizer.quantizers import WITH_TRAINED_ROWS
 
-OF_PRODUCTS = ("kernel",)  # names of parameters that are used in the type of the products only
 
 
 @flax.struct.dataclass
@@ -119,6 +118,11 @@ class TokenizerTrainer:
         return WeightPlacement.of(lambda: self.create_state(0).params, self.mesh)
 
     @cached_property
+    def discriminator_placement(self) -> WeightPlacement:
+        """The places of the discriminator's parameters."""
+        return WeightPlacement.of(lambda: self.create_state(0).discriminator.params, self.mesh)
+
+    @cached_property
     def learning_rate(self) -> optax.Schedule:
         """Step -> the learning rate of both optimizers."""
         config = self.config.optimizer
@@ -173,7 +177,7 @@ class TokenizerTrainer:
             (state, metrics): the metrics of the module's table, float32 scalars, and "finite", a bool.
         """
         images = to_float(images)
-        weights = self.placement.gather(state.params, jnp.dtype(self.config.dtype), OF_PRODUCTS)
+        weights = self.placement.gather(state.params, jnp.dtype(self.config.dtype), used_in_model_type)
         (reconstructions, codebook_loss), pull_back, (indices, metrics) = jax.vjp(
             lambda weights: self._reconstruct(weights, images), weights, has_aux=True
         )
@@ -247,7 +251,8 @@ class TokenizerTrainer:
             total, scalars = losses.discriminator_loss(real, fake, averages, config.lecam_weight)
             return started * total, (batch_stats, averages, scalars)
 
-        gradient, (batch_stats, averages, scalars) = jax.grad(loss, has_aux=True)(old.params)
+        gradient, (batch_stats, averages, scalars) = jax.grad(loss, has_aux=True)(self._discriminator_weights(old))
+        gradient = self.discriminator_placement.scatter(gradient)
         params, optimizer = apply_gradient(self.optimizer, gradient, old.optimizer, old.params)
         metrics = {f"discriminator/{name}": value for name, value in scalars.items()}
         metrics["discriminator/gradient_norm"] = optax.tree.norm(gradient)
@@ -274,12 +279,17 @@ class TokenizerTrainer:
         loss, scalars = self.reconstruction_loss(images, reconstructions, perceptual)
         metrics = {f"loss/{name}": value for name, value in scalars.items()}
         if discriminator is not None:
-            fake, batch_stats = self._discriminate(discriminator.params, discriminator.batch_stats, reconstructions)
+            weights = self._discriminator_weights(discriminator)
+            fake, batch_stats = self._discriminate(weights, discriminator.batch_stats, reconstructions)
             discriminator = replace(discriminator, batch_stats=batch_stats)
             metrics["loss/adversarial"] = losses.non_saturating(fake)
             started = (step >= self.config.discriminator.start_step).astype(jnp.float32)
             loss += config.adversarial_weight * started * metrics["loss/adversarial"]
         return loss, (discriminator, metrics)
+
+    def _discriminator_weights(self, discriminator: DiscriminatorState) -> dict:
+        dtype = jnp.dtype(self.config.dtype)
+        return self.discriminator_placement.gather(discriminator.params, dtype, used_in_model_type)
 
     def _discriminate(self, params: dict, batch_stats: dict, images: jax.Array):
         """Returns (logits, batch statistics updated by this call)."""

@@ -83,7 +83,7 @@ def test_weights_are_gathered_in_the_type_of_products_and_their_gradient_goes_ba
     stored = create_sharded(create, mesh)
     assert {shard.data.shape for shard in stored["kernel"].addressable_shards} == {(32, 128)}
     assert {shard.data.shape for shard in stored["codebook"].addressable_shards} == {(64, 64)}
-    gathered = jax.jit(lambda params: placement.gather(params, jnp.bfloat16, ("kernel",)))(stored)
+    gathered = jax.jit(lambda params: placement.gather(params, jnp.bfloat16, lambda path: path == ("kernel",)))(stored)
     assert {shard.data.shape for shard in gathered["kernel"].addressable_shards} == {(256, 128)}
     assert {shard.data.shape for shard in gathered["codebook"].addressable_shards} == {(256, 64)}
     np.testing.assert_array_equal(gathered["kernel"], stored["kernel"].astype(jnp.bfloat16))
