@@ -1,5 +1,6 @@
 """`python -m ibq_jax plan` compiles a config's programs for devices that are not present, and prints their needs."""
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -7,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
+from ibq_jax import __version__
 from ibq_jax.autoregressive import check as autoregressive_check
 from ibq_jax.autoregressive import step as autoregressive
 from ibq_jax.autoregressive.sample_codes import sampling_program
@@ -17,15 +20,25 @@ from ibq_jax.base.errors import Failed, UsageError
 from ibq_jax.base.files import write_text
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.commands.arguments import Parser, positive
-from ibq_jax.plan.chips import topology_devices
+from ibq_jax.plan.chips import Chip, topology_devices
 from ibq_jax.plan.compiled import DoesNotFit, Plan, compile_plan
+from ibq_jax.plan.search import FITS, Candidate, Outcome, Program, Results, best, search
 from ibq_jax.tokenizer import check as tokenizer_check
 from ibq_jax.tokenizer import step as tokenizer
 from ibq_jax.tokenizer.tokenize import encoding_program
 
-STAGES: dict[str, tuple[Callable, Callable]] = {
-    "tokenizer": (tokenizer.TokenizerTrainer, tokenizer_check.check_config),
-    "autoregressive": (autoregressive.GeneratorTrainer, autoregressive_check.check_config),
+# Stage -> its trainer, the check of its config, and the values of model.remat
+STAGES: dict[str, tuple[Callable, Callable, tuple[str, ...]]] = {
+    "tokenizer": (
+        tokenizer.TokenizerTrainer,
+        tokenizer_check.check_config,
+        tokenizer_check.CHOICES["model.remat"],
+    ),
+    "autoregressive": (
+        autoregressive.GeneratorTrainer,
+        autoregressive_check.check_config,
+        autoregressive_check.CHOICES["model.remat"],
+    ),
 }
 TRAIN, ENCODE, SAMPLE = "train", "encode", "sample"
 # Stage -> what runs in it -> trainer to (jitted program, its abstract arguments)
@@ -54,6 +67,7 @@ ESTIMATE = (
     "overlap, not a measurement. Collectives are counted at the links' peak, as the compiler estimates none."
 )
 COSTLIEST = 10  # places in the model that are listed
+BEST = 5  # candidates of a search that are listed
 TO_TRY = (
     "try a larger codebook or fsdp axis in --mesh, --config.model.remat=blocks, --config.train.grad_accum_steps=2, "
     "or more chips (fewer images per chip)"
@@ -77,7 +91,6 @@ def main(argv: list[str]) -> None:
     config = load_config(flags.config, rest)
     if config.stage not in STAGES:
         raise UsageError(f"{flags.config} is of stage {config.stage!r}; plan knows {', '.join(STAGES)}")
-    make_trainer, check_config = STAGES[config.stage]
     if flags.what not in PROGRAMS[config.stage]:
         raise UsageError(
             f"--what={flags.what} is not for a {config.stage}, which has {' and '.join(PROGRAMS[config.stage])}"
@@ -89,13 +102,12 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"--slices={flags.slices} needs --topology")
     else:
         chip, devices = None, _cpu_devices(flags.cpu_devices)
+    if flags.search:
+        _search(flags, rest, config, chip, devices)
+        return
     mesh = make_mesh(_mesh_sizes(flags.mesh) if flags.mesh else config.mesh, devices)
-    if config.stage == "autoregressive":
-        config = resolve_model(config, preset_sizes(flags.config))
-    check_config(config, mesh)
-    trainer = make_trainer(config, mesh, steps_per_epoch=1)
     try:
-        plan = compile_plan(*PROGRAMS[config.stage][flags.what](trainer), mesh, chip)
+        plan = compile_plan(*_program(config, flags, mesh), mesh, chip)
     except DoesNotFit as error:
         raise Failed(
             f"{flags.config} {error}: {(error.needed - error.capacity) / 2**30:.1f} GiB over; {TO_TRY}"
@@ -113,6 +125,51 @@ def main(argv: list[str]) -> None:
         raise Failed(f"{flags.config} does not fit: {over:.2f} GB over on every chip; {TO_TRY}")
 
 
+def _program(config: ConfigDict, flags: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Callable, tuple]:
+    """Returns the jitted program that `--what` names, and abstract arguments; raises UsageError for a bad config."""
+    make_trainer, check_config, _ = STAGES[config.stage]
+    if config.stage == "autoregressive":
+        config = resolve_model(config, preset_sizes(flags.config))
+    check_config(config, mesh)
+    return PROGRAMS[config.stage][flags.what](make_trainer(config, mesh, steps_per_epoch=1))
+
+
+def _search(flags: argparse.Namespace, overrides: list[str], config: ConfigDict, chip: Chip | None, devices: list):
+    """Runs `--search`: prints each candidate's outcome as it comes, and the best as a table."""
+    if chip is None or flags.mesh or flags.what != TRAIN:
+        raise UsageError("--search needs --topology, and goes without --mesh and --what: it tries meshes for training")
+
+    def prepare(candidate: Candidate) -> Program:
+        fields = {"train.grad_accum_steps": candidate.micro_batches, "model.remat": candidate.remat}
+        chosen = load_config(flags.config, [*overrides, *(f"{PREFIX}{name}={fields[name]}" for name in fields)])
+        mesh = make_mesh(candidate.sizes, devices)
+        return Program(*_program(chosen, flags, mesh), mesh)
+
+    settings = {"config": config.to_dict(), "topology": flags.topology, "slices": flags.slices}
+    known = Results(Path(flags.search), settings | {"versions": [__version__, jax.__version__]})
+    found = []
+    for candidate, outcome in search(len(devices), STAGES[config.stage][2], prepare, chip, known):
+        found.append((candidate, outcome))
+        print(f"{candidate}: {_in_words(outcome)}", flush=True)
+    fastest = best(found, BEST)
+    if not fastest:
+        raise Failed(f"no mesh of {flags.topology} fits {flags.config}; take more chips or fewer images a step")
+    rows = ["", "| mesh | micro-batches | remat | expected | images/s | peak memory |", "|---|---|---|---|---|---|"]
+    for candidate, outcome in fastest:
+        mesh = ",".join(f"{axis}:{size}" for axis, size in candidate.sizes.items() if size > 1)
+        rate = f"{1e3 * outcome.seconds:.1f} ms | {config.data.batch_size / outcome.seconds:,.0f}"
+        ways = f"{candidate.micro_batches} | {candidate.remat}"
+        rows.append(f"| {mesh} | {ways} | {rate} | {outcome.peak_bytes / GB:.2f} GB |")
+    print("\n".join([*rows, "", ESTIMATE]))
+
+
+def _in_words(outcome: Outcome) -> str:
+    if outcome.outcome != FITS:
+        return f"{outcome.outcome}: {outcome.reason}"
+    figures = f"{1e3 * outcome.seconds:.1f} ms expected, {outcome.peak_bytes / GB:.2f} GB"
+    return f"{figures}, compiled in {outcome.compile_seconds:.0f} s"
+
+
 def parser() -> Parser:
     """Returns the parser of the command's flags."""
     parser = Parser(
@@ -123,6 +180,7 @@ def parser() -> Parser:
             "--config=configs/tokenizer.py:imagenet256_262144 --topology=v5e:8x8\n--mesh=data:4,codebook:16",
             "--config=configs/tokenizer.py:imagenet256_16384 --topology=v5e:2x4 --what=encode\n"
             "--config.data.batch_size=128",
+            "--config=configs/autoregressive.py:imagenet256_B --topology=v5e:4x4 --search",
             "--config=configs/autoregressive.py:openmoji32 --cpu-devices=8 --config.data.batch_size=64",
         ],
         notes=f"Fields of the config are overridden with {PREFIX}NAME=VALUE. The exit code is 1 if the step does not "
@@ -150,6 +208,14 @@ def parser() -> Parser:
         help="Plan for N slices of the topology, joined along the mesh axis data. Default: 1.",
     )
     add("--mesh", metavar="AXIS:SIZE,...", help="Mesh, such as data:16,codebook:16. Default: the config's.")
+    add(
+        "--search",
+        nargs="?",
+        const="plan_search.jsonl",
+        metavar="FILE",
+        help="Try meshes, micro-batches and model.remat for training, and print the fastest that fit. Outcomes are "
+        "kept in FILE, from which a search that was stopped goes on. Default of FILE: plan_search.jsonl.",
+    )
     add(
         "--json",
         nargs="?",

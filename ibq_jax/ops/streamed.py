@@ -176,9 +176,11 @@ def _maxima(plan: _Plan, z: jax.Array, codebook: jax.Array) -> tuple[jax.Array, 
             best, s_tau, lowest = carry
             rows, codes = block
             logits = product("kd,nd->kn", rows, z, plan.precision)
-            improved = _improve(best, logits, codes)
-            m_before, m = best[0], improved[0]
-            s_tau = s_tau * jnp.exp((m_before - m) / tau) + jnp.exp((logits - m[None]) / tau).sum(axis=0)
+            top = logits.max(axis=0)
+            m = jnp.maximum(best[0], top)
+            first, of_block = _first_and_sum(logits, codes, top, m, tau)
+            improved = m, jnp.where(top > best[0], first, best[1])
+            s_tau = s_tau * jnp.exp((best[0] - m) / tau) + of_block
             return (improved, s_tau, jnp.minimum(lowest, logits.min(axis=0))), None
 
         start = (_no_best(z), per_token(z, 0.0), per_token(z, jnp.inf))
@@ -311,14 +313,35 @@ def _no_best(z: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _improve(best: tuple[jax.Array, jax.Array], logits: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Updates the running maxima [N] and their codes [N] with a block of logits [C, N]; the first code wins a tie.
-
-    It uses two plain reductions: on CPUs XLA's argmax (one reduction of pairs) takes twice as long as the product.
-    """
+    """Updates the running maxima [N] and their codes [N] with a block of logits [C, N]; the first code wins a tie."""
     m, index = best
     top = logits.max(axis=0)
-    first = jnp.where(logits == top[None], codes[:, None], NO_CODE).min(axis=0)
+
+    def by_two_reductions(logits, codes):
+        return jnp.where(logits == top[None], codes[:, None], NO_CODE).min(axis=0)
+
+    def by_argmax(logits, codes):
+        return codes[lax.argmax(logits, 0, jnp.int32)]
+
+    # XLA for TPUs computes an argmax along with the product before it; on CPUs it takes twice as long as the product.
+    first = lax.platform_dependent(logits, codes, tpu=by_argmax, default=by_two_reductions)
     return jnp.maximum(m, top), jnp.where(top > m, first, index)
+
+
+def _first_and_sum(logits, codes, top, m, tau: float) -> tuple[jax.Array, jax.Array]:
+    """Returns the first code of a block whose logit is the largest, and the sum of e^((logits - m)/tau), both [N]."""
+
+    def separately(logits, codes, top, m):
+        first = jnp.where(logits == top[None], codes[:, None], NO_CODE).min(axis=0)
+        return first, jnp.exp((logits - m[None]) / tau).sum(axis=0)
+
+    def together(logits, codes, top, m):
+        operands = (jnp.where(logits == top[None], codes[:, None], NO_CODE), jnp.exp((logits - m[None]) / tau))
+        starts = (jnp.int32(NO_CODE), jnp.zeros((), operands[1].dtype))
+        return lax.reduce(operands, starts, lambda a, b: (jnp.minimum(a[0], b[0]), a[1] + b[1]), (0,))
+
+    # XLA for TPUs does not merge the two; on CPUs a reduction of pairs takes longer than both.
+    return lax.platform_dependent(logits, codes, top, m, tpu=together, default=separately)
 
 
 def _best_of_devices(best: tuple[jax.Array, jax.Array], stream: BlockScan) -> tuple[jax.Array, jax.Array]:

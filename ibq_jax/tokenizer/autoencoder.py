@@ -9,127 +9,140 @@ float32. interop/tokenizer_names.py maps parameter names to the published ones.
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
+from jax.sharding import Mesh
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import convolution_precision, product_precision
+from ibq_jax.ops.convolution import convolve
+from ibq_jax.ops.group_norm import GroupNormForm, group_norm
+from ibq_jax.ops.pixel_sums import add_bias
 
 NORM_GROUPS = 32
+NORM_EPSILON = 1e-6
 
 
-def conv(
-    in_channels: int,
-    features: int,
-    size: int = 3,
-    *,
-    stride: int = 1,
-    padding: str | int | Sequence[tuple[int, int]] = "SAME",
-    use_bias: bool = True,
-    kernel_init: Callable[..., jax.Array] | None = None,
-    dtype: jnp.dtype = jnp.float32,
-    precision: str = "float32",
-    name: str | None = None,
-) -> nn.Conv:
-    """Returns a size x size convolution.
+class Computing(NamedTuple):
+    """The type and precision that layers compute in, as in `Layout`, and the `mesh` of their devices (None for one)."""
+
+    dtype: jnp.dtype = jnp.float32
+    precision: str = "float32"
+    mesh: Mesh | None = None
+
+
+class Conv(nn.Module):
+    """A size x size convolution, [B, H, W, any] -> [B, H', W', features].
 
     Weights and biases are initialised uniformly in +-1 / sqrt(fan in), PyTorch's default; `kernel_init` replaces that
-    for the weights.
+    for the weights. `padding` is ((above, below), (left, right)), by default size // 2 on each side.
     """
-    bound = (size * size * in_channels) ** -0.5
 
-    def uniform(key, shape, dtype):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+    features: int
+    size: int = 3
+    stride: int = 1
+    padding: tuple[tuple[int, int], tuple[int, int]] | None = None
+    use_bias: bool = True
+    kernel_init: Callable[..., jax.Array] | None = None
+    computing: Computing = Computing()
 
-    return nn.Conv(
-        features,
-        (size, size),
-        (stride, stride),
-        padding,
-        use_bias=use_bias,
-        dtype=dtype,
-        precision=convolution_precision(precision),
-        kernel_init=nn.with_logical_partitioning(kernel_init or uniform, (None, None, "conv_in", "conv_out")),
-        bias_init=nn.with_logical_partitioning(uniform, ("conv_out",)),
-        name=name,
-    )
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        bound = (self.size * self.size * x.shape[-1]) ** -0.5
+
+        def uniform(key, shape, dtype):
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        kernel_init = nn.with_logical_partitioning(self.kernel_init or uniform, (None, None, "conv_in", "conv_out"))
+        kernel = self.param("kernel", kernel_init, shape, jnp.float32)
+        dtype, half = self.computing.dtype, self.size // 2
+        padding = ((half, half), (half, half)) if self.padding is None else self.padding
+        precision = convolution_precision(self.computing.precision)
+        y = jnp.asarray(convolve(x.astype(dtype), kernel.astype(dtype), self.stride, padding, precision))
+        if not self.use_bias:
+            return y
+        bias_init = nn.with_logical_partitioning(uniform, ("conv_out",))
+        return add_bias(y, self.param("bias", bias_init, (self.features,), jnp.float32))
 
 
-def norm(channels: int, *, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
-    """Returns a group normalisation over 32 groups, eps 1e-6. Raises UsageError if 32 does not divide `channels`."""
-    if channels % NORM_GROUPS:
-        raise UsageError(
-            f"a layer of the autoencoder has {channels} channels, which do not divide into {NORM_GROUPS} norm groups; "
-            f"model.channels times each of model.channel_multipliers must be a multiple of {NORM_GROUPS}"
-        )
-    return nn.GroupNorm(
-        NORM_GROUPS,
-        epsilon=1e-6,
-        use_fast_variance=False,  # its rounding errors are visible in flat images
-        dtype=dtype,
-        scale_init=nn.with_logical_partitioning(ones, ("conv_out",)),
-        bias_init=nn.with_logical_partitioning(zeros, ("conv_out",)),
-        name=name,
-    )
+class GroupNorm(nn.Module):
+    """Group normalisation over 32 groups, eps 1e-6, then SiLU if asked; [B, H, W, C] -> the same in `computing.dtype`.
+
+    Raises UsageError if 32 does not divide C.
+    """
+
+    silu: bool
+    computing: Computing
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        if channels % NORM_GROUPS:
+            raise UsageError(
+                f"a layer of the autoencoder has {channels} channels, which do not divide into {NORM_GROUPS} norm "
+                "groups; model.channels times each of model.channel_multipliers must be a multiple of "
+                f"{NORM_GROUPS}"
+            )
+        scale = self.param("scale", nn.with_logical_partitioning(ones, ("conv_out",)), (channels,), jnp.float32)
+        bias = self.param("bias", nn.with_logical_partitioning(zeros, ("conv_out",)), (channels,), jnp.float32)
+        form = GroupNormForm(NORM_GROUPS, NORM_EPSILON, self.silu, self.computing.mesh)
+        return group_norm(x.astype(self.computing.dtype), scale, bias, form)
 
 
 class ResidualBlock(nn.Module):
     """Two normalised 3x3 convolutions with a residual connection, [B, h, w, any] -> [B, h, w, features]."""
 
     features: int
-    dtype: jnp.dtype
-    precision: str
+    computing: Computing
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c, conv_of = x.shape[-1], partial(conv, dtype=self.dtype, precision=self.precision)
-        y = nn.silu(norm(c, dtype=self.dtype, name="norm1")(x))
-        y = conv_of(c, self.features, name="conv1")(y)
-        y = nn.silu(norm(self.features, dtype=self.dtype, name="norm2")(y))
-        y = conv_of(self.features, self.features, name="conv2")(y)
-        if c != self.features:
-            x = conv_of(c, self.features, 1, name="shortcut")(x)
+        y = GroupNorm(True, self.computing, name="norm1")(x)
+        y = Conv(self.features, computing=self.computing, name="conv1")(y)
+        y = GroupNorm(True, self.computing, name="norm2")(y)
+        y = Conv(self.features, computing=self.computing, name="conv2")(y)
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, 1, computing=self.computing, name="shortcut")(x)
         return x + y
 
 
 class Attention(nn.Module):
     """Single-head self-attention over all positions, with a residual connection, [B, h, w, C] -> [B, h, w, C]."""
 
-    dtype: jnp.dtype
-    precision: str
+    computing: Computing
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
-        conv_of = partial(conv, dtype=self.dtype, precision=self.precision)
+        dtype = self.computing.dtype
+        of_pixels = partial(Conv, c, 1, computing=self.computing)
         # In bfloat16, more than one pass would be spent on the float32 gradient of the logits only.
-        precision = product_precision("bfloat16" if self.dtype == jnp.bfloat16 else self.precision)
-        normed = norm(c, dtype=self.dtype, name="norm")(x)
-        query, key, value = (
-            conv_of(c, c, 1, name=name)(normed).reshape(b, h * w, c) for name in ("query", "key", "value")
-        )
+        precision = product_precision("bfloat16" if dtype == jnp.bfloat16 else self.computing.precision)
+        normed = GroupNorm(False, self.computing, name="norm")(x)
+        query, key, value = (of_pixels(name=name)(normed).reshape(b, h * w, c) for name in ("query", "key", "value"))
         logits = jnp.einsum("bqc,bkc->bqk", query, key, precision=precision, preferred_element_type=jnp.float32)
         logits *= c**-0.5
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+        weights = jax.nn.softmax(logits, axis=-1).astype(dtype)
         attended = jnp.einsum("bqk,bkc->bqc", weights, value, precision=precision).reshape(b, h, w, c)
-        return x + conv_of(c, c, 1, name="out")(attended)
+        return x + of_pixels(name="out")(attended)
 
 
 class Middle(nn.Module):
     """A residual block, attention and another block, at the lowest resolution."""
 
-    dtype: jnp.dtype
-    precision: str
+    computing: Computing
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = x.shape[-1]
-        x = ResidualBlock(c, self.dtype, self.precision, name="first_block")(x)
-        x = Attention(self.dtype, self.precision, name="attention")(x)
-        return ResidualBlock(c, self.dtype, self.precision, name="second_block")(x)
+        x = ResidualBlock(c, self.computing, name="first_block")(x)
+        x = Attention(self.computing, name="attention")(x)
+        return ResidualBlock(c, self.computing, name="second_block")(x)
 
 
 class Level(nn.Module):
@@ -138,17 +151,16 @@ class Level(nn.Module):
     features: int
     num_blocks: int
     attend: bool
-    dtype: jnp.dtype
-    precision: str
     remat: str
+    computing: Computing
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         block = nn.remat(ResidualBlock) if self.remat == "blocks" else ResidualBlock
         for i in range(self.num_blocks):
-            x = block(self.features, self.dtype, self.precision, name=f"block_{i}")(x)
+            x = block(self.features, self.computing, name=f"block_{i}")(x)
             if self.attend:
-                x = Attention(self.dtype, self.precision, name=f"attention_{i}")(x)
+                x = Attention(self.computing, name=f"attention_{i}")(x)
         return x
 
 
@@ -168,6 +180,7 @@ class Layout(nn.Module, kw_only=True):
         precision: how they multiply operands if `dtype` is float32.
         remat: "none", or "blocks" to keep only each residual block's input for the backward pass, which then computes
             the block again.
+        mesh: the devices that share a batch and the codebook's rows, None for one.
     """
 
     channels: int
@@ -179,6 +192,11 @@ class Layout(nn.Module, kw_only=True):
     dtype: jnp.dtype = jnp.float32
     precision: str = "float32"
     remat: str = "none"
+    mesh: Mesh | None = None
+
+    @property
+    def computing(self) -> Computing:
+        return Computing(self.dtype, self.precision, self.mesh)
 
     def layout(self) -> dict:
         """Returns these fields by name."""
@@ -191,18 +209,18 @@ class Encoder(Layout):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        conv_of = partial(conv, dtype=self.dtype, precision=self.precision)
-        x = conv_of(3, self.channels, name="conv_in")(images)
+        conv = partial(Conv, computing=self.computing)
+        x = conv(self.channels, name="conv_in")(images)
         for i, multiplier in enumerate(self.channel_multipliers):
             c = self.channels * multiplier
             attend = self.resolution // 2**i in self.attention_resolutions
-            x = Level(c, self.num_res_blocks, attend, self.dtype, self.precision, self.remat, name=f"down_{i}")(x)
+            x = Level(c, self.num_res_blocks, attend, self.remat, self.computing, name=f"down_{i}")(x)
             if i < len(self.channel_multipliers) - 1:
                 right_and_bottom = ((0, 1), (0, 1))
-                x = conv_of(c, c, stride=2, padding=right_and_bottom, name=f"downsample_{i}")(x)
-        x = Middle(self.dtype, self.precision, name="middle")(x)
-        x = nn.silu(norm(c, dtype=self.dtype, name="norm_out")(x))
-        return conv_of(c, self.z_channels, name="conv_out")(x)
+                x = conv(c, stride=2, padding=right_and_bottom, name=f"downsample_{i}")(x)
+        x = Middle(self.computing, name="middle")(x)
+        x = GroupNorm(True, self.computing, name="norm_out")(x)
+        return conv(self.z_channels, name="conv_out")(x)
 
 
 class Decoder(Layout):
@@ -211,15 +229,15 @@ class Decoder(Layout):
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
         c = self.channels * self.channel_multipliers[-1]
-        conv_of = partial(conv, dtype=self.dtype, precision=self.precision)
-        x = conv_of(self.z_channels, c, name="conv_in")(z)
-        x = Middle(self.dtype, self.precision, name="middle")(x)
+        conv = partial(Conv, computing=self.computing)
+        x = conv(c, name="conv_in")(z)
+        x = Middle(self.computing, name="middle")(x)
         for i in reversed(range(len(self.channel_multipliers))):
             c = self.channels * self.channel_multipliers[i]
             attend = self.resolution // 2**i in self.attention_resolutions
-            x = Level(c, self.num_res_blocks + 1, attend, self.dtype, self.precision, self.remat, name=f"up_{i}")(x)
+            x = Level(c, self.num_res_blocks + 1, attend, self.remat, self.computing, name=f"up_{i}")(x)
             if i > 0:
                 doubled = x.repeat(2, axis=1).repeat(2, axis=2)
-                x = conv_of(c, c, name=f"upsample_{i}")(doubled)
-        x = nn.silu(norm(c, dtype=self.dtype, name="norm_out")(x))
-        return conv_of(c, 3, name="conv_out")(x).astype(jnp.float32)
+                x = conv(c, name=f"upsample_{i}")(doubled)
+        x = GroupNorm(True, self.computing, name="norm_out")(x)
+        return conv(3, name="conv_out")(x).astype(jnp.float32)

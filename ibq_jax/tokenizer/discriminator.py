@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import normal, zeros
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.tokenizer.autoencoder import conv
+from ibq_jax.tokenizer.autoencoder import Computing, Conv
 
 RUNNING = "batch_stats"
 RUNNING_MOMENTUM = 0.1
@@ -86,15 +86,14 @@ class PatchDiscriminator(nn.Module):
         for i in range(self.num_layers + 2):
             last = i == self.num_layers + 1
             normed = 0 < i <= self.num_layers
-            x = conv(
-                x.shape[-1],
+            x = Conv(
                 1 if last else self.channels * min(2**i, MAX_MULTIPLIER),
                 4,
                 stride=2 if i < self.num_layers else 1,
-                padding=1,
+                padding=((1, 1), (1, 1)),
                 use_bias=not normed,
                 kernel_init=normal(0.02),
-                dtype=self.dtype,
+                computing=Computing(self.dtype),
                 name=f"conv_{i}",
             )(x)
             if normed:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import check_precision, compute_dtype
 from ibq_jax.base.sharding import platform
-from ibq_jax.tokenizer.autoencoder import Decoder, Encoder, Layout, conv
+from ibq_jax.tokenizer.autoencoder import Conv, Decoder, Encoder, Layout
 from ibq_jax.tokenizer.quantizer import Quantized
 from ibq_jax.tokenizer.quantizers import build_quantizer
 
@@ -27,14 +27,12 @@ class TokenizerModel(Layout, kw_only=True):
         code_dim: D, except for quantizers whose number of codes fixes D (lfq, fsq).
         quantizer: the quantizer's name, one of `ibq_jax.tokenizer.quantizers.QUANTIZERS`.
         quantizer_settings: settings of any quantizers by name; the chosen one picks those it declares.
-        mesh: the devices among which the codebook's rows are split; None for no split.
     """
 
     codebook_size: int
     code_dim: int
     quantizer: str = "ibq"
     quantizer_settings: Mapping = FrozenDict()
-    mesh: Mesh | None = None
 
     def setup(self):
         self.encoder = Encoder(**self.layout())
@@ -44,8 +42,8 @@ class TokenizerModel(Layout, kw_only=True):
             self.quantizer, settings, codebook_size=self.codebook_size, dim=self.code_dim, mesh=self.mesh
         )
         # Latents are full float32 on both sides of the quantizer, whatever the rest computes in.
-        self.quant_conv = conv(self.z_channels, self.quantize.latent_dim, 1)
-        self.post_quant_conv = conv(self.quantize.latent_dim, self.z_channels, 1)
+        self.quant_conv = Conv(self.quantize.latent_dim, 1)
+        self.post_quant_conv = Conv(self.z_channels, 1)
 
     def for_encoding(self, precision: str) -> "TokenizerModel":
         """Returns this model with all products between images and codes, both ways, at a precision from `PRECISIONS`.
@@ -92,7 +90,7 @@ class TokenizerModel(Layout, kw_only=True):
 
 
 def used_in_model_type(path: tuple[str, ...]) -> bool:
-    """Returns whether the parameter at a path is used in the model's `dtype` only, unlike those around the quantizer."""
+    """Returns whether the parameter at a path is used in the model's `dtype` only, unlike the quantizer's."""
     return path[-1] == "kernel" and not set(path) & {"quant_conv", "post_quant_conv", "quantize"}
 
 

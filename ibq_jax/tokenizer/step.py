@@ -58,7 +58,6 @@ from ibq_jax.tokenizer.model import TokenizerModel, build_model, downsampling, u
 from ibq_jax.tokenizer.quantizers import WITH_TRAINED_ROWS
 
 
-
 @flax.struct.dataclass
 class DiscriminatorState:
     """The discriminator's part of the train state."""
@@ -120,7 +119,7 @@ class TokenizerTrainer:
     @cached_property
     def discriminator_placement(self) -> WeightPlacement:
         """The places of the discriminator's parameters."""
-        return WeightPlacement.of(lambda: self.create_state(0).discriminator.params, self.mesh)
+        return WeightPlacement.of(lambda: self._create_discriminator(jax.random.key(0)).params, self.mesh)
 
     @cached_property
     def learning_rate(self) -> optax.Schedule:

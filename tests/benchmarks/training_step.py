@@ -53,7 +53,7 @@ def parts(trainer: TokenizerTrainer, state, images: jax.Array) -> dict[str, Call
         variables = {"params": params, "batch_stats": state.discriminator.batch_stats}
         return discriminator.apply(variables, x, mutable=["batch_stats"])[0]
 
-    def generator_loss(params):
+    def tokenizer_loss(params):
         reconstructions, quantized = model.apply({"params": params}, images)
         codebook = weights.quantizer_weight * quantized.quant_loss + weights.entropy_weight * quantized.entropy_loss
         return jnp.mean(jnp.abs(images - reconstructions)) + codebook
@@ -68,14 +68,15 @@ def parts(trainer: TokenizerTrainer, state, images: jax.Array) -> dict[str, Call
         updates, optimizer = trainer.optimizer.update(gradient, optimizer, params)
         return optax.apply_updates(params, updates), optimizer
 
-    generate, judge, oppose = (jax.jit(jax.grad(f)) for f in (generator_loss, discriminator_loss, adversarial_loss))
+    losses_of_parts = tokenizer_loss, discriminator_loss, adversarial_loss
+    tokenizer, real_and_fake, fake = (jax.jit(jax.grad(f)) for f in losses_of_parts)
     update, average = jax.jit(update), jax.jit(moving_average, static_argnums=2)
     decay, discriminator = trainer.config.optimizer.ema_decay, state.discriminator
     return {
-        "generator, forward and backward": lambda: generate(state.params),
-        "discriminator, forward and backward on both": lambda: judge(discriminator.params),
-        "discriminator, backward to the pictures": lambda: oppose(images),
-        "generator's Adam": lambda: update(state.params, state.params, state.optimizer),
+        "tokenizer, forward and backward": lambda: tokenizer(state.params),
+        "discriminator, forward and backward on both": lambda: real_and_fake(discriminator.params),
+        "discriminator, backward to the pictures": lambda: fake(images),
+        "tokenizer's Adam": lambda: update(state.params, state.params, state.optimizer),
         "discriminator's Adam": lambda: update(discriminator.params, discriminator.params, discriminator.optimizer),
         "EMA": lambda: average(state.ema, state.params, decay),
     }

@@ -8,7 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.tokenizer.autoencoder import Decoder, Encoder, conv, norm
+from ibq_jax.tokenizer.autoencoder import Computing, Conv, Decoder, Encoder, GroupNorm
 
 LAYOUT = dict(
     channels=32,
@@ -63,7 +63,7 @@ def test_every_parameter_is_float32_and_names_its_axes():
 
 def test_convolutions_start_uniform_within_the_root_of_their_inputs():
     """This is PyTorch's default, with which the released code starts."""
-    params = nn.meta.unbox(conv(50, 200).init(jax.random.key(0), jnp.zeros((1, 3, 3, 50))))["params"]
+    params = nn.meta.unbox(Conv(200).init(jax.random.key(0), jnp.zeros((1, 3, 3, 50))))["params"]
     bound = (3 * 3 * 50) ** -0.5
     for weights in params.values():
         assert 0.9 * bound < float(jnp.abs(weights).max()) <= bound
@@ -82,7 +82,7 @@ def test_bfloat16_stays_close_to_float32(params):
 def test_norm_statistics_are_float32():
     """With a mean of 100, bfloat16 has no digits left for the variance."""
     x = (100.0 + jax.random.normal(jax.random.key(4), (1, 16, 16, 32))).astype(jnp.bfloat16)
-    y, _ = norm(32, dtype=jnp.bfloat16, name="norm").init_with_output(jax.random.key(0), x)
+    y, _ = GroupNorm(False, Computing(jnp.bfloat16)).init_with_output(jax.random.key(0), x)
     wide = np.asarray(x, np.float64)
     expected = (wide - wide.mean((1, 2))) / wide.std((1, 2))
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=0.02)
