@@ -1,13 +1,17 @@
 """Eight simulated devices for every test, set here and nowhere else, and the fixtures that several rooms share."""
 
+import os
+
 import jax
 import pytest
 from absl import flags
 from support import released
+from support.compiling import FEW_OPTIMIZATIONS, compile_in_less_time, optimize
 from support.jobs import Starter
 
 from ibq_jax.__main__ import main
 
+COMPILED = compile_in_less_time()  # a folder that lives as long as this process
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
@@ -15,6 +19,16 @@ flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="Rewrite this project's own golden files.")
+
+
+@pytest.fixture
+def optimized(monkeypatch):
+    """Lets LLVM optimize what a test and its commands compile: for programs that would run longer than that takes."""
+    before = os.environ[FEW_OPTIMIZATIONS]
+    monkeypatch.setenv(FEW_OPTIMIZATIONS, "0")
+    optimize(fully=True)
+    yield
+    optimize(fully=before == "0")
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +56,8 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def start(tmp_path_factory):
+def start():
     """Starts commands in processes of their own, and kills those that still run at the end."""
-    starter = Starter(tmp_path_factory.mktemp("compiled"))
+    starter = Starter()
     yield starter
     starter.close()

@@ -15,6 +15,9 @@ from ibq_jax.ops import exact_search, nearest_codes
 from ibq_jax.ops.block_scan import BlockScan
 from ibq_jax.ops.exact_search import exact_nearest_codes
 
+# Optimized as for users: what LLVM does to sums of rounding errors is part of the promise.
+pytestmark = pytest.mark.usefixtures("optimized")
+
 FAST = ("bfloat16", "float32")
 
 

@@ -14,10 +14,10 @@ COMMAND = ("-m", "ibq_jax")
 
 
 class Starter:
-    """Starts processes that share what they compiled."""
+    """Starts processes, and keeps them in mind."""
 
-    def __init__(self, cache: Path):
-        self._cache, self._started = cache, []
+    def __init__(self):
+        self._started = []
 
     def __call__(
         self,
@@ -37,7 +37,6 @@ class Starter:
                 "IBQ_PROCESSES": f"localhost:{port},{count or len(argvs)},{index}" if several else "",
                 "IBQ_PEER_TIMEOUT": "5",
                 "JAX_NUM_CPU_DEVICES": str(devices),
-                "JAX_COMPILATION_CACHE_DIR": str(self._cache),
             }
             self._started.append(
                 subprocess.Popen(
