@@ -17,16 +17,17 @@ if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
     jax.numpy.float32 = jax.numpy.float64  # before anything else is imported: every float32 of the code is a float64
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from ibq_jax.base.config import load_config
-from ibq_jax.base.sharding import create_sharded, make_mesh
+from ibq_jax.base.sharding import abstract_state, make_mesh
 from ibq_jax.interop import tokenizer_names
 from ibq_jax.pretrained.lpips import load_weights
-from ibq_jax.tokenizer.step import TokenizerTrainer
+from ibq_jax.tokenizer.step import TokenizerState, TokenizerTrainer
 from support import released
 from support.published_names import discriminator_from_torch, discriminator_to_torch, ema_to_torch
 
@@ -67,14 +68,25 @@ def vgg16() -> dict:
     return jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), weights)
 
 
+def everything_but_weights(trainer: TokenizerTrainer) -> TokenizerState:
+    """A state before the first step; the random weights, whose program takes the longest to compile, are left out."""
+
+    def create() -> TokenizerState:
+        state = nn.meta.unbox(trainer.create_state(0))
+        discriminator = state.discriminator.replace(params=None, batch_stats=None)
+        return state.replace(params=None, ema=None, discriminator=discriminator)
+
+    return jax.jit(create)()
+
+
 def take(steps: int = 4) -> tuple[list[dict], dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(every step's metrics, the first step's gradients, the last tensors), the latter two under published names."""
     tensors, published, _ = released.tokenizer()
     recorded = released.load("train_steps")
     config = config_of(published, recorded)
     trainer = TokenizerTrainer(config, make_mesh({}, jax.devices()[:1]), steps_per_epoch=1)
-    state = create_sharded(trainer.create_state, trainer.mesh, 0)
     discriminator = discriminator_from_torch(tensors, published)
+    state = everything_but_weights(trainer)
     state = state.replace(
         params=tokenizer_names.tokenizer_from_torch(tensors, published, use_ema=False),
         ema=tokenizer_names.tokenizer_from_torch(tensors, published, use_ema=True),
@@ -84,6 +96,7 @@ def take(steps: int = 4) -> tuple[list[dict], dict[str, np.ndarray], dict[str, n
     )
     floats = (np.float32, np.float64)
     state = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) if x.dtype in floats else x, state)
+    state = jax.device_put(state, abstract_state(trainer.create_state, trainer.mesh, 0)[1])  # as a step returns it
     step, perceptual, logs, gradients = jax.jit(trainer.train_step), vgg16(), [], None
     for images in recorded["images"][:steps]:
         state, metrics = step(state, perceptual, jnp.asarray(released.nhwc(images), jnp.float32))

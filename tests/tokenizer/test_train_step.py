@@ -1,5 +1,6 @@
 """The train step: against the released code's (see four_steps.py), on several meshes, in micro-batches."""
 
+import functools
 import json
 import os
 import subprocess
@@ -125,22 +126,32 @@ def images(steps: int, batch_size: int = 16, size: int = 16) -> np.ndarray:
     return coarse.repeat(4, axis=2).repeat(4, axis=3)
 
 
-def run_steps(axes: dict[str, int], devices: int, *overrides: str, steps: int = 3):
-    """(state, metrics of every step) from the same seed and images."""
-    trainer = TokenizerTrainer(small_config(*overrides), make_mesh(axes, jax.devices()[:devices]), steps_per_epoch=1)
-    mesh = trainer.mesh
-    state = create_sharded(trainer.create_state, mesh, 0)
+@functools.cache
+def first_state(*overrides: str):
+    """The state before the first step, on one device. To compute it takes as long to compile as a step does."""
+    trainer = TokenizerTrainer(small_config(*overrides), make_mesh({}, jax.devices()[:1]), steps_per_epoch=1)
+    return create_sharded(trainer.create_state, trainer.mesh, 0)
+
+
+def run_steps(axes: dict[str, int], devices: int, *overrides: str, model: tuple[str, ...] = (), steps: int = 3):
+    """([the state before the first step and after every one], [metrics of every step]) from the same seed and images.
+
+    Of the overrides only those in `model` may change the first state.
+    """
+    mesh = make_mesh(axes, jax.devices()[:devices])
+    trainer = TokenizerTrainer(small_config(*model, *overrides), mesh, steps_per_epoch=1)
     _, shardings = abstract_state(trainer.create_state, mesh, 0)
     step = jax.jit(
         trainer.train_step,
         in_shardings=(shardings, replicated(mesh), batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
     )
-    logs = []
+    states, logs = [jax.device_put(first_state(*model), shardings)], []
     for batch in images(steps):
-        state, metrics = step(state, None, jax.device_put(batch, batch_sharding(mesh)))
+        state, metrics = step(states[-1], None, jax.device_put(batch, batch_sharding(mesh)))
+        states.append(state)
         logs.append({name: float(value) for name, value in metrics.items()})
-    return state, logs
+    return states, logs
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +159,22 @@ def on_one_device():
     return run_steps({"data": 1}, 1, CALM)
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "codebook": 4}, {"data": 8}, {"data": 2, "fsdp": 2, "codebook": 2}])
+MESHES = [{"data": 2, "codebook": 4}, {"data": 8}, {"data": 2, "fsdp": 2, "codebook": 2}]
+
+
+def test_the_first_state_is_the_same_on_eight_devices():
+    trainer = TokenizerTrainer(small_config(), make_mesh(MESHES[2]), steps_per_epoch=1)
+    state = create_sharded(trainer.create_state, trainer.mesh, 0)
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(first_state()), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("axes", MESHES)
 def test_eight_devices_log_what_one_logs(on_one_device, axes):
-    state, logs = run_steps(axes, 8, CALM)
+    states, logs = run_steps(axes, 8, CALM)
     assert_same(logs, on_one_device[1])
-    assert_same_gradients(state, on_one_device[0])
+    assert_same_gradients(states[-1], on_one_device[0][-1])
+    state = states[-1]
     sharding = state.params["quantize"]["codebook"].sharding
     assert sharding.shard_shape((64, 8)) == (64 // axes.get("codebook", 1), 8)
     assert state.ema["quantize"]["codebook"].sharding == sharding
@@ -160,58 +182,59 @@ def test_eight_devices_log_what_one_logs(on_one_device, axes):
 
 
 SMALL = ("loss.adversarial_weight=0.0", "model.channel_multipliers=(1,)")
+OTHERS = ("vq", "simvq", "lfq", "fsq")
 
 
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        pytest.param("vq", (), id="vq"),
-        *(pytest.param(name, SMALL, id=f"small-{name}") for name in ("simvq", "lfq", "fsq")),
-        *(pytest.param(name, (), id=name, marks=pytest.mark.long) for name in ("simvq", "lfq", "fsq")),
+        *(pytest.param(name, SMALL, id=f"small-{name}") for name in OTHERS),
+        *(pytest.param(name, (), id=name, marks=pytest.mark.long) for name in OTHERS),
     ],
 )
 def test_eight_devices_log_what_one_logs_of_other_quantizers(name, fields):
-    overrides = [CALM, *(f"--config.{field}" for field in (f"quantizer.name={name}", *fields))]
-    state, logs = run_steps({"data": 2, "codebook": 4}, 8, *overrides, steps=2)
-    _, on_one_device = run_steps({"data": 1}, 1, *overrides, steps=2)
+    model = tuple(f"--config.{field}" for field in (f"quantizer.name={name}", *fields))
+    (*_, state), logs = run_steps({"data": 2, "codebook": 4}, 8, CALM, model=model, steps=2)
+    _, on_one_device = run_steps({"data": 1}, 1, CALM, model=model, steps=2)
     assert_same(logs, on_one_device)
     if "codebook" in state.params.get("quantize", {}):
         assert state.params["quantize"]["codebook"].sharding.shard_shape((64, 8)) == (16, 8)
 
 
+@pytest.mark.usefixtures("optimized")  # convolutions in a loop are XLA's own: three steps take 40 s, or else 6
 def test_micro_batches_log_what_the_whole_batch_logs(on_one_device):
     # Groups of batch norm (4 images) and entropy (256 tokens, 4 images) lie inside a micro-batch of 8 images.
-    state, logs = run_steps({"data": 1}, 1, CALM, "--config.train.grad_accum_steps=2")
+    states, logs = run_steps({"data": 1}, 1, CALM, "--config.train.grad_accum_steps=2")
     assert_same(logs, on_one_device[1])
-    assert_same_gradients(state, on_one_device[0])
+    assert_same_gradients(states[-1], on_one_device[0][-1])
 
 
 def test_bfloat16_keeps_parameters_and_losses_in_float32(on_one_device):
-    state, logs = run_steps({"data": 1}, 1, CALM, "--config.dtype=bfloat16", steps=1)
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
+    states, logs = run_steps({"data": 1}, 1, CALM, "--config.dtype=bfloat16", steps=1)
+    assert {leaf.dtype for leaf in jax.tree.leaves(states[-1].params)} == {np.dtype(np.float32)}
     assert 1e-6 < abs(logs[0]["loss/l1"] - on_one_device[1][0]["loss/l1"]) < 1e-2
 
 
-def test_before_its_start_the_discriminator_changes_nothing():
-    state, logs = run_steps({"data": 1}, 1, "--config.discriminator.start_step=2", "--config.train.steps=9")
-    before = create_sharded(
-        TokenizerTrainer(small_config(), make_mesh({"data": 1}, jax.devices()[:1]), steps_per_epoch=1).create_state,
-        make_mesh({"data": 1}, jax.devices()[:1]),
-        0,
-    )
+@pytest.fixture(scope="module")
+def at_the_presets_rate():
+    """Three steps, of which the discriminator takes the last."""
+    return run_steps({"data": 1}, 1, "--config.discriminator.start_step=2", "--config.train.steps=9")
+
+
+def test_before_its_start_the_discriminator_changes_nothing(at_the_presets_rate):
+    states, logs = at_the_presets_rate
     assert logs[1]["discriminator/gradient_norm"] == 0.0 < logs[2]["discriminator/gradient_norm"]
     assert logs[1]["loss/total"] == pytest.approx(logs[1]["loss/nll"] + logs[1]["loss/codebook"], rel=1e-6)
-    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), state.params, before.params)
+    before, after = states[0].params, states[-1].params
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), after, before)
     assert min(jax.tree.leaves(moved)) > 0.0
 
 
-def test_the_average_follows_the_weights_and_every_code_moves():
-    trainer = TokenizerTrainer(small_config(), make_mesh({"data": 1}, jax.devices()[:1]), steps_per_epoch=1)
-    start = create_sharded(trainer.create_state, trainer.mesh, 0)
-    state, _ = run_steps({"data": 1}, 1, steps=1)
-    before, after = (np.asarray(s.params["quantize"]["codebook"]) for s in (start, state))
+def test_the_average_follows_the_weights_and_every_code_moves(at_the_presets_rate):
+    first, second, *_ = at_the_presets_rate[0]
+    before, after = (np.asarray(state.params["quantize"]["codebook"]) for state in (first, second))
     assert np.all(np.any(before != after, axis=1))  # index backpropagation: every code has a gradient at every step
-    decay = trainer.config.optimizer.ema_decay
+    decay = small_config().optimizer.ema_decay
     np.testing.assert_allclose(
-        np.asarray(state.ema["quantize"]["codebook"]), decay * before + (1 - decay) * after, atol=1e-7
+        np.asarray(second.ema["quantize"]["codebook"]), decay * before + (1 - decay) * after, atol=1e-7
     )
