@@ -5,6 +5,8 @@ cd "$(dirname "$0")/.."
 bash launch/setup.sh tests torch hub
 # Two workers, because each mostly compiles in one thread. The tests of one file share what they set up and stay together.
 # Only some faults are injected; all of them, with their table: .venv/bin/python -m pytest tests/faults
+# The threads of one worker's linear algebra would only wait for those of the other's: a Frechet distance takes a third.
+export OPENBLAS_NUM_THREADS=1
 IBQ_FAULTS=few .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
 # Plans for TPUs need the TPU's compiler, in a venv of its own, because JAX looks for a TPU wherever it is installed.
 if [ $# -eq 0 ] && [ "$(uname -sm)" = "Linux x86_64" ]; then

@@ -1,5 +1,6 @@
 """Evaluation of samples: reading sets, distances and scores, on any number of devices and processes."""
 
+import functools
 import socket
 import subprocess
 import sys
@@ -40,10 +41,24 @@ def inception_file(tmp_path_factory):
     path.unlink()
 
 
-def features_of_images(images, path, devices=1, batch=8, kinds=("efficientnet",), files=None, protocol="adm"):
+@functools.cache
+def extractor(devices: int, kind: str, file: Path | None) -> FeatureExtractor:
+    """Compiles its network once for all tests that call it."""
     mesh = make_mesh({"data": -1}, jax.devices()[:devices])
-    extractor = FeatureExtractor(find_feature_nets(kinds, files or {}), PROTOCOLS[protocol], mesh)
-    return extractor(ImageSet(saved(path, images)).batches(batch))
+    files = {} if file is None else {kind: str(file)}
+    return FeatureExtractor(find_feature_nets([kind], files), PROTOCOLS["adm"], mesh)
+
+
+def features_of_images(images, path, devices=1, batch=8, kind="efficientnet", file=None):
+    return extractor(devices, kind, file)(ImageSet(saved(path, images)).batches(batch))
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+    """The features of SMOOTH and of NOISE in batches of 8, and their comparison; a distance takes seconds."""
+    path = tmp_path_factory.mktemp("sets") / "set.npz"
+    smooth, noise = (features_of_images(set_, path) for set_ in (SMOOTH, NOISE))
+    return smooth, noise, dict(compare(smooth, noise, PROTOCOLS["adm"]))
 
 
 def test_a_set_is_read_batch_by_batch_with_its_last_one_padded(tmp_path):
@@ -60,8 +75,8 @@ def test_a_compressed_set_is_read_too(tmp_path):
     np.testing.assert_array_equal(next(ImageSet(tmp_path / "set.npz").batches(3))["image"], NOISE[:3])
 
 
-def test_equal_sets_have_distance_0_precision_1_and_recall_1(tmp_path):
-    features = features_of_images(SMOOTH, tmp_path / "set.npz")
+def test_equal_sets_have_distance_0_precision_1_and_recall_1(on_one_device):
+    features = on_one_device[0]
     found = dict(compare(features, features, PROTOCOLS["adm"]))
     assert abs(found[FD]) < 1e-6 and found["images"] == 24
     assert found["precision (EfficientNetLite0)"] == found["recall (EfficientNetLite0)"] == 1.0
@@ -77,12 +92,10 @@ def test_noise_is_farther_away_than_images_of_the_same_kind(tmp_path):
 
 
 @pytest.mark.parametrize(("devices", "batch"), [(8, 8), (4, 16), (1, 5)])
-def test_devices_and_batches_change_nothing(tmp_path, devices, batch):
+def test_devices_and_batches_change_nothing(on_one_device, tmp_path, devices, batch):
     """On one device, two batch sizes differ only by the rounding of float32 convolutions of other shapes."""
-    one, others = (features_of_images(set_, tmp_path / "one.npz") for set_ in (SMOOTH, NOISE))
     same, same_others = (features_of_images(set_, tmp_path / "other.npz", devices, batch) for set_ in (SMOOTH, NOISE))
-    expected = dict(compare(one, others, PROTOCOLS["adm"]))
-    assert dict(compare(same, same_others, PROTOCOLS["adm"])) == pytest.approx(expected, rel=1e-6)
+    assert dict(compare(same, same_others, PROTOCOLS["adm"])) == pytest.approx(on_one_device[2], rel=1e-6)
 
 
 def test_two_processes_get_the_result_of_one(tmp_path):
@@ -108,8 +121,8 @@ def test_two_processes_get_the_result_of_one(tmp_path):
 
 
 def test_inception_gives_all_metrics_and_its_statistics_can_replace_images(tmp_path, inception_file):
-    nets = {"kinds": ("inception",), "files": {"inception": str(inception_file)}}
-    reference, samples = (features_of_images(set_, tmp_path / "set.npz", **nets) for set_ in (SMOOTH[:6], NOISE[:6]))
+    net = {"kind": "inception", "file": inception_file}
+    reference, samples = (features_of_images(set_, tmp_path / "set.npz", **net) for set_ in (SMOOTH[:6], NOISE[:6]))
     found = dict(compare(samples, reference, PROTOCOLS["adm"]))
     assert found.keys() == {
         FID, SFID, "inception_score", "inception_score_deviation", "precision", "recall", "images"
@@ -181,8 +194,8 @@ def test_a_caveat_names_distances_with_fewer_images_than_features(tmp_path, caps
     assert "FID, sFID, Inception Score, precision and recall: not computed" in printed
 
 
-def test_statistics_merge_to_what_one_pass_gives(tmp_path):
-    features = features_of_images(SMOOTH, tmp_path / "set.npz").features[FD]
+def test_statistics_merge_to_what_one_pass_gives(on_one_device):
+    features = on_one_device[0].features[FD]
     whole, parts = FeatureStatistics(1280), [FeatureStatistics(1280) for _ in range(2)]
     whole.update(features)
     for part, rows in zip(parts, (features[::2], features[1::2]), strict=True):
