@@ -115,24 +115,23 @@ def test_a_trained_run_has_every_published_name(tmp_path):
         np.testing.assert_array_equal(after.to_torch()[name], array)
 
 
-def test_an_imported_tokenizer_is_evaluated_and_trained_on(tmp_path, capsys):
+def test_an_imported_tokenizer_is_evaluated_and_trained_on(data_dir, tmp_path, capsys):
     """With another learning rate: of weights that were not trained on yet, only the networks are fixed."""
-    data, file = tmp_path / "data", tmp_path / "run.safetensors"
-    assert main(["prepare", "openmoji", "--size=16", f"--data_dir={data}"]) == 0
-    run = save_run(tmp_path / "run", data)
+    file = tmp_path / "run.safetensors"
+    run = save_run(tmp_path / "run", data_dir)
     assert main(["convert", f"--in={run}", f"--out={file}"]) == 0
     assert main(["convert", f"--in={file}", f"--out={tmp_path / 'imported'}"]) == 0
     assert "other fields as in the run that it was made of" in capsys.readouterr().out
     assert main(["evaluate", f"--run={tmp_path / 'imported'}"]) == 0
     changed = ("optimizer.learning_rate=3e-5", "train.steps=3", "evaluate.every=3", "log.images_every=3")
-    assert main(arguments(tmp_path / "imported", data, *changed)) == 0
+    assert main(arguments(tmp_path / "imported", data_dir, *changed)) == 0
     assert "continuing from the weights of step 0" in capsys.readouterr().out
     steps = [json.loads(line) for line in (tmp_path / "imported" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if "loss/total" in line] == [1, 2, 3]
     trained, before = (Tokenizer.load(place, use_ema=False).to_torch() for place in (tmp_path / "imported", run))
     difference = trained["decoder.conv_out.weight"] - before["decoder.conv_out.weight"]
     assert 0 < np.abs(difference).max() < 1e-3
-    assert main(arguments(tmp_path / "imported", data, *changed, "optimizer.learning_rate=1e-5")) == 2
+    assert main(arguments(tmp_path / "imported", data_dir, *changed, "optimizer.learning_rate=1e-5")) == 2
     assert main(["convert", f"--in={tmp_path / 'imported'}", f"--out={tmp_path / 'trained.ckpt'}"]) == 0
     assert read_tensors(tmp_path / "trained.ckpt")["model_ema.num_updates"] == 3
     assert main(["convert", f"--in={tmp_path / 'imported'}", f"--out={tmp_path / 'more'}", "--codebook-size=128"]) == 0
