@@ -39,6 +39,7 @@ def whole(tmp_path_factory, data_dir, start):
     return workdir, finished(start(arguments(workdir, data_dir), devices=1))
 
 
+@pytest.mark.usefixtures("optimized")  # the features of 189 images, twice, take longer than to compile their network
 def test_a_run_says_and_leaves_what_it_should(whole, data_dir, tmp_path, capsys):
     workdir, out = whole
     assert "perceptual loss: OFF, because torchvision's vgg16-397923af.pth was not found" in out
@@ -81,6 +82,7 @@ def test_a_complete_run_is_left_alone_and_can_be_made_longer(whole, data_dir, tr
     assert logged(workdir)[-2]["step"] == 13
 
 
+@pytest.mark.usefixtures("optimized")  # as above
 def test_a_run_continues_with_more_codes_and_with_fewer(whole, data_dir, train, tmp_path, capsys):
     grown, pruned = tmp_path / "grown", tmp_path / "pruned"
     assert main(["convert", f"--in={whole[0]}", f"--out={grown}", "--codebook-size=128"]) == 0

@@ -122,7 +122,7 @@ def test_an_imported_tokenizer_is_evaluated_and_trained_on(data_dir, tmp_path, c
     assert main(["convert", f"--in={run}", f"--out={file}"]) == 0
     assert main(["convert", f"--in={file}", f"--out={tmp_path / 'imported'}"]) == 0
     assert "other fields as in the run that it was made of" in capsys.readouterr().out
-    assert main(["evaluate", f"--run={tmp_path / 'imported'}"]) == 0
+    assert main(["evaluate", f"--run={tmp_path / 'imported'}", "--examples=16"]) == 0
     changed = ("optimizer.learning_rate=3e-5", "train.steps=3", "evaluate.every=3", "log.images_every=3")
     assert main(arguments(tmp_path / "imported", data_dir, *changed)) == 0
     assert "continuing from the weights of step 0" in capsys.readouterr().out
