@@ -32,5 +32,5 @@ def compile_in_less_time() -> tempfile.TemporaryDirectory | None:
 
 
 def optimize(fully: bool) -> None:
-    """What is compiled from now on in this process is optimized fully, or little."""
+    """Sets for this process, from now on, whether LLVM optimizes fully or little."""
     jax.config.update("jax_disable_most_optimizations", not fully)

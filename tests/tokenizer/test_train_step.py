@@ -201,7 +201,6 @@ def test_eight_devices_log_what_one_logs_of_other_quantizers(name, fields):
         assert state.params["quantize"]["codebook"].sharding.shard_shape((64, 8)) == (16, 8)
 
 
-@pytest.mark.usefixtures("optimized")  # convolutions in a loop are XLA's own: three steps take 40 s, or else 6
 def test_micro_batches_log_what_the_whole_batch_logs(on_one_device):
     # Groups of batch norm (4 images) and entropy (256 tokens, 4 images) lie inside a micro-batch of 8 images.
     states, logs = run_steps({"data": 1}, 1, CALM, "--config.train.grad_accum_steps=2")
