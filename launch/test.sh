@@ -11,11 +11,12 @@ IBQ_FAULTS=few .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
 # Plans for TPUs need the TPU's compiler, in a venv of its own, because JAX looks for a TPU wherever it is installed.
 if [ $# -eq 0 ] && [ "$(uname -sm)" = "Linux x86_64" ]; then
   VENV=.venv-tpu bash launch/setup.sh tests tpu
+  export JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=0  # what users compile is what these tests read
   COMPILED=(tests/commands/test_plan.py tests/plan tests/system/test_compiled_precision.py)
-  JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -n 2 -m "compiler and not long" "${COMPILED[@]}"
+  .venv-tpu/bin/python -m pytest -n 2 -m "compiler and not long" "${COMPILED[@]}"
   # XLA's compiler for GPUs comes with the CUDA packages, which need no GPU.
   VENV=.venv-cuda bash launch/setup.sh tests cuda
-  JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -n 2 -m "compiler and not long" tests/system/test_compiled_precision.py
+  .venv-cuda/bin/python -m pytest -n 2 -m "compiler and not long" tests/system/test_compiled_precision.py
   # apache-beam needs older versions of protobuf and other packages.
   VENV=.venv-beam bash launch/setup.sh tests beam
   .venv-beam/bin/python -m pytest tests/system/test_beam.py

@@ -261,6 +261,25 @@ def test_nearest_codes_on_a_mesh(sizes):
     np.testing.assert_array_equal(indices, np.argmax(np.asarray(z) @ np.asarray(codebook).T, axis=1))
 
 
+def test_the_reductions_of_tpus_give_what_those_of_cpus_give(monkeypatch):
+    """A TPU finds a block's first largest logit along with its sum, or by an argmax; with many ties."""
+    z, codebook, cotangent = random_inputs(64, 8, 256)
+    z, codebook = jnp.round(z), jnp.round(codebook)
+    run = value_and_gradients(cotangent, entropy_temperature=0.5, block_size=32)
+    expected, nearest = run(z, codebook), nearest_codes(z, codebook, block_size=32, precision="bfloat16_3x")
+    chosen = []
+
+    def as_on_tpus(*arguments, default, **branches):
+        chosen.append(branches.get("tpu", default))
+        return chosen[-1](*arguments)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", as_on_tpus)
+    assert_same(value_and_gradients(cotangent, entropy_temperature=0.5, block_size=32)(z, codebook), expected)
+    found = nearest_codes(z, codebook, block_size=32, precision="bfloat16_3x")
+    np.testing.assert_array_equal(found, nearest)
+    assert {branch.__name__ for branch in chosen} == {"together", "by_argmax"}
+
+
 def abstract_step(tokens, width, codes, **arguments):
     shapes = jax.ShapeDtypeStruct((tokens, width), jnp.float32), jax.ShapeDtypeStruct((codes, width), jnp.float32)
     return value_and_gradients(jnp.ones((tokens, width)), **arguments).lower(*shapes).compile()
