@@ -60,6 +60,51 @@ def _backward(stride, padding, precision, saved, dy):
 convolve.defvjp(_forward, _backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve_doubled(x: jax.Array, kernel: jax.Array, precision: lax.Precision | None) -> jax.Array:
+    """Returns the 3 x 3 convolution of images of twice the size, [B, H, W, C] -> [B, 2H, 2W, O].
+
+    Each pixel is repeated, down and across, before the convolution with the kernel [3, 3, C, O], whose edges see zeros.
+    TPUs convolve the images as they are (`_spread`), and nothing else is kept for the backward pass anywhere.
+    """
+    return lax.platform_dependent(
+        x, kernel, tpu=partial(_spread, precision=precision), default=partial(_repeated, precision=precision)
+    )
+
+
+def _repeated(x, kernel, precision):
+    return convolve(x.repeat(2, axis=1).repeat(2, axis=2), kernel, 1, ((1, 1), (1, 1)), precision)
+
+
+def _spread(x, kernel, precision):
+    """Convolves pixels with zeros between them, instead of repeated ones, with the sum of the kernel at four places."""
+    padded = jnp.pad(kernel.astype(jnp.float32), ((1, 1), (1, 1), (0, 0), (0, 0)))
+    summed = padded[:-1, :-1] + padded[1:, :-1] + padded[:-1, 1:] + padded[1:, 1:]
+    return lax.conv_general_dilated(
+        x,
+        summed.astype(kernel.dtype),
+        (1, 1),
+        ((2, 2), (2, 2)),
+        lhs_dilation=(2, 2),
+        dimension_numbers=NHWC,
+        precision=precision,
+    )
+
+
+def _doubled_forward(x, kernel, precision):
+    return convolve_doubled(x, kernel, precision), (x, kernel)
+
+
+def _doubled_backward(precision, saved, dy):
+    def of(form):
+        return lambda x, kernel, dy: jax.vjp(partial(form, precision=precision), x, kernel)[1](dy)
+
+    return lax.platform_dependent(*saved, dy, tpu=of(_spread), default=of(_repeated))
+
+
+convolve_doubled.defvjp(_doubled_forward, _doubled_backward)
+
+
 def kernel_gradient(
     x: jax.Array, dy: jax.Array, size: tuple[int, int], stride: int, padding: Padding, precision: lax.Precision | None
 ) -> jax.Array:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import convolution_precision, product_precision
-from ibq_jax.ops.convolution import convolve
+from ibq_jax.ops.convolution import convolve, convolve_doubled
 from ibq_jax.ops.group_norm import GroupNormForm, group_norm
 from ibq_jax.ops.pixel_sums import add_bias
 
@@ -39,13 +39,15 @@ class Conv(nn.Module):
     """A size x size convolution, [B, H, W, any] -> [B, H', W', features].
 
     Weights and biases are initialised uniformly in +-1 / sqrt(fan in), PyTorch's default; `kernel_init` replaces that
-    for the weights. `padding` is ((above, below), (left, right)), by default size // 2 on each side.
+    for the weights. `padding` is ((above, below), (left, right)), by default size // 2 on each side. With `doubled`,
+    pixels are repeated before, down and across: then H' = 2H and W' = 2W.
     """
 
     features: int
     size: int = 3
     stride: int = 1
     padding: tuple[tuple[int, int], tuple[int, int]] | None = None
+    doubled: bool = False
     use_bias: bool = True
     kernel_init: Callable[..., jax.Array] | None = None
     computing: Computing = Computing()
@@ -63,7 +65,11 @@ class Conv(nn.Module):
         dtype, half = self.computing.dtype, self.size // 2
         padding = ((half, half), (half, half)) if self.padding is None else self.padding
         precision = convolution_precision(self.computing.precision)
-        y = jnp.asarray(convolve(x.astype(dtype), kernel.astype(dtype), self.stride, padding, precision))
+        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        if self.doubled:
+            y = jnp.asarray(convolve_doubled(x, kernel, precision))
+        else:
+            y = jnp.asarray(convolve(x, kernel, self.stride, padding, precision))
         if not self.use_bias:
             return y
         bias_init = nn.with_logical_partitioning(uniform, ("conv_out",))
@@ -237,7 +243,6 @@ class Decoder(Layout):
             attend = self.resolution // 2**i in self.attention_resolutions
             x = Level(c, self.num_res_blocks + 1, attend, self.remat, self.computing, name=f"up_{i}")(x)
             if i > 0:
-                doubled = x.repeat(2, axis=1).repeat(2, axis=2)
-                x = conv(c, name=f"upsample_{i}")(doubled)
+                x = conv(c, doubled=True, name=f"upsample_{i}")(x)
         x = GroupNorm(True, self.computing, name="norm_out")(x)
         return conv(3, name="conv_out")(x).astype(jnp.float32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ibq_jax.ops import convolution as module
-from ibq_jax.ops.convolution import LEAST_CHANNELS, convolve, kernel_gradient, plain_convolution
+from ibq_jax.ops.convolution import LEAST_CHANNELS, convolve, convolve_doubled, kernel_gradient, plain_convolution
 
 FULL = jax.lax.Precision.HIGHEST
 FORMS = [  # kernel size, stride, padding
@@ -55,6 +55,23 @@ def test_a_kernel_gradient_is_its_definition(size, stride, padding):
         rtol=0,
         atol=1e-6 * np.abs(expected).max(),
     )
+
+
+def test_a_convolution_of_doubled_images_is_that_of_repeated_pixels():
+    """In the form of TPUs, with zeros between pixels, and in that of all others."""
+    random = np.random.default_rng(0)
+    x, kernel = (np.float32(random.normal(size=shape)) for shape in ((2, 5, 7, 6), (3, 3, 6, 4)))
+    dy = np.float32(random.normal(size=(2, 10, 14, 4)))
+
+    def plain(x, kernel):
+        return plain_convolution(x.repeat(2, axis=1).repeat(2, axis=2), kernel, 1, ((1, 1), (1, 1)), FULL)
+
+    expected = jax.vjp(plain, x, kernel)
+    for form in (convolve_doubled, module._spread):
+        value, pull_back = jax.vjp(lambda x, kernel, form=form: form(x, kernel, FULL), x, kernel)
+        np.testing.assert_allclose(value, expected[0], rtol=0, atol=1e-6 * np.abs(expected[0]).max())
+        for gradient, of_plain in zip(pull_back(dy), expected[1](dy), strict=True):
+            np.testing.assert_allclose(gradient, of_plain, rtol=0, atol=1e-6 * np.abs(of_plain).max())
 
 
 def test_only_cpus_are_given_products():
