@@ -214,7 +214,8 @@ def parser() -> Parser:
         const="plan_search.jsonl",
         metavar="FILE",
         help="Try meshes, micro-batches and model.remat for training, and print the fastest that fit. Outcomes are "
-        "kept in FILE, from which a search that was stopped goes on. Default of FILE: plan_search.jsonl.",
+        "kept in FILE (plan_search.jsonl if none is named), from which a search that was stopped goes on. Default: no "
+        "search.",
     )
     add(
         "--json",

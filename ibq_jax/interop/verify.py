@@ -243,10 +243,15 @@ def _blocks(model: GeneratorModel, params: Mapping, codes: jax.Array, labels: ja
 
 @contextmanager
 def _outputs(module: torch.nn.Module, outputs: dict[str, np.ndarray]) -> Iterator[None]:
-    """Stores the output of every submodule in `outputs`, in the order in which they finish."""
+    """Stores the output of every submodule in `outputs`, in the order in which they finish.
+
+    Norms are stored with the SiLU that follows all of them but attention's, because ours compute both in one pass.
+    """
 
     def keep(name: str):
-        def hook(_, arguments, output):
+        def hook(part, arguments, output):
+            if isinstance(part, torch.nn.GroupNorm) and not name.endswith(".norm"):
+                output = torch.nn.functional.silu(output)
             if isinstance(output, torch.Tensor):
                 outputs[name] = output.detach().numpy()
 

@@ -175,9 +175,10 @@ def test_the_share_of_codes_that_differ_from_float32_is_counted(whole, run, data
     crops = sampled_crops(data_dir)
     low, full = (np.asarray(Tokenizer.load(run, precision=name).encode(crops)) for name in ("bfloat16", "float32"))
     stored = np.stack([open_token_cache(out, "train")[number * 100 // 64]["codes"][0] for number in range(64)])
-    np.testing.assert_array_equal(stored, low)
-    differing = int((low != full).sum())
+    differing = int((stored != full).sum())
     assert 0 < differing < 0.2 * full.size
+    # In bfloat16 XLA rounds in other places for batches of another shape. Codes of other weights differ nearly all.
+    assert (stored != low).sum() < 0.05 * full.size
     manifest = read_manifest(out)
     assert manifest["precision"] == "bfloat16"
     assert manifest["compared_with_float32"] == {"sampled_codes": full.size, "differing_codes": differing}
