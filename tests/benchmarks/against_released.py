@@ -124,7 +124,8 @@ def our_step(preset: str, batch: int) -> Callable[[], object]:
     from ibq_jax.pretrained.lpips import weight_shapes
     from ibq_jax.tokenizer.step import TokenizerTrainer, jit_train_step
 
-    fields = dict(dtype="float32", **{"data.batch_size": batch, "discriminator.norm_group": 0})
+    groups = {"discriminator.norm_group": 0, "quantizer.entropy_group_tokens": 0}  # the whole batch, as released
+    fields = {"dtype": "float32", "data.batch_size": batch, **groups}
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     config = load_config(f"{ROOT}/configs/tokenizer.py:{preset}", overrides)
     trainer = TokenizerTrainer(config, make_mesh({}, jax.devices()[:1]), steps_per_epoch=1)
