@@ -11,7 +11,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
+
+from ibq_jax.base.sharding import batch_sharding
 
 ROWS = 8  # of a TPU's vector registers: fewer rows of a matrix take as long
 
@@ -37,7 +39,7 @@ def sums_by_products(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     if mesh is None or x.shape[0] % mesh.size:
         return _one_product(x)
     # Each device multiplies its own images only: seen as a whole, the product has a row for every image of the batch.
-    split = PartitionSpec(mesh.axis_names)
+    split = batch_sharding(mesh).spec
     return jax.shard_map(_one_product, mesh=mesh, in_specs=split, out_specs=split)(x)
 
 

@@ -318,7 +318,7 @@ def _improve(best: tuple[jax.Array, jax.Array], logits: jax.Array, codes: jax.Ar
     top = logits.max(axis=0)
 
     def by_two_reductions(logits, codes):
-        return jnp.where(logits == top[None], codes[:, None], NO_CODE).min(axis=0)
+        return _only_of_largest(codes, logits, top).min(axis=0)
 
     def by_argmax(logits, codes):
         return codes[lax.argmax(logits, 0, jnp.int32)]
@@ -332,16 +332,20 @@ def _first_and_sum(logits, codes, top, m, tau: float) -> tuple[jax.Array, jax.Ar
     """Returns the first code of a block whose logit is the largest, and the sum of e^((logits - m)/tau), both [N]."""
 
     def separately(logits, codes, top, m):
-        first = jnp.where(logits == top[None], codes[:, None], NO_CODE).min(axis=0)
-        return first, jnp.exp((logits - m[None]) / tau).sum(axis=0)
+        return _only_of_largest(codes, logits, top).min(axis=0), jnp.exp((logits - m[None]) / tau).sum(axis=0)
 
     def together(logits, codes, top, m):
-        operands = (jnp.where(logits == top[None], codes[:, None], NO_CODE), jnp.exp((logits - m[None]) / tau))
+        operands = _only_of_largest(codes, logits, top), jnp.exp((logits - m[None]) / tau)
         starts = (jnp.int32(NO_CODE), jnp.zeros((), operands[1].dtype))
         return lax.reduce(operands, starts, lambda a, b: (jnp.minimum(a[0], b[0]), a[1] + b[1]), (0,))
 
     # XLA for TPUs does not merge the two; on CPUs a reduction of pairs takes longer than both.
     return lax.platform_dependent(logits, codes, top, m, tpu=together, default=separately)
+
+
+def _only_of_largest(codes: jax.Array, logits: jax.Array, top: jax.Array) -> jax.Array:
+    """Returns codes [C] where a token's logit is its largest, `top` [N], and NO_CODE elsewhere, [C, N]."""
+    return jnp.where(logits == top[None], codes[:, None], NO_CODE)
 
 
 def _best_of_devices(best: tuple[jax.Array, jax.Array], stream: BlockScan) -> tuple[jax.Array, jax.Array]:

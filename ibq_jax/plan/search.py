@@ -16,6 +16,7 @@ import jax
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.json_files import parse_json
+from ibq_jax.base.parts import replace_text
 from ibq_jax.base.sharding import AXES
 from ibq_jax.plan.chips import Chip
 from ibq_jax.plan.compiled import DoesNotFit, compile_plan
@@ -149,7 +150,7 @@ class Results:
                 outcome = Outcome(**{field.name: row[field.name] for field in dataclasses.fields(Outcome)})
             except (ValueError, KeyError, TypeError):
                 if number == len(lines):
-                    path.write_text("".join(f"{line}\n" for line in lines[:-1]))
+                    replace_text(path, "".join(f"{line}\n" for line in lines[:-1]))
                     break
                 raise UsageError(f"{path}, line {number}: not a result of plan --search; name another file") from None
             if row.get("settings") == self._settings:

@@ -9,7 +9,7 @@ float32. interop/tokenizer_names.py maps parameter names to the published ones.
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -66,10 +66,11 @@ class Conv(nn.Module):
         padding = ((half, half), (half, half)) if self.padding is None else self.padding
         precision = convolution_precision(self.computing.precision)
         x, kernel = x.astype(dtype), kernel.astype(dtype)
+        y: Any  # as `jax.custom_vjp` says
         if self.doubled:
-            y = jnp.asarray(convolve_doubled(x, kernel, precision))
+            y = convolve_doubled(x, kernel, precision)
         else:
-            y = jnp.asarray(convolve(x, kernel, self.stride, padding, precision))
+            y = convolve(x, kernel, self.stride, padding, precision)
         if not self.use_bias:
             return y
         bias_init = nn.with_logical_partitioning(uniform, ("conv_out",))

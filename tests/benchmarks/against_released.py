@@ -1,10 +1,11 @@
-"""Times a training step of the released PyTorch code and of this one, in turns, and prints a table in markdown.
+"""Times a training step of the released PyTorch code and of this one, and prints a table in markdown.
 
     git clone https://github.com/TencentARC/SEED-Voken && pip install lightning pytorch-lightning torchmetrics omegaconf
     python tests/benchmarks/against_released.py --released=SEED-Voken --batch=1
 
 Both take the same step, in float32 on the CPU with random weights and images: reconstruction, LPIPS, discriminator,
-both optimizers, average. Each is a process of its own, so that its peak memory is its own; the first step is not timed.
+both optimizers, average. They run one after another, each in a process of its own, so that its peak memory is its own;
+the first step, which compiles, is given apart.
 CPU seconds are of all threads, and tell more than wall seconds where other work runs on the machine.
 """
 
