@@ -1,4 +1,4 @@
-"""Takes a generator's vocabulary, grid and number of classes from the token cache, so that nobody types them again.
+"""Takes a generator's vocabulary, grid and number of classes from the token cache, and they need not be typed again.
 
 In a config, `model.vocab_size`, `model.grid` and `model.num_classes` have the values of `FROM_CACHE` until
 `resolve_model` fills them in; the config that a run saves is filled in. Given values must agree with the cache.
