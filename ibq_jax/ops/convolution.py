@@ -3,8 +3,9 @@
 Shapes: x [B, H, W, C]; kernels [h, w, C, O]; results [B, H', W', O].
 
 XLA for CPUs computes a kernel's gradient as a convolution whose window is a whole image, at a fifth to a half of the
-speed of its matrix products. Here it is h * w matrix products over all pixels, where there are enough channels
-(docs/speed.md has the figures).
+speed of its matrix products. Here it is h * w matrix products over pixels, where there are enough channels. One device
+takes some rows of pixels at a time in a loop, which stay in its cache; and since XLA runs a loop as a whole, it frees
+x and dy after it instead of keeping those of all layers for products that it computes later (docs/speed.md).
 """
 
 from functools import partial
@@ -12,14 +13,23 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 LEAST_CHANNELS = 128  # of both sides: products of fewer take longer than XLA's convolution
+PIXELS_AT_ONCE = 2048  # of all images, in a product of the kernel's gradient
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding, precision: lax.Precision | None):
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    stride: int,
+    padding: Padding,
+    precision: lax.Precision | None,
+    mesh: Mesh | None = None,
+):
     """Returns the convolution of x [B, H, W, C] with a kernel [h, w, C, O], [B, H', W', O].
 
     Args:
@@ -28,6 +38,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding, pre
         stride: pixels between windows, down and across.
         padding: zeros (above, below), (left, right).
         precision: how operands are multiplied, forward and backward (`ibq_jax.base.precision`).
+        mesh: the devices that share the images, None for one.
     """
     return plain_convolution(x, kernel, stride, padding, precision)
 
@@ -37,11 +48,11 @@ def plain_convolution(x, kernel, stride, padding, precision):
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=NHWC, precision=precision)
 
 
-def _forward(x, kernel, stride, padding, precision):
+def _forward(x, kernel, stride, padding, precision, mesh):
     return plain_convolution(x, kernel, stride, padding, precision), (x, kernel)
 
 
-def _backward(stride, padding, precision, saved, dy):
+def _backward(stride, padding, precision, mesh, saved, dy):
     x, kernel = saved
     plain = partial(plain_convolution, stride=stride, padding=padding, precision=precision)
     (dx,) = jax.vjp(lambda x: plain(x, kernel), x)[1](dy)
@@ -50,7 +61,9 @@ def _backward(stride, padding, precision, saved, dy):
         return jax.vjp(lambda kernel: plain(x, kernel), kernel)[1](dy)[0]
 
     def by_products(x, dy):
-        return kernel_gradient(x, dy, kernel.shape[:2], stride, padding, precision)
+        # Several devices would add up their gradients in every turn of a loop.
+        rows = _rows_at_once(dy.shape) if mesh is None or mesh.size == 1 else dy.shape[1]
+        return kernel_gradient(x, dy, kernel.shape[:2], stride, padding, precision, rows)
 
     if min(kernel.shape[2:]) < LEAST_CHANNELS or stride > 1:
         return dx, by_xla(x, dy)
@@ -60,20 +73,21 @@ def _backward(stride, padding, precision, saved, dy):
 convolve.defvjp(_forward, _backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve_doubled(x: jax.Array, kernel: jax.Array, precision: lax.Precision | None) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolve_doubled(
+    x: jax.Array, kernel: jax.Array, precision: lax.Precision | None, mesh: Mesh | None = None
+) -> jax.Array:
     """Returns the 3 x 3 convolution of images of twice the size, [B, H, W, C] -> [B, 2H, 2W, O].
 
     Each pixel is repeated, down and across, before the convolution with the kernel [3, 3, C, O], whose edges see zeros.
     TPUs convolve the images as they are (`_spread`), and nothing else is kept for the backward pass anywhere.
     """
-    return lax.platform_dependent(
-        x, kernel, tpu=partial(_spread, precision=precision), default=partial(_repeated, precision=precision)
-    )
+    spread, repeated = partial(_spread, precision=precision), partial(_repeated, precision=precision, mesh=mesh)
+    return lax.platform_dependent(x, kernel, tpu=spread, default=repeated)
 
 
-def _repeated(x, kernel, precision):
-    return convolve(x.repeat(2, axis=1).repeat(2, axis=2), kernel, 1, ((1, 1), (1, 1)), precision)
+def _repeated(x, kernel, precision, mesh):
+    return convolve(x.repeat(2, axis=1).repeat(2, axis=2), kernel, 1, ((1, 1), (1, 1)), precision, mesh)
 
 
 def _spread(x, kernel, precision):
@@ -91,38 +105,67 @@ def _spread(x, kernel, precision):
     )
 
 
-def _doubled_forward(x, kernel, precision):
-    return convolve_doubled(x, kernel, precision), (x, kernel)
+def _doubled_forward(x, kernel, precision, mesh):
+    return convolve_doubled(x, kernel, precision, mesh), (x, kernel)
 
 
-def _doubled_backward(precision, saved, dy):
-    def of(form):
-        return lambda x, kernel, dy: jax.vjp(partial(form, precision=precision), x, kernel)[1](dy)
+def _doubled_backward(precision, mesh, saved, dy):
+    def of(form, **settings):
+        return lambda x, kernel, dy: jax.vjp(partial(form, precision=precision, **settings), x, kernel)[1](dy)
 
-    return lax.platform_dependent(*saved, dy, tpu=of(_spread), default=of(_repeated))
+    return lax.platform_dependent(*saved, dy, tpu=of(_spread), default=of(_repeated, mesh=mesh))
 
 
 convolve_doubled.defvjp(_doubled_forward, _doubled_backward)
 
 
 def kernel_gradient(
-    x: jax.Array, dy: jax.Array, size: tuple[int, int], stride: int, padding: Padding, precision: lax.Precision | None
+    x: jax.Array,
+    dy: jax.Array,
+    size: tuple[int, int],
+    stride: int,
+    padding: Padding,
+    precision: lax.Precision | None,
+    rows_at_once: int,
 ) -> jax.Array:
-    """Returns the gradient [h, w, C, O] of a kernel of h x w pixels: for each, one product [C, pixels] x [pixels, O].
+    """Returns the gradient [h, w, C, O] of a kernel of h x w pixels: for each, products [C, pixels] x [pixels, O].
 
     Args:
         x: the convolved images [B, H, W, C].
         dy: the gradient with respect to the result, [B, H', W', O].
         size: h and w.
-        stride, padding, precision: as in `convolve`.
+        stride: as in `convolve`, like the next two.
+        padding: see there.
+        precision: see there.
+        rows_at_once: rows of `dy`, of every image, in one product; a divisor of H'.
     """
     height, width = dy.shape[1:3]
-    rows_of_dy = dy.reshape(-1, dy.shape[-1])
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
 
-    def of_pixel(i: int, j: int) -> jax.Array:
-        rows, columns = (slice(k, k + stride * (n - 1) + 1, stride) for k, n in ((i, height), (j, width)))
-        rows_of_x = padded[:, rows, columns].reshape(-1, x.shape[-1])
-        return jnp.einsum("pc,po->co", rows_of_x, rows_of_dy, precision=precision)
+    def of_rows(x, dy):
+        rows_of_dy = dy.reshape(-1, dy.shape[-1])
 
-    return jnp.stack([jnp.stack([of_pixel(i, j) for j in range(size[1])]) for i in range(size[0])])
+        def of_pixel(i: int, j: int) -> jax.Array:
+            rows, columns = (slice(k, k + stride * (n - 1) + 1, stride) for k, n in ((i, dy.shape[1]), (j, width)))
+            rows_of_x = x[:, rows, columns].reshape(-1, x.shape[-1])
+            return jnp.einsum("pc,po->co", rows_of_x, rows_of_dy, precision=precision)
+
+        return jnp.stack([jnp.stack([of_pixel(i, j) for j in range(size[1])]) for i in range(size[0])])
+
+    if rows_at_once == height:
+        return of_rows(padded, dy)
+
+    def add(total, first):
+        under = stride * (rows_at_once - 1) + size[0]  # the kernel's rows, wherever it lies
+        part_of_x = lax.dynamic_slice_in_dim(padded, stride * first, under, 1)
+        return total + of_rows(part_of_x, lax.dynamic_slice_in_dim(dy, first, rows_at_once, 1)), None
+
+    zeros = jnp.zeros((*size, x.shape[-1], dy.shape[-1]), x.dtype)
+    return lax.scan(add, zeros, jnp.arange(0, height, rows_at_once))[0]
+
+
+def _rows_at_once(shape: tuple[int, ...]) -> int:
+    """Returns the largest divisor of H for which as many rows of [B, H, W, O] have `PIXELS_AT_ONCE` pixels, or 1."""
+    images, height, width, _ = shape
+    fitting = (rows for rows in range(height, 0, -1) if height % rows == 0 and images * rows * width <= PIXELS_AT_ONCE)
+    return next(fitting, 1)

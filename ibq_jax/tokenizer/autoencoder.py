@@ -68,9 +68,9 @@ class Conv(nn.Module):
         x, kernel = x.astype(dtype), kernel.astype(dtype)
         y: Any  # as `jax.custom_vjp` says
         if self.doubled:
-            y = convolve_doubled(x, kernel, precision)
+            y = convolve_doubled(x, kernel, precision, self.computing.mesh)
         else:
-            y = convolve(x, kernel, self.stride, padding, precision)
+            y = convolve(x, kernel, self.stride, padding, precision, self.computing.mesh)
         if not self.use_bias:
             return y
         bias_init = nn.with_logical_partitioning(uniform, ("conv_out",))

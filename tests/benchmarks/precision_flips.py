@@ -24,6 +24,7 @@ from ibq_jax.base.config import load_config
 from ibq_jax.data.pipeline import decode_record, open_split
 from ibq_jax.data.preprocess import centre_crop, resize_shorter_side, to_float
 from ibq_jax.ops import nearest_codes
+from ibq_jax.tokenizer.autoencoder import Conv
 from ibq_jax.tokenizer.model import TokenizerModel, build_model
 from ibq_jax.tokenizer.restore import restore_run
 
@@ -39,7 +40,7 @@ def latent_function(model: TokenizerModel, bits: int) -> Callable:
     """Returns a function of parameters and images whose convolutions multiply so many bits of their operands."""
 
     def round_inputs(call, args, kwargs, context):
-        if isinstance(context.module, nn.Conv) and context.method_name == "__call__":
+        if isinstance(context.module, Conv) and context.method_name == "__call__":
             args = (rounded(args[0], bits), *args[1:])
         return call(*args, **kwargs)
 

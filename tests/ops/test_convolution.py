@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ibq_jax.base.sharding import make_mesh
 from ibq_jax.ops import convolution as module
 from ibq_jax.ops.convolution import LEAST_CHANNELS, convolve, convolve_doubled, kernel_gradient, plain_convolution
 
@@ -26,10 +27,12 @@ def inputs(size: int, form: tuple, dtype=np.float32) -> tuple[np.ndarray, np.nda
     return x, kernel, dy
 
 
-@pytest.mark.parametrize("least_channels", [LEAST_CHANNELS, 1])
+@pytest.mark.parametrize("pixels_at_once", [None, 2000, 80])  # None: XLA's own gradient
 @pytest.mark.parametrize(("size", "stride", "padding"), FORMS)
-def test_values_and_gradients_are_those_of_xla(size, stride, padding, least_channels, monkeypatch):
-    monkeypatch.setattr(module, "LEAST_CHANNELS", least_channels)
+def test_values_and_gradients_are_those_of_xla(size, stride, padding, pixels_at_once, monkeypatch):
+    if pixels_at_once:
+        monkeypatch.setattr(module, "LEAST_CHANNELS", 1)
+        monkeypatch.setattr(module, "PIXELS_AT_ONCE", pixels_at_once)
     form = (stride, padding, FULL)
     x, kernel, dy = inputs(size, form)
     expected, plain = jax.vjp(lambda x, kernel: plain_convolution(x, kernel, *form), x, kernel)
@@ -39,8 +42,9 @@ def test_values_and_gradients_are_those_of_xla(size, stride, padding, least_chan
         np.testing.assert_allclose(gradient, of_plain, rtol=0, atol=1e-6 * np.abs(of_plain).max())
 
 
+@pytest.mark.parametrize("in_blocks", [False, True])
 @pytest.mark.parametrize(("size", "stride", "padding"), FORMS)
-def test_a_kernel_gradient_is_its_definition(size, stride, padding):
+def test_a_kernel_gradient_is_its_definition(size, stride, padding, in_blocks):
     x, kernel, dy = inputs(size, (stride, padding, FULL), np.float64)
     padded = np.pad(x, ((0, 0), *padding, (0, 0)))
     expected = np.zeros_like(kernel)
@@ -49,12 +53,26 @@ def test_a_kernel_gradient_is_its_definition(size, stride, padding):
             window = padded[:, row * stride : row * stride + size, column * stride : column * stride + size]
             expected += np.einsum("bijc,bo->ijco", window, dy[:, row, column])
     x, dy = np.float32(x), np.float32(dy)
+    rows = dy.shape[1] // min(n for n in range(2, 10) if dy.shape[1] % n == 0) if in_blocks else dy.shape[1]
     np.testing.assert_allclose(
-        kernel_gradient(x, dy, (size, size), stride, padding, FULL),
+        kernel_gradient(x, dy, (size, size), stride, padding, FULL, rows),
         expected,
         rtol=0,
         atol=1e-6 * np.abs(expected).max(),
     )
+
+
+def test_several_devices_add_up_their_gradients_once():
+    """One device takes the images in a loop; with several, a loop would communicate in every turn."""
+    x, kernel = jnp.zeros((8, 32, 32, LEAST_CHANNELS)), jnp.zeros((3, 3, LEAST_CHANNELS, LEAST_CHANNELS))
+
+    def loops(devices: int) -> int:
+        mesh = make_mesh({"data": devices}, jax.devices()[:devices])
+        form = (1, ((1, 1), (1, 1)), FULL, mesh)
+        gradient = jax.jit(jax.grad(lambda kernel: convolve(x, kernel, *form).sum()))
+        return gradient.trace(kernel).lower().as_text().count("stablehlo.while")
+
+    assert (loops(1), loops(8)) == (1, 0)
 
 
 def test_a_convolution_of_doubled_images_is_that_of_repeated_pixels():
