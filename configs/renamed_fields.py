@@ -55,6 +55,11 @@ ADDED = {
         "encode.precision": "float32",
         "quantizer.precision": "bfloat16_3x",  # on CPUs what it was, on accelerators more than JAX's default
         "quantizer.gradient_precision": "bfloat16",
+        "finetune.freeze": "",
+        "finetune.discriminator_warmup_steps": 0,
+        "finetune.encoder_rate": 1.0,
+        "finetune.codebook_rate": 1.0,
+        "finetune.decoder_rate": 1.0,
     },
     "autoregressive": {},
 }

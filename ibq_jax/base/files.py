@@ -33,11 +33,16 @@ def is_remote(path: os.PathLike | str) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file so that a kill leaves either the old content or the new one, never part of it."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file so that a kill leaves either the old content or the new one, never part of it."""
     if is_remote(path):  # a bucket shows an object only when it is complete
-        path.write_text(text)
+        path.write_bytes(content)
         return
     partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content)
     partial.replace(path)
 
 

@@ -241,8 +241,11 @@ class WeightPlacement:
         return jit_on_mesh(lambda params: params, self.mesh, out_shardings=self.computing)
 
     def scatter(self, gradient):
-        """Returns a gradient with respect to gathered parameters, float32 and split as the parameters are stored."""
-        gradient = jax.lax.with_sharding_constraint(gradient, self.stored)
+        """Returns a gradient with respect to gathered parameters, float32 and split as the parameters are stored.
+
+        It may lack some of the modules at the top of the parameters.
+        """
+        gradient = jax.lax.with_sharding_constraint(gradient, {name: self.stored[name] for name in gradient})
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient)
 
 

@@ -19,11 +19,14 @@ class AveragedWeights:
     def weights(self, which: str) -> dict:
         """Returns the averaged weights for "ema", or the raw ones if none are kept; the raw ones for "raw".
 
-        Raises UsageError for any other word.
+        Parts of which no average is kept, because they are not trained, are the raw ones. Raises UsageError for any
+        other word.
         """
         if which not in ("ema", "raw"):
             raise UsageError(f"weights {which!r} do not exist; they are 'ema' or 'raw'")
-        return self.params if which == "raw" or self.ema is None else self.ema
+        if which == "raw" or self.ema is None:
+            return self.params
+        return self.ema if self.ema.keys() == self.params.keys() else {**self.params, **self.ema}
 
 
 def drop_schedule(

@@ -1,10 +1,12 @@
 """python -m ibq_jax train: trains a config in a folder, or continues the run there."""
 
+import functools
 from argparse import ArgumentTypeError
 
 from ibq_jax.base.config import PREFIX, load_config
 from ibq_jax.base.files import as_path
 from ibq_jax.commands.arguments import Parser
+from ibq_jax.interop.load import load_weights
 from ibq_jax.training.train import train
 
 NEXT = {  # the command to run after a stage
@@ -30,7 +32,8 @@ def main(argv: list[str]) -> None:
                 f"unknown argument {argument}; fields of the config are overridden with {PREFIX}NAME=VALUE"
             )
     config = load_config(flags.config, overrides)
-    train(config, flags.workdir, flags.profile)
+    initial = functools.partial(load_weights, flags.init, config.stage) if flags.init else None
+    train(config, flags.workdir, flags.profile, initial=initial)
     print(f"wrote {flags.workdir}/ (checkpoints, metrics.jsonl, events for TensorBoard)")
     print(f"next: python -m ibq_jax {NEXT[config.stage].format(flags.workdir)}")
     if flags.profile:
@@ -48,6 +51,8 @@ def parser() -> Parser:
             "--config.data.dir=gs://bucket/data --config.codebook.size=8192",
             "--config=configs/autoregressive.py:openmoji64 --workdir=runs/generator --config.token_cache=runs/codes",
             "--config=configs/tokenizer.py:openmoji64 --workdir=runs/tokenizer --config.train.steps=20000",
+            "--config=configs/tokenizer.py:finetune_decoder --workdir=runs/decoder\n"
+            "--init=hf://TencentARC/IBQ-Tokenizer-16384",
         ],
         notes=f"{PREFIX}NAME=VALUE overrides a field of the config, such as {PREFIX}codebook.size=8192.",
     )
@@ -63,6 +68,12 @@ def parser() -> Parser:
         type=as_path,
         metavar="DIR",
         help="Folder of the run, local or gs://, created if it does not exist.",
+    )
+    parser.add_argument(
+        "--init",
+        metavar="FILE_OR_RUN",
+        help="Start a new run from the weights of this run, file of weights, or hf://OWNER/NAME, the averaged ones if "
+        "there are any. A run that is continued ignores it. Default: random weights.",
     )
     parser.add_argument(
         "--profile",

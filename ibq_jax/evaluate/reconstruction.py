@@ -62,6 +62,9 @@ class ReconstructionEvaluator:
             mesh,
             out_shardings=replicated(mesh),
         )
+        self._encode = jit_on_mesh(
+            lambda params, images: reconstruct(params, images)[1], mesh, out_shardings=batch_sharding(mesh)
+        )
         self._reconstruct = jit_on_mesh(
             lambda params, images: to_uint8(reconstruct(params, images)[0]),
             mesh,
@@ -100,6 +103,14 @@ class ReconstructionEvaluator:
         for measured in self._measured(params):
             tally.add(measured)
         return tally.histogram
+
+    def codes(self, params: dict, count: int) -> np.ndarray:
+        """Returns the codes of `count` images, evenly spaced in the split (0: all): int32 [N, h, w]."""
+        found = []
+        for batch in self._batches(count):
+            arrays = global_batch({"image": batch["image"], "mask": batch["mask"]}, self._mesh)
+            found.append(to_host(self._encode(params, arrays["image"]))[to_host(arrays["mask"])])
+        return np.concatenate(found)
 
     def _measured(self, params: dict) -> Iterator[dict]:
         """Yields the result of `_measure` for every batch, on the host."""

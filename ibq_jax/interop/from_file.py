@@ -29,6 +29,7 @@ from ibq_jax.interop import generator_names, tokenizer_names
 from ibq_jax.interop.recognize import GENERATOR, TOKENIZER, Contents, check, recognize, run_config
 from ibq_jax.interop.tokenizer_names import PlaceLeaf, ReadTensor
 from ibq_jax.pretrained.tensor_files import TensorFile, open_tensors, write_tensors
+from ibq_jax.tokenizer.parts import without
 from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
 from ibq_jax.tokenizer.step import TokenizerTrainer
 from ibq_jax.tokenizer.tokenize import fingerprint
@@ -121,6 +122,8 @@ def _state(read: ReadTensor, shapes: Mapping, contents: Contents, trainer) -> di
         if tokenizer_names.has_averages(shapes)
         else params
     )
+    if trainer.frozen:  # what stays as it is has no average of its own
+        params, averaged = averaged, without(averaged, trainer.frozen)
     state = {"step": np.int32(0), "params": params, "ema": averaged}
     if tokenizer_names.has_discriminator(shapes) and like.discriminator is not None:
         variables = {"params": like.discriminator.params, "batch_stats": like.discriminator.batch_stats}
@@ -156,7 +159,7 @@ def _decoder(carried: dict, partial: Path, out: Path, tokenizer: Path | None) ->
 
 def _describe_tokenizer(run: Path, path: Path) -> dict:
     trainer, restored = restore_tokenizer(run)
-    digest, data = fingerprint(trainer.model, restored.state.ema), trainer.config.data
+    digest, data = fingerprint(trainer.model, restored.state.weights("ema")), trainer.config.data
     return {
         "tokenizer": {"path": str(path), "step": restored.step, "weights": "ema", "fingerprint": digest},
         "preprocessing": {"image_size": data.image_size, "resize": data.resize},

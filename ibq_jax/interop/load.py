@@ -68,6 +68,11 @@ def load_generator(source: str | Path, use_ema: bool) -> tuple[GeneratorModel, M
     return model, generator_names.read_generator(file.read, prefix, model, lambda _, array: jnp.asarray(array)), prefix
 
 
+def load_weights(source: str | Path, stage: str) -> Mapping:
+    """Loads the parameters of a stage's network from `source`, as above; the averaged ones if there are any."""
+    return load_tokenizer(source, use_ema=True)[1] if stage == TOKENIZER else load_generator(source, use_ema=True)[1]
+
+
 def _open(path: Path, stage: str) -> tuple[TensorFile, dict]:
     file = open_tensors(path)
     contents = recognize(file.shapes, file.about, str(path))

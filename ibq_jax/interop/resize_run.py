@@ -48,7 +48,7 @@ def resize_run(
     check_trained_rows(trainer.model.quantizer, "a codebook of another size")
     before = trainer.config.codebook.size
     if codebook_size is None:
-        counts = validation_evaluator(trainer, num_images=0).histogram(restored.state.ema)
+        counts = validation_evaluator(trainer, num_images=0).histogram(restored.state.weights("ema"))
         index_map = prune_index_map(counts, multiple_of)
     else:
         index_map = grow_index_map(before, codebook_size)

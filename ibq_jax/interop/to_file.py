@@ -101,12 +101,12 @@ def _tokenizer_tensors(restored: Restored, decay: float, weights: str, as_found:
     if state.discriminator is not None and jax.tree.leaves(state.discriminator.params):
         discriminator = {"params": state.discriminator.params, "batch_stats": state.discriminator.batch_stats}
     if as_found:
-        ema = state.ema if as_found["averages"] else None
+        ema = state.weights("ema") if as_found["averages"] else None
         return tokenizer_names.to_torch_arrays(
             tokenizer_names.published_tensors(state.params, ema, discriminator, stand_in=False)
         )
     return tokenizer_names.to_torch_arrays(
-        tokenizer_names.published_tensors(state.params, state.ema, discriminator)
+        tokenizer_names.published_tensors(state.params, state.weights("ema"), discriminator)
     ) | {
         "model_ema.decay": np.array(decay, np.float32),
         "model_ema.num_updates": np.array(restored.step, np.int32),

@@ -48,7 +48,7 @@ def _of_tokenizer(run: Path) -> tuple[Restored, dict, list[str]]:
     trainer, restored = restore_tokenizer(run)
     try:
         evaluator = validation_evaluator(trainer, trainer.config.evaluate.examples)
-        params = restored.state.ema
+        params = restored.state.weights("ema")
         counts = evaluator.histogram(params)
         strip = {"caption": _caption(), "uris": [png_uri(image) for image in _triples(trainer, evaluator, params)]}
     except UsageError as error:

@@ -9,6 +9,7 @@ from ibq_jax.base.precision import PRECISIONS
 from ibq_jax.base.sharding import check_batch
 from ibq_jax.tokenizer.autoencoder import NORM_GROUPS
 from ibq_jax.tokenizer.model import downsampling, latent_dim
+from ibq_jax.tokenizer.parts import PARTS, frozen_parts
 from ibq_jax.tokenizer.quantizers import QUANTIZERS, WITH_ENTROPY, check_settings
 
 CHOICES = {
@@ -41,6 +42,7 @@ def check_config(config: ConfigDict, mesh: Mesh) -> None:
     _check_images(config)
     _check_batch(config, mesh)
     _check_codebook(config, mesh)
+    _check_finetuning(config)
 
 
 def _check_images(config: ConfigDict) -> None:
@@ -79,3 +81,15 @@ def _check_codebook(config: ConfigDict, mesh: Mesh) -> None:
             f"codebook.size={codebook.size} does not divide over mesh.codebook={parts} "
             f"in blocks of codebook.block_size={codebook.block_size}"
         )
+
+
+def _check_finetuning(config: ConfigDict) -> None:
+    frozen, finetune = frozen_parts(config), config.finetune
+    if finetune.discriminator_warmup_steps < 0:
+        raise UsageError(f"finetune.discriminator_warmup_steps={finetune.discriminator_warmup_steps} is negative")
+    if finetune.discriminator_warmup_steps and not config.loss.adversarial_weight:
+        raise UsageError("finetune.discriminator_warmup_steps needs a discriminator, and loss.adversarial_weight is 0")
+    for part in PARTS:
+        rate = finetune[f"{part}_rate"]
+        if rate < 0 or (not rate and part not in frozen):
+            raise UsageError(f"finetune.{part}_rate={rate} is not positive; finetune.freeze={part} leaves it as it is")

@@ -55,6 +55,7 @@ from ibq_jax.tokenizer import losses
 from ibq_jax.tokenizer.codebook_monitor import CodebookWindow
 from ibq_jax.tokenizer.discriminator import PatchDiscriminator
 from ibq_jax.tokenizer.model import TokenizerModel, build_model, downsampling, used_in_model_type
+from ibq_jax.tokenizer.parts import at_rates, frozen_parts, learning_rates, modules_of, only, without
 from ibq_jax.tokenizer.quantizers import WITH_TRAINED_ROWS
 
 
@@ -70,7 +71,10 @@ class DiscriminatorState:
 
 @flax.struct.dataclass
 class TokenizerState(AveragedWeights):
-    """Everything that a step changes. `discriminator` is None if loss.adversarial_weight is 0."""
+    """Everything that a step changes. `discriminator` is None if loss.adversarial_weight is 0.
+
+    `optimizer` and `ema` hold nothing of parameters that finetune.freeze leaves as they are.
+    """
 
     step: jax.Array
     params: dict
@@ -135,6 +139,17 @@ class TokenizerTrainer:
         return adam(self.learning_rate, beta1=config.beta1, beta2=config.beta2, gradient_clip=config.gradient_clip)
 
     @cached_property
+    def tokenizer_optimizer(self) -> optax.GradientTransformation:
+        """The tokenizer's Adam, at the rates of its parts."""
+        rates = learning_rates(self.config)
+        return self.optimizer if set(rates.values()) == {1.0} else at_rates(self.optimizer, rates)
+
+    @cached_property
+    def frozen(self) -> tuple[str, ...]:
+        """The modules at the top of the parameters that are not trained."""
+        return modules_of(frozen_parts(self.config))
+
+    @cached_property
     def window_steps(self) -> int:
         """Number of steps after which an unchosen code no longer counts as used."""
         data = self.config.data
@@ -146,12 +161,12 @@ class TokenizerTrainer:
         autoencoder_key, discriminator_key = jax.random.split(jax.random.key(seed))
         size = self.config.data.image_size
         params = self.model.init(autoencoder_key, jnp.zeros((1, size, size, 3)), method="initialize")["params"]
-        window = CodebookWindow.empty(self.config.codebook.size)
+        window, trained = CodebookWindow.empty(self.config.codebook.size), without(params, self.frozen)
         return TokenizerState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            optimizer=self.optimizer.init(params),
-            ema=jax.tree.map(jnp.copy, params),
+            optimizer=self.tokenizer_optimizer.init(trained),
+            ema=jax.tree.map(jnp.copy, trained),
             discriminator=self._create_discriminator(discriminator_key)
             if self.config.loss.adversarial_weight
             else None,
@@ -177,8 +192,9 @@ class TokenizerTrainer:
         """
         images = to_float(images)
         weights = self.placement.gather(state.params, jnp.dtype(self.config.dtype), used_in_model_type)
+        frozen = only(weights, self.frozen)
         (reconstructions, codebook_loss), pull_back, (indices, metrics) = jax.vjp(
-            lambda weights: self._reconstruct(weights, images), weights, has_aux=True
+            lambda trained: self._reconstruct(trained | frozen, images), without(weights, self.frozen), has_aux=True
         )
         discriminator = state.discriminator
         if discriminator is not None:
@@ -189,25 +205,36 @@ class TokenizerTrainer:
         )
         (gradient,) = pull_back((cotangent, jnp.ones_like(codebook_loss)))
         gradient = self.placement.scatter(gradient)
-        params, optimizer = apply_gradient(self.optimizer, gradient, state.optimizer, state.params)
-        step = state.step + 1
+        params, optimizer, ema = self._update(gradient, state)
+        step, warmup = state.step + 1, self.config.finetune.discriminator_warmup_steps
         state = TokenizerState(
             step=step,
             params=params,
             optimizer=optimizer,
-            ema=moving_average(state.ema, params, self.config.optimizer.ema_decay),
+            ema=ema,
             discriminator=discriminator,
             window=state.window.update(indices, step, self.window_steps),
         )
         metrics |= scalars | {
             "loss/total": image_loss + codebook_loss,
             "optimizer/gradient_norm": optax.tree.norm(gradient),
-            "optimizer/learning_rate": self.learning_rate(step - 1),
+            "optimizer/learning_rate": self.learning_rate(jnp.maximum(0, step - 1 - warmup) if warmup else step - 1),
         }
         metrics["finite"] = jnp.isfinite(sum(metrics.values()))
         if self.model.quantizer in WITH_TRAINED_ROWS:
             metrics["codebook/max_norm"] = jnp.sqrt(jnp.max(jnp.sum(params["quantize"]["codebook"] ** 2, axis=1)))
         return state, metrics | state.window.metrics(step, self.window_steps)
+
+    def _update(self, gradient: dict, state: TokenizerState) -> tuple[dict, optax.OptState, dict]:
+        """Returns (parameters, optimizer, average) after a step, or as they were if only the discriminator learns."""
+        before = without(state.params, self.frozen)
+        params, optimizer = apply_gradient(self.tokenizer_optimizer, gradient, state.optimizer, before)
+        updated = params, optimizer, moving_average(state.ema, params, self.config.optimizer.ema_decay)
+        if warmup := self.config.finetune.discriminator_warmup_steps:
+            old = before, state.optimizer, state.ema
+            updated = jax.tree.map(lambda new, old: jnp.where(state.step < warmup, old, new), updated, old)
+        params, optimizer, ema = updated
+        return {**state.params, **params}, optimizer, ema
 
     def reconstruct(self, params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """uint8 [B, H, W, 3] -> (reconstructions float32 in [-1, 1], codes [B, h, w]), as for evaluation."""

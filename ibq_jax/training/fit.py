@@ -82,6 +82,7 @@ def fit(
     batches_from: Callable[[int], Batches],
     steps_per_epoch: int,
     complete: Callable = lambda state: state,
+    at_start: Callable = lambda state: None,
     profile: range = range(0),
 ):
     """Trains from the newest intact checkpoint, or from `create_state(seed)`, to the last step; returns the last state.
@@ -95,6 +96,7 @@ def fit(
         batches_from: step -> an iterator over the batches after that step.
         steps_per_epoch: steps for one pass over the data.
         complete: new state -> the state with the parts that no seed determines.
+        at_start: called with the state before the first step, of a new or of an imported run.
         profile: steps whose trace is written to the run's folder.
 
     Raises:
@@ -103,6 +105,8 @@ def fit(
     print(describe_mesh(mesh))
     checkpoints = open_checkpoints(workdir, config)
     state, start_step = _start(create_state, mesh, config.seed, checkpoints, complete)
+    if start_step == 0:
+        at_start(state)
     intervals = Intervals(
         total_steps=total_steps(config, steps_per_epoch),
         log_every=config.log.every,

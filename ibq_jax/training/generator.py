@@ -1,7 +1,7 @@
 """Trains a generator from a config: opens the token cache, resolves and checks the config, and runs the loop."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from ibq_jax.data.token_cache import (
 )
 from ibq_jax.evaluate.validation import class_samples, likelihood_evaluator
 from ibq_jax.training.fit import FieldRoles, check_same_run, fit
+from ibq_jax.training.initial import with_weights
 
 FIELD_ROLES = FieldRoles(
     free=(
@@ -106,11 +107,12 @@ def train_generator(
     workdir: Path,
     profile: range = range(0),
     trainer_class: type[GeneratorTrainer] = GeneratorTrainer,
+    initial: Callable[[], Mapping] | None = None,
 ) -> GeneratorState:
     """Trains `config` in `workdir`, or continues the run there, to its last step; returns the last state.
 
     The token cache provides the model's vocabulary, grid and classes; the run saves the config with them filled in.
-    The step is made of the methods of `trainer_class`.
+    The step is made of the methods of `trainer_class`. `initial` returns the weights that a new run starts from.
 
     Raises UsageError (bad input), TrainingStopped or Interrupted (see `ibq_jax.base.loop`).
     """
@@ -143,6 +145,8 @@ def train_generator(
         )
 
     def complete(state: GeneratorState) -> GeneratorState:
+        if initial is not None:
+            return with_weights(state, initial())
         return state if codebook is None else _with_codebook(state, codebook)
 
     return fit(

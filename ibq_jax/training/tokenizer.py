@@ -1,6 +1,6 @@
 """Trains a tokenizer from a config: checks it, opens the data set, and runs the loop."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -19,8 +19,11 @@ from ibq_jax.pretrained.lpips import load_weights
 from ibq_jax.pretrained.weight_files import explain_absence, find_weights
 from ibq_jax.tokenizer.check import check_config
 from ibq_jax.tokenizer.codebook_monitor import check_collapse
+from ibq_jax.tokenizer.parts import keeps_codes
 from ibq_jax.tokenizer.step import TokenizerState, TokenizerTrainer, jit_train_step
 from ibq_jax.training.fit import FieldRoles, check_same_run, fit
+from ibq_jax.training.initial import with_weights
+from ibq_jax.training.kept_codes import check_codes, note_codes
 
 FIELD_ROLES = FieldRoles(
     free=(
@@ -44,9 +47,12 @@ FIELD_ROLES = FieldRoles(
         "loss.perceptual_file",
     ),
     location=("data.dir", "data.num_workers", "data.num_threads", "loss.perceptual_file"),
-    network=("stage:", "model.", "codebook.", "quantizer.name:"),
+    network=("stage:", "model.", "codebook.", "quantizer.name:", "finetune.freeze:"),
     not_structural=("model.remat", "codebook.implementation", "codebook.init_scale"),
 )
+
+
+COMPARED = 1_000  # images whose codes are compared before and after training that must not change them
 
 
 class TokenizerStage:
@@ -86,8 +92,12 @@ class TokenizerStage:
         grid = self._evaluator.comparison_grid(self._weights(state), self._trainer.config.log.num_images)
         return {"reconstructions": grid}
 
+    def codes(self, state: TokenizerState) -> np.ndarray:
+        """Returns the codes of up to `COMPARED` validation images, int32 [N, h, w]."""
+        return self._evaluator.codes(self._weights(state), COMPARED)
+
     def _weights(self, state: TokenizerState) -> dict:
-        return self._trainer.placement.everywhere(state.ema)
+        return self._trainer.placement.everywhere(state.weights("ema"))
 
 
 def train_tokenizer(
@@ -95,6 +105,7 @@ def train_tokenizer(
     workdir: Path,
     profile: range = range(0),
     trainer_class: type[TokenizerTrainer] = TokenizerTrainer,
+    initial: Callable[[], Mapping] | None = None,
 ) -> TokenizerState:
     """Trains `config` in `workdir`, or continues the run there, to its last step; returns the last state.
 
@@ -103,9 +114,11 @@ def train_tokenizer(
         workdir: the run's folder.
         profile: steps whose trace is written to the run's folder.
         trainer_class: the class whose methods make up the step, such as a subclass with another loss.
+        initial: returns the weights that a new run starts from; None: random ones.
 
     Raises:
-        UsageError: a field or the data set is wrong, or `workdir` holds another run.
+        UsageError: a field, the data set or a weight's size is wrong, or `workdir` holds another run.
+        Failed: codes changed although what decides them is frozen.
         TrainingStopped, Interrupted: see `ibq_jax.base.loop`.
     """
     workdir = resolve(workdir)
@@ -125,7 +138,14 @@ def train_tokenizer(
     def batches_from(step: int):
         return training_batches(source, start_step=step, **_batch_fields(config, mesh))
 
-    return fit(
+    def complete(state: TokenizerState) -> TokenizerState:
+        return state if initial is None else with_weights(state, initial())
+
+    def at_start(state: TokenizerState) -> None:
+        if keeps_codes(config):
+            note_codes(workdir, stage.codes(state))
+
+    state = fit(
         workdir,
         config,
         mesh,
@@ -133,8 +153,13 @@ def train_tokenizer(
         create_state=trainer.create_state,
         batches_from=batches_from,
         steps_per_epoch=steps_per_epoch,
+        complete=complete,
+        at_start=at_start,
         profile=profile,
     )
+    if keeps_codes(config):
+        print(check_codes(workdir, stage.codes(state)))
+    return state
 
 
 def _batch_fields(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:

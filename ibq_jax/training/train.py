@@ -1,6 +1,7 @@
 """Trains a config of either stage in one library call, which the command `train` makes too."""
 
 import os
+from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
@@ -20,6 +21,7 @@ def train(
     workdir: str | os.PathLike[str],
     profile: range = range(0),
     trainer_class: type[TokenizerTrainer] | type[GeneratorTrainer] | None = None,
+    initial: Callable[[], Mapping] | None = None,
 ) -> SavedRun:
     """Trains `config` in the folder `workdir` to its last step, or continues the run that is there.
 
@@ -33,6 +35,8 @@ def train(
         profile: steps whose trace is written to `workdir/profile`.
         trainer_class: a subclass of the stage's trainer, `TokenizerTrainer` or `GeneratorTrainer`, that changes the
             step. The run does not record it: pass it again to continue.
+        initial: returns the weights that a new run starts from, as `Tokenizer.load(path).params` are; a run that is
+            continued does not call it. None: random ones.
 
     Returns:
         the run: `.workdir`, `.config` and `.restore(...)`; `Tokenizer.load(run.workdir)` loads its weights.
@@ -52,5 +56,5 @@ def train(
             f"{stage_trainer.__name__}"
         )
     workdir = as_path(workdir)
-    train_stage(config, workdir, profile, trainer_class)
+    train_stage(config, workdir, profile, trainer_class, initial)
     return SavedRun.find(workdir)

@@ -12,6 +12,7 @@ from ibq_jax.tokenizer.step import TokenizerTrainer
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
+SMALL_TOKENIZER = f"{ROOT}/configs/tokenizer.py:openmoji32"
 SMALL = (
     "data.image_size=16",
     "data.resize=16",
