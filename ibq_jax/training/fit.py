@@ -15,9 +15,10 @@ from ibq_jax.base.config import differences, flatten, read_config, save_config
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import is_remote
 from ibq_jax.base.loop import Intervals, Loop, Stage
+from ibq_jax.base.memory import keep_freed_memory
 from ibq_jax.base.processes import barrier, check_alike
 from ibq_jax.base.saved_run import IMPORTED, open_checkpoints, total_steps
-from ibq_jax.base.sharding import abstract_state, create_sharded, describe_mesh
+from ibq_jax.base.sharding import abstract_state, create_sharded, describe_mesh, platform
 from ibq_jax.base.telemetry import Telemetry
 from ibq_jax.base.timing import PhaseTimer
 from ibq_jax.base.watchdog import Watchdog
@@ -103,6 +104,8 @@ def fit(
         TrainingStopped, Interrupted: see `ibq_jax.base.loop.Loop.run`.
     """
     print(describe_mesh(mesh))
+    if platform(mesh) == "cpu":
+        keep_freed_memory()
     checkpoints = open_checkpoints(workdir, config)
     state, start_step = _start(create_state, mesh, config.seed, checkpoints, complete)
     if start_step == 0:

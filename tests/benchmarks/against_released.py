@@ -10,6 +10,7 @@ CPU seconds are of all threads, and tell more than wall seconds where other work
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -125,6 +126,10 @@ def our_step(preset: str, batch: int) -> Callable[[], object]:
     from ibq_jax.pretrained.lpips import weight_shapes
     from ibq_jax.tokenizer.step import TokenizerTrainer, jit_train_step
 
+    with contextlib.suppress(ImportError):  # an older checkout may not have it
+        from ibq_jax.base.memory import keep_freed_memory
+
+        keep_freed_memory()  # as training does
     groups = {"discriminator.norm_group": 0, "quantizer.entropy_group_tokens": 0}  # the whole batch, as released
     fields = {"dtype": "float32", "data.batch_size": batch, **groups}
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
