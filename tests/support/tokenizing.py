@@ -1,4 +1,4 @@
-"""What the tests of the tokenize command share: its words, and the codes that a token cache should hold."""
+"""Helpers of the tests of the tokenize command: its words, and the codes that a token cache should hold."""
 
 from pathlib import Path
 
