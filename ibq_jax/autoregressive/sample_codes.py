@@ -116,10 +116,7 @@ class Sampler:
                 'guidance needs a model that was trained on "no class" too: this one was not '
                 "(loss.class_dropout was 0, or its data set has no classes); use cfg_scale=1"
             )
-        if not (np.isfinite(temperature) and temperature >= 0):
-            raise UsageError(f"temperature={temperature} is not a number of at least 0; 0 takes the most likely code")
-        if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
-            raise UsageError(f"seed={seed} is not an integer in 0..2**32 - 1")
+        check_settings(temperature, seed)
         if not 0 <= sample_ids.min() <= sample_ids.max() < 2**32:
             raise UsageError(f"samples are numbered 0..2**32 - 1, not {sample_ids.min()}..{sample_ids.max()}")
         settings = {
@@ -179,6 +176,14 @@ def pad_batch(rows: np.ndarray, size: int, mesh: Mesh) -> jax.Array:
     """Returns rows [n, ...] padded to `size` with copies of the last one, split over the devices of the mesh."""
     rows = np.concatenate((rows, np.repeat(rows[-1:], size - len(rows), axis=0)))
     return jax.device_put(rows, batch_sharding(mesh))
+
+
+def check_settings(temperature: float, seed: int) -> None:
+    """Raises UsageError for a temperature or a seed that cannot be."""
+    if not (np.isfinite(temperature) and temperature >= 0):
+        raise UsageError(f"temperature={temperature} is not a number of at least 0; 0 takes the most likely code")
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+        raise UsageError(f"seed={seed} is not an integer in 0..2**32 - 1")
 
 
 def check_labels(model: GeneratorModel, labels: np.ndarray, no_class: bool = False) -> np.ndarray:

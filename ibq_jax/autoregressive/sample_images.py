@@ -3,6 +3,7 @@
 Shapes: N samples [H, W, 3], P codes of a given prefix.
 """
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -14,6 +15,7 @@ from ibq_jax.autoregressive.restore import TokenizerWeights
 from ibq_jax.autoregressive.sample_codes import Sampler, pad_batch
 from ibq_jax.base.sharding import batch_sharding, replicated, to_host
 from ibq_jax.data.preprocess import to_float, to_uint8
+from ibq_jax.tokenizer.model import TokenizerModel
 
 
 class ImageSampler:
@@ -43,14 +45,7 @@ class ImageSampler:
         self._mesh, (tokenizer_model, weights) = mesh, tokenizer
         self._tokenizer = tokenizer_model.clone(mesh=None)
         self._weights = jax.device_put(jax.device_get(weights), replicated(mesh))
-
-        def decode(weights, codes):
-            return to_uint8(self._tokenizer.apply({"params": weights}, codes, method="decode"))
-
-        def encode(weights, images):
-            return self._tokenizer.apply({"params": weights}, to_float(images), method="encode")
-
-        self._decode, self._encode = jax.jit(decode, out_shardings=batch_sharding(mesh)), jax.jit(encode)
+        self._decode = jax.jit(_decode, static_argnums=0, out_shardings=batch_sharding(mesh))
 
     def __call__(self, labels: np.ndarray, sample_ids: np.ndarray | None = None, prefix: np.ndarray | None = None):
         """Labels [N], sample_ids [N] and the first codes of every sample [N, P] -> images uint8 [N, H, W, 3].
@@ -60,9 +55,21 @@ class ImageSampler:
         codes = self._sampler(labels, sample_ids=sample_ids, prefix=prefix, **self._settings)
         size = self._sampler.batch_size
         batches = [codes[start : start + size] for start in range(0, len(codes), size)]
-        images = [to_host(self._decode(self._weights, pad_batch(batch, size, self._mesh))) for batch in batches]
+        images = [
+            to_host(self._decode(self._tokenizer, self._weights, pad_batch(batch, size, self._mesh)))
+            for batch in batches
+        ]
         return np.concatenate(images)[: len(codes)]
 
     def encode(self, image: np.ndarray) -> np.ndarray:
         """An image uint8 [H, W, 3] -> its codes int32 [h, w]."""
-        return np.asarray(self._encode(self._weights, image[None]))[0]
+        return np.asarray(_encode(self._tokenizer, self._weights, image[None]))[0]
+
+
+def _decode(tokenizer: TokenizerModel, weights: Mapping, codes: jax.Array) -> jax.Array:
+    return to_uint8(tokenizer.apply({"params": weights}, codes, method="decode"))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(tokenizer: TokenizerModel, weights: Mapping, images: jax.Array) -> jax.Array:
+    return tokenizer.apply({"params": weights}, to_float(images), method="encode")

@@ -15,6 +15,7 @@ Validation adds validation/loss (nats), validation/perplexity and validation/per
 dropout.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -108,8 +109,15 @@ class GeneratorTrainer:
             decays=decays,
         )
 
-    def create_state(self, seed: int) -> GeneratorState:
-        """Returns the state before the first step, its parameters boxed with their logical axis names."""
+    @cached_property
+    def create_state(self) -> Callable[[int], GeneratorState]:
+        """Seed -> the state before the first step, its parameters boxed with their logical axis names.
+
+        Jitted, so that it is traced once for all who ask for its shapes.
+        """
+        return jax.jit(self._create_state)
+
+    def _create_state(self, seed: int) -> GeneratorState:
         model = self.config.model
         params = build_model(self.config).init(  # without a mesh: one image cannot be split over devices
             jax.random.key(seed), jnp.zeros((1, *model.grid), jnp.int32), jnp.zeros((1,), jnp.int32)

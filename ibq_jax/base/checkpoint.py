@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN, PreservationPolicy
@@ -97,7 +98,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
         )
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
+        handlers = {"state": _writer(), "metadata": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def save(self, step: int, state, metadata: dict, metrics: dict[str, float] | None = None) -> None:
@@ -192,7 +193,8 @@ class Checkpoints:
         folder = self.directory / str(step)
         metadata = ocp.JsonCheckpointHandler().restore(folder / "metadata", args=ocp.args.JsonRestore())
         partial = bool(metadata.get(WEIGHTS_ONLY))
-        saved = self._check_shapes(step, abstract_state, partial)
+        tree = self._saved_tree(step)
+        saved = self._check_shapes(step, tree, abstract_state, partial)
         names = {name: self._saved_name(name, saved) for name in _leaves(abstract_state)}
         current_names, leaves = {old: name for name, old in names.items()}, _leaves(abstract_state)
 
@@ -201,7 +203,7 @@ class Checkpoints:
             return leaves[name] if select(name) else ocp.PLACEHOLDER
 
         # Orbax requires the structure on disk, whose names may be an earlier version's.
-        asked = jax.tree_util.tree_map_with_path(requested, self._saved_tree(step))
+        asked = jax.tree_util.tree_map_with_path(requested, tree)
         how = ocp.checkpoint_utils.construct_restore_args(asked)
         state = ocp.PyTreeCheckpointHandler().restore(
             folder / "state", args=ocp.args.PyTreeRestore(asked, restore_args=how)
@@ -210,9 +212,9 @@ class Checkpoints:
         state = jax.tree_util.tree_map_with_path(lambda path, _: leaves.get(_name(path)), abstract_state)
         return Restored(step, state, metadata)
 
-    def _check_shapes(self, step: int, abstract_state, partial: bool) -> dict[str, tuple[int, ...]]:
-        """Checks and returns the saved shapes; those of a `partial` checkpoint may lack leaves of the state."""
-        saved = _shapes(self._saved_tree(step))
+    def _check_shapes(self, step: int, tree, abstract_state, partial: bool) -> dict[str, tuple[int, ...]]:
+        """Checks and returns the shapes in a saved tree; a `partial` checkpoint may lack leaves of the state."""
+        saved = _shapes(tree)
         asked = {self._saved_name(name, saved): shape for name, shape in _shapes(abstract_state).items()}
         for name in sorted(saved.keys() if partial else saved.keys() | asked.keys()):
             if saved.get(name) != asked.get(name):
@@ -254,6 +256,21 @@ class Checkpoints:
         """Waits until everything is on disk and ends Orbax's threads."""
         self.wait()
         self._manager.close()
+
+
+def _writer() -> ocp.PyTreeCheckpointHandler:
+    """Returns what writes a state: of every part that several devices hold, one copy as it is.
+
+    By default Orbax cuts such a part into a slice for each of them, with a program to compile for every shape and
+    device. What is large is split over all devices anyway (`ibq_jax.base.sharding.spread`).
+    """
+    types = ocp.type_handlers
+    registry = types.create_type_handler_registry(
+        (jax.Array, types.ArrayHandler(use_replica_parallel=False)),
+        (np.ndarray, types.NumpyHandler()),
+        (np.number, types.ScalarHandler()),
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:

@@ -12,13 +12,14 @@ from ml_collections import ConfigDict
 from ibq_jax.base.files import as_path, resolve
 from ibq_jax.base.precision import PRECISIONS
 from ibq_jax.base.processes import barrier, joined
+from ibq_jax.base.saved_run import SavedRun
 from ibq_jax.commands.arguments import Parser, positive
 from ibq_jax.data.pipeline import open_split
 from ibq_jax.data.preprocess import VIEWS
 from ibq_jax.data.token_cache import SHEET, read_manifest
 from ibq_jax.evaluate.check_cache import check_token_cache
 from ibq_jax.tokenizer.restore import restore_run
-from ibq_jax.tokenizer.tokenize import TokenizeJob, tokenize
+from ibq_jax.tokenizer.tokenize import TokenizeJob, check_job, tokenize
 
 SPLITS = ("train", "validation")  # their names in the cache
 VALIDATION_VIEWS = ("centre",)
@@ -35,8 +36,10 @@ def main(argv: list[str]) -> None:
             else or a cache of other settings, or an image that cannot be decoded.
     """
     flags = parser().parse_args(argv)
+    job = _job(flags, SavedRun.find(flags.run, "tokenizer", needed="a tokenizer").config)
+    check_job(job)  # before the weights are read
     trainer, restored = restore_run(flags.run)
-    params, job = restored.state.weights(flags.weights), _job(flags, trainer.config)
+    params = restored.state.weights(flags.weights)
     origin = {
         "path": str(resolve(flags.run)),
         "step": restored.step,

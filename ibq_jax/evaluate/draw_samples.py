@@ -10,14 +10,17 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ibq_jax.autoregressive.generate import LogitFilter
+from ibq_jax.autoregressive.model import build_model
 from ibq_jax.autoregressive.restore import find_tokenizer, restore_run
-from ibq_jax.autoregressive.sample_codes import Guidance, check_labels
+from ibq_jax.autoregressive.sample_codes import Guidance, check_labels, check_settings
 from ibq_jax.autoregressive.sample_images import ImageSampler
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import resolve
 from ibq_jax.base.processes import barrier, joined
+from ibq_jax.base.saved_run import SavedRun
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.data.preprocess import UnreadableImage, centre_crop, decode_image, resize_shorter_side
+from ibq_jax.data.token_cache import read_run_manifest
 from ibq_jax.evaluate.contact_sheet import contact_sheet
 from ibq_jax.evaluate.sample_set import write_sample_set
 
@@ -111,17 +114,23 @@ class _Drawing:
     """A run's sampler with its settings."""
 
     def __init__(self, run: Path, labels: Sequence[int], settings: SampleSettings):
-        trainer, restored, self._manifest = restore_run(run)
-        self._run, self._step, self._given_labels, self._settings = run, restored.step, labels, settings
-        self._sampling = _sampling(settings, trainer.config)
+        saved = SavedRun.find(run, "autoregressive", needed="a generator")
+        self._sampling = _sampling(settings, saved.config)  # what may be wrong is checked before weights are read
+        check_settings(self._sampling["temperature"], settings.seed)
+        image = settings.image and _read_image(settings.image)
+        self._manifest = read_run_manifest(saved.workdir)
+        self.class_names = tuple(self._manifest["data"]["class_names"])
+        self.labels = check_labels(
+            build_model(saved.config), np.asarray(labels or range(max(len(self.class_names), 1)))
+        )
         tokenizer = find_tokenizer(settings.tokenizer, self._manifest, needed=True)
         assert tokenizer is not None  # as it was needed
-        self.class_names = tuple(self._manifest["data"]["class_names"])
-        self.labels = check_labels(trainer.model, np.asarray(labels or range(max(len(self.class_names), 1))))
+        trainer, restored, _ = restore_run(run)
+        self._run, self._step, self._given_labels, self._settings = run, restored.step, labels, settings
         params = jax.device_get(restored.state.weights(settings.weights))
         mesh = make_mesh({"data": -1}, jax.local_devices())
         self._sampler = ImageSampler(trainer.model, params, tokenizer, mesh, self._sampling, settings.per_device_batch)
-        self._prefix = self._first_codes()
+        self._prefix = np.zeros((1, 0), np.int32) if image is None else self._first_codes(image)
 
     def draw(self, labels: np.ndarray, sample_ids: np.ndarray | None = None) -> np.ndarray:
         """Draws samples of `labels` [N] -> uint8 [N, H, W, 3]."""
@@ -149,17 +158,9 @@ class _Drawing:
             "tokenizer": self._manifest["tokenizer"]["fingerprint"],
         }
 
-    def _first_codes(self) -> np.ndarray:
-        """Returns the codes [1, P] with which every sample starts: the first rows of the image's codes, or none."""
-        path, keep_rows = self._settings.image, self._settings.keep_rows
-        if path is None:
-            return np.zeros((1, 0), np.int32)
-        try:
-            image = decode_image(path.read_bytes())
-        except FileNotFoundError:
-            raise UsageError(f"--image={path} does not exist") from None
-        except UnreadableImage as error:
-            raise UsageError(f"--image={path} cannot be read: {error}") from error
+    def _first_codes(self, image: np.ndarray) -> np.ndarray:
+        """Returns the codes [1, P] with which every sample starts: the first rows of the image's codes."""
+        keep_rows = self._settings.keep_rows
         preprocessing = self._manifest["preprocessing"]
         image = centre_crop(resize_shorter_side(image, preprocessing["resize"]), preprocessing["image_size"])
         codes = self._sampler.encode(image)
@@ -167,6 +168,16 @@ class _Drawing:
         if kept >= len(codes):
             raise UsageError(f"--keep-rows={kept}: the image has {len(codes)} rows of codes; keep at most one fewer")
         return codes[:kept].reshape(1, -1)
+
+
+def _read_image(path: Path) -> np.ndarray:
+    """Returns the image of --image, uint8 [H, W, 3]."""
+    try:
+        return decode_image(path.read_bytes())
+    except FileNotFoundError:
+        raise UsageError(f"--image={path} does not exist") from None
+    except UnreadableImage as error:
+        raise UsageError(f"--image={path} cannot be read: {error}") from error
 
 
 def _sampling(settings: SampleSettings, config: ConfigDict) -> dict:

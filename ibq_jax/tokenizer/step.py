@@ -156,8 +156,15 @@ class TokenizerTrainer:
         tokens = data.batch_size * (data.image_size // downsampling(self.config)) ** 2
         return max(1, self.config.codebook_monitor.window_tokens // tokens)
 
-    def create_state(self, seed: int) -> TokenizerState:
-        """Returns the state before the first step, its parameters boxed with their logical axis names."""
+    @cached_property
+    def create_state(self) -> Callable[[int], TokenizerState]:
+        """Seed -> the state before the first step, its parameters boxed with their logical axis names.
+
+        Jitted, so that it is traced once for all who ask for its shapes.
+        """
+        return jax.jit(self._create_state)
+
+    def _create_state(self, seed: int) -> TokenizerState:
         autoencoder_key, discriminator_key = jax.random.split(jax.random.key(seed))
         size = self.config.data.image_size
         params = self.model.init(autoencoder_key, jnp.zeros((1, size, size, 3)), method="initialize")["params"]

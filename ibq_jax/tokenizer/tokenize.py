@@ -149,10 +149,9 @@ def tokenize(
         UsageError: bad input, or a precision that this machine lacks, with nothing written; or a record that is not an
             image, or a full disk, with whole shards kept.
     """
+    check_job(job)
     mesh = make_mesh({"data": -1}, jax.local_devices())
     model = model.clone(mesh=mesh).for_encoding(job.precision)
-    _check(job)
-    check_batch(job.batch_size, mesh, 1, "--batch-size")
     if overwrite and process_count > 1:
         raise UsageError(f"--overwrite is for one process, not {process_count}: remove {folder} beforehand")
     folder, params = Path(folder).resolve(), jax.device_get(params)
@@ -166,7 +165,9 @@ def tokenize(
         return finish(folder, settings, check)
 
 
-def _check(job: TokenizeJob) -> None:
+def check_job(job: TokenizeJob) -> None:
+    """Raises UsageError for views, sizes or numbers that cannot be; needs no tokenizer."""
+    check_batch(job.batch_size, make_mesh({"data": -1}, jax.local_devices()), 1, "--batch-size")
     check_sizes(job.image_size, job.resize)
     check_readers(job.num_threads)
     for names in job.views.values():
@@ -225,23 +226,21 @@ def encode_crops(model: TokenizerModel, params: Mapping, crops: jax.Array) -> ja
     return model.apply({"params": params}, to_float(crops), method="encode")
 
 
-def jit_encode(model: TokenizerModel, mesh: jax.sharding.Mesh) -> Callable:
-    """Returns `encode_crops` with the model, jitted: (parameters on every device, crops on all mesh axes) -> codes."""
-    return jax.jit(functools.partial(encode_crops, model), out_shardings=batch_sharding(mesh))
-
-
 def encoding_program(trainer: TokenizerTrainer) -> tuple[Callable, tuple]:
     """Returns what `tokenize` compiles for a trainer's model and mesh, and its abstract arguments: a batch of crops."""
     mesh, data = trainer.mesh, trainer.config.data
     params = abstract_everywhere(lambda: trainer.create_state(0).params, mesh)
     shape = (data.batch_size, data.image_size, data.image_size, 3)
     crops = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh))
-    return jit_encode(trainer.encoding_model, mesh), (params, crops)
+    encode = jax.jit(functools.partial(encode_crops, trainer.encoding_model), out_shardings=batch_sharding(mesh))
+    return encode, (params, crops)
 
 
 def _encoder(model: TokenizerModel, params: Mapping, mesh: jax.sharding.Mesh) -> Encode:
-    params, encode = jax.device_put(params, replicated(mesh)), jit_encode(model, mesh)
-    return lambda crops: encode(params, global_batch({"crops": crops}, mesh)["crops"])
+    """Jits `encode_crops` itself: if a process writes a second cache, nothing is traced and compiled again."""
+    params = jax.device_put(params, replicated(mesh))
+    encode = jax.jit(encode_crops, static_argnums=0, out_shardings=batch_sharding(mesh))
+    return lambda crops: encode(model, params, global_batch({"crops": crops}, mesh)["crops"])
 
 
 def _write_shards(shards: list[Shard], settings: Mapping, job: TokenizeJob, encode: Encode) -> None:

@@ -1,15 +1,9 @@
-"""The tokenize command, end to end: complete, killed, resumed, shared, overwritten, and used wrongly."""
+"""The tokenize command: what a token cache holds, of any tokenizer, at any precision, on any devices."""
 
 import functools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +12,18 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 from support import released
-from support.image_files import noise_file
-from support.small_runs import ROOT, arguments, save_run
+from support.small_runs import arguments
+from support.tokenizing import SIDE, SPLITS, command, encoded, expected_codes, noisy, stored_codes
 
 from ibq_jax import Tokenizer
 from ibq_jax.__main__ import main
 from ibq_jax.base.precision import PRECISIONS
+from ibq_jax.base.saved_run import SavedRun
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.commands import tokenize
 from ibq_jax.data import store
 from ibq_jax.data.pipeline import open_split
 from ibq_jax.data.preprocess import decode_image, resize_shorter_side, views
-from ibq_jax.data.sources import Example, ImageCollection
 from ibq_jax.data.token_cache import open_token_cache, read_manifest, record_type
 from ibq_jax.evaluate.check_cache import check_token_cache
 from ibq_jax.tokenizer import tokenize as library
@@ -38,48 +32,21 @@ from ibq_jax.tokenizer.tokenize import TokenizeJob, encode_crops, fingerprint
 
 pytestmark = pytest.mark.slow
 
-SPLITS = "--splits=train[:100],validation[:20]"
-SIDE = 16  # pixels of a crop
-NEW_KEYS = ("machine", "compared_with_float32")  # of a manifest, which caches of earlier versions lack
+
+@pytest.fixture
+def data_dir(pictures):
+    return pictures
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    assert main(["prepare", "openmoji", "--size=24", f"--data_dir={folder}"]) == 0
-    return folder
+@pytest.fixture
+def run(tokenizer):
+    """The tokenizer's run."""
+    return tokenizer
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, data_dir):
-    return save_run(tmp_path_factory.mktemp("runs") / "tok", data_dir)
-
-
-def command(run: Path, out: Path, *flags: str) -> list[str]:
-    return ["tokenize", f"--run={run}", f"--out={out}", *(flags or (SPLITS,))]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, run):
-    """A token cache that was written without interruption."""
-    out = tmp_path_factory.mktemp("caches") / "whole"
-    assert main(command(run, out)) == 0
-    return out
-
-
-def files(folder: Path) -> dict:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def expected_codes(run: Path, source, names: tuple[str, ...], resize: int = SIDE, use_ema: bool = True) -> np.ndarray:
-    """Returns codes [N, V, h, w], as the public class encodes the crops."""
-    crops = [views(resize_shorter_side(decode_image(record["image"]), resize), names, SIDE) for record in source]
-    codes = Tokenizer.load(run, use_ema).encode(np.concatenate(crops))
-    return np.asarray(codes).reshape(len(crops), -1, *codes.shape[1:])
-
-
-def stored_codes(out: Path, split: str) -> np.ndarray:
-    return np.stack([image["codes"] for image in open_token_cache(out, split)])
+@pytest.fixture
+def whole(whole_cache):
+    return whole_cache
 
 
 def test_a_cache_holds_the_codes_that_the_tokenizer_gives(run, data_dir, tmp_path, capsys):
@@ -142,7 +109,7 @@ def test_the_manifest_describes_the_codes(whole, run, data_dir):
 
 def test_ten_crops_of_larger_images_and_other_weights(run, data_dir, tmp_path):
     flags = ("--views=ten_crop", "--resize=20", "--splits=train[:9],validation[:3]", "--weights=raw")
-    assert main(command(run, tmp_path / "codes", *flags, "--batch-size=16", "--threads=1")) == 0
+    assert main(command(run, tmp_path / "codes", *flags, "--threads=1")) == 0
     codes = stored_codes(tmp_path / "codes", "train")
     source = open_split("openmoji", data_dir, "train[:9]")
     assert codes.shape == (9, 10, 8, 8)
@@ -173,7 +140,7 @@ def test_the_share_of_codes_that_differ_from_float32_is_counted(whole, run, data
     out = tmp_path / "codes"
     assert main(command(run, out, SPLITS, "--precision=bfloat16")) == 0
     crops = sampled_crops(data_dir)
-    low, full = (np.asarray(Tokenizer.load(run, precision=name).encode(crops)) for name in ("bfloat16", "float32"))
+    low, full = (encoded(Tokenizer.load(run, precision=name), crops) for name in ("bfloat16", "float32"))
     stored = np.stack([open_token_cache(out, "train")[number * 100 // 64]["codes"][0] for number in range(64)])
     differing = int((stored != full).sum())
     assert 0 < differing < 0.2 * full.size
@@ -187,14 +154,13 @@ def test_the_share_of_codes_that_differ_from_float32_is_counted(whole, run, data
     assert f"  {share}; --precision=float32 gives none\n" in capsys.readouterr().out
 
 
-def test_the_precision_is_the_configs_unless_given(data_dir, tmp_path, capsys):
-    run = save_run(tmp_path / "tok", data_dir, "encode.precision=tf32")
-    splits = "--splits=train[:9],validation[:3]"
-    assert main(command(run, tmp_path / "codes", splits)) == 0
-    assert main(command(run, tmp_path / "others", splits, "--precision=float32")) == 0
-    names = [read_manifest(tmp_path / name)["precision"] for name in ("codes", "others")]
-    assert names == ["tf32", "float32"]
-    assert capsys.readouterr().out.count("0 of 576 sampled codes differ") == 2  # on a CPU both are float32
+def test_what_no_flag_says_is_as_in_the_config(run, tmp_path):
+    config, chosen = SavedRun.find(run).config, []
+    config.encode.precision = "tf32"
+    for flags in ((), ("--precision=float32", "--batch-size=16")):
+        job = tokenize._job(tokenize.parser().parse_args(command(run, tmp_path, SPLITS, *flags)[1:]), config)
+        chosen.append((job.precision, job.batch_size))
+    assert chosen == [("tf32", 8), ("float32", 16)]
 
 
 def job_and_tokenizer(run: Path, data_dir: Path):
@@ -245,8 +211,9 @@ def test_the_sheet_shows_stored_crops_above_what_their_codes_decode_to(whole, ru
 
 
 @pytest.mark.usefixtures("optimized")  # what LLVM does to the sums is part of the promise
-@pytest.mark.parametrize("count", [1, 2, 5, 16])
+@pytest.mark.parametrize("count", [1, 5, 16])
 def test_an_images_codes_are_the_same_alone_and_in_any_batch_place_and_number_of_devices(count, run, data_dir):
+    jax.clear_caches()  # of programs that other tests compiled with few optimizations
     _, model, params = job_and_tokenizer(run, data_dir)
     model, params = model.for_encoding("float32"), jax.device_get(params)
     crops = sampled_crops(data_dir)[:16]
@@ -264,98 +231,7 @@ def test_an_images_codes_are_the_same_alone_and_in_any_batch_place_and_number_of
         np.testing.assert_array_equal(encode(params, batch)[place], expected[0])
 
 
-def test_a_half_written_cache_is_not_continued_on_another_platform_or_at_another_precision(
-    run, tmp_path, monkeypatch, capsys
-):
-    out, settings_file = tmp_path / "codes", tmp_path / "codes" / "settings.json"
-    with monkeypatch.context() as patch:
-        patch.setattr(library, "finish", interrupt)
-        assert main(command(run, out)) == 130
-    before, settings = files(out), json.loads(settings_file.read_text())
-    capsys.readouterr()
-    assert main(command(run, out, SPLITS, "--precision=bfloat16")) == 2
-    assert "precision: the cache has float32, this command asks for bfloat16" in one_error(capsys)
-    assert files(out) == before
-    settings["machine"] = {"platform": "gpu", "device_kind": "NVIDIA H100"}
-    settings_file.write_text(json.dumps(settings))
-    assert main(command(run, out)) == 2
-    assert "machine.platform: the cache has gpu, this command asks for cpu (--overwrite" in one_error(capsys)
-    del settings["machine"]
-    settings_file.write_text(json.dumps(settings))
-    assert main(command(run, out)) == 2
-    assert "was begun by an earlier version, which did not note the machine" in one_error(capsys)
-    settings_file.write_bytes(before["settings.json"])
-    assert main(command(run, out)) == 0
-
-
-def interrupt(*_) -> None:
-    raise KeyboardInterrupt
-
-
-def one_error(capsys) -> str:
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
-
-
-def test_a_complete_cache_of_an_earlier_version_is_left_alone(whole, run, tmp_path, capsys):
-    shutil.copytree(whole, tmp_path / "codes")
-    (tmp_path / "codes" / "decoded.png").unlink()
-    for name in ("token_cache.json", "settings.json"):
-        path = tmp_path / "codes" / name
-        fields = json.loads(path.read_text())
-        path.write_text(json.dumps({key: fields[key] for key in fields if key not in NEW_KEYS}))
-    before = files(tmp_path / "codes")
-    assert main(command(run, tmp_path / "codes")) == 0
-    printed = capsys.readouterr().out
-    assert "is complete already" in printed and "sampled codes" not in printed and "decoded.png" not in printed
-    assert files(tmp_path / "codes") == before
-
-
-@pytest.mark.parametrize("shards", [0, 9])
-def test_stopped_while_it_writes_and_started_again_it_ends_the_same_to_the_byte(
-    shards, whole, run, tmp_path, monkeypatch, capsys
-):
-    written = []
-
-    def interrupted(path, records):
-        if len(written) == shards:
-            path.write_bytes(records.tobytes()[:100])
-            raise KeyboardInterrupt
-        written.append(records)
-        original(path, records)
-
-    original = library.write_records
-    with monkeypatch.context() as patch:
-        patch.setattr(library, "write_records", interrupted)
-        assert main(command(run, tmp_path / "codes")) == 130
-    assert not (tmp_path / "codes" / "token_cache.json").exists()
-    for partial in tmp_path.rglob("*.partial"):
-        partial.write_bytes(b"what a SIGKILL would have left")
-    capsys.readouterr()
-    assert main(command(run, tmp_path / "codes")) == 0
-    images = sum(map(len, written))
-    assert (f"continuing: {images} of 120 images are encoded" in capsys.readouterr().out) == (shards > 0)
-    assert files(tmp_path / "codes") == files(whole)
-
-
-def test_killed_and_started_again_it_ends_the_same_to_the_byte(run, tmp_path):
-    whole, killed, flags = tmp_path / "whole", tmp_path / "killed", ("--views=centre", "--batch-size=8")
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
-    assert main(command(run, whole, *flags)) == 0
-    for shards in (1, 4):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ibq_jax", *command(run, killed, *flags)], cwd=ROOT, env=environment
-        )
-        while process.poll() is None and len(list(killed.glob("train/*.array_record"))) < shards:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (killed / "token_cache.json").exists()
-    assert main(command(run, killed, *flags)) == 0
-    assert files(killed) == files(whole)
-
-
+@pytest.mark.long  # tests of reports and of other quantizers tokenize what they trained
 def test_a_trained_run_is_tokenized(data_dir, tmp_path):
     run, out = tmp_path / "tok", tmp_path / "codes"
     assert main(arguments(run, data_dir, "train.steps=1")) == 0
@@ -364,51 +240,12 @@ def test_a_trained_run_is_tokenized(data_dir, tmp_path):
     np.testing.assert_array_equal(stored_codes(out, "train"), expected_codes(run, source, ("centre", "flip")))
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_two_processes_write_what_one_does(order, whole, run, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "codes"
-    for index in order:
-        process = SimpleNamespace(process_index=lambda index=index: index, process_count=lambda: 2)
-        monkeypatch.setattr(tokenize, "jax", process)
-        capsys.readouterr()
-        assert main(command(run, out)) == 0
-        if index == order[0]:
-            assert "this process is done; the last process to finish completes" in capsys.readouterr().out
-            numbers = {int(path.name[:5]) % 2 for path in out.rglob("*.array_record")}
-            assert numbers == {index} and not (out / "token_cache.json").exists()
-    assert f"{out}/ holds the codes of openmoji" in capsys.readouterr().out
-    assert files(out) == files(whole)
-    assert main(command(run, out, SPLITS, "--overwrite")) == 2
-    assert "--overwrite is for one process, not 2: remove " in capsys.readouterr().err
-
-
 def test_one_device_gives_the_codes_of_eight(whole, run, tmp_path, monkeypatch):
     [first, *_] = jax.devices()
     monkeypatch.setattr(jax, "local_devices", lambda: [first])
     assert main(command(run, tmp_path / "codes")) == 0
     for split in ("train", "validation"):
         np.testing.assert_array_equal(stored_codes(tmp_path / "codes", split), stored_codes(whole, split))
-
-
-def test_a_cache_of_another_tokenizer_needs_a_decision(whole, run, data_dir, tmp_path, capsys):
-    out, other = tmp_path / "codes", save_run(tmp_path / "other", data_dir, "seed=1", "codebook.size=512")
-    shutil.copytree(whole, out)
-    before = files(out)
-    assert main(command(other, out, "--views=centre", SPLITS)) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "--overwrite replaces it" in error
-    for words in (
-        "tokenizer.fingerprint: the cache has ",
-        "codebook_size: the cache has 64, this command asks for 512",
-    ):
-        assert words in error
-    assert "data.splits.train.views: the cache has ('centre', 'flip'), this command asks for ('centre',)" in error
-    assert files(out) == before
-    assert main(command(other, out, "--views=centre", SPLITS, "--overwrite")) == 0
-    assert open_token_cache(out, "train").codebook_size == 512
-    assert stored_codes(out, "train").shape == (100, 1, 8, 8)
-    assert main(command(run, out, SPLITS, "--overwrite")) == 0
-    assert files(out) == before
 
 
 def test_a_moved_run_is_the_same_tokenizer_and_the_flags_earlier_name_works(whole, run, tmp_path, capsys):
@@ -460,98 +297,8 @@ def test_an_imported_tokenizer_tokenizes_too(data_dir, tmp_path):
     np.testing.assert_array_equal(stored_codes(tmp_path / "codes", "train")[:, 0], tokenizer.encode(np.stack(crops)))
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--views=centre,left"], "there is no view 'left'; the views are centre, flip, ten_crop"),
-        (["--views=centre,centre"], "--views=centre,centre repeats a crop"),
-        (["--views=centre,ten_crop"], "repeats a crop; ten_crop includes the centre and its flip"),
-        (
-            ["--views=ten_crop"],
-            "images resized to 16 pixels leave no room around crops of 16; give --resize=18, or more",
-        ),
-        (["--views=ten_crop", "--resize=17"], "ten_crop would store equal crops"),
-        (["--resize=15"], "resize=15 is smaller than image_size=16: a crop would not fit"),
-        (["--resize=0"], "'0' is not an integer of at least 1"),
-        (["--batch-size=12"], "--batch-size=12 does not divide over 8 devices; use a multiple of 8"),
-        (["--data=photos"], "no data set 'photos' in "),
-        (["--data-dir=/nowhere"], "no data set 'openmoji' in /nowhere: make it with "),
-        (["--splits=train"], "'train' is not two splits separated by a comma"),
-        (["--splits=train,test"], "has no split 'test'; it has train, validation"),
-        (["--splits=train[:0],validation"], "has no images in split 'train[:0]'"),
-        (["--splits=train[7,validation"], "has no split 'train[7': Unrecognized split format"),
-        (["--weights=best"], "invalid choice: 'best'"),
-        (["--precision=float16"], "invalid choice: 'float16'"),
-        (["--run=nowhere"], "nowhere/config.json does not exist"),
-        (["--size=3"], "unrecognized arguments: --size=3"),
-    ],
-)
-def test_bad_input_is_one_line_and_writes_nothing(flags, words, run, tmp_path, capsys):
-    assert main(command(run, tmp_path / "codes", *flags)) == 2
-    error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1 and error.startswith("ibq_jax tokenize: ")
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_out_that_is_something_else_is_left_alone(run, tmp_path, capsys):
-    file = tmp_path / "file"
-    file.write_text("precious")
-    for out, words in ((file, "is a file: the token cache needs a folder"), (run, "is not a token cache, it holds ")):
-        assert main(command(run, out, SPLITS, "--overwrite")) == 2
-        error = capsys.readouterr().err
-        assert words in error and error.count("\n") == 1
-    assert file.read_text() == "precious" and sorted(os.listdir(run)) == ["checkpoints", "config.json"]
-
-
-def test_a_run_of_another_stage_is_refused(run, tmp_path, capsys):
-    shutil.copytree(run, tmp_path / "run")
-    config = json.loads((run / "config.json").read_text()) | {"stage": "autoregressive"}
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    assert main(command(tmp_path / "run", tmp_path / "codes")) == 2
-    assert "is a run of stage 'autoregressive'; this needs a tokenizer" in capsys.readouterr().err
-    assert not (tmp_path / "codes").exists()
-
-
-def noisy(name: str, classes: tuple[str, ...], broken: int | None) -> ImageCollection:
-    def examples():
-        for i in range(40):
-            content = b"junk" if i == broken else noise_file(i)
-            split = "train" if i < 30 else "validation"
-            yield Example(split, f"{i}.png", lambda content=content: content, 0 if classes else None)
-
-    return ImageCollection(name, "noise", examples, class_names=classes)
-
-
-def test_a_record_that_is_no_image_is_named_and_what_is_whole_is_kept(run, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "decode_image", lambda encoded: None)
-        store.write_dataset(noisy("bad", ("a",), broken=17), tmp_path, {})
-    capsys.readouterr()
-    assert main(command(run, tmp_path / "codes", "--data=bad", f"--data-dir={tmp_path}")) == 2
-    error = capsys.readouterr().err
-    assert f"data set bad in {tmp_path}, split 'train', record 17 is no image" in error and error.count("\n") == 1
-    assert len(list(tmp_path.rglob("*-of-00008.array_record"))) == 4  # records 15 to 18 are the fifth shard
-    assert not (tmp_path / "codes" / "token_cache.json").exists()
-
-
 def test_images_without_classes_are_labelled_minus_one(run, tmp_path):
     store.write_dataset(noisy("plain", (), broken=None), tmp_path, {})
     assert main(command(run, tmp_path / "codes", "--data=plain", f"--data-dir={tmp_path}", "--views=centre")) == 0
     source = open_token_cache(tmp_path / "codes", "train")
     assert source.num_classes == 0 and {image["label"] for image in source} == {-1}
-
-
-def test_a_full_disk_is_one_line_and_it_goes_on_when_there_is_room(whole, run, tmp_path, capsys):
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", tmp_path], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root can mount a small disk")
-    try:
-        assert main(command(run, tmp_path / "codes")) == 2
-        error = capsys.readouterr().err
-        assert "the disk is full; free room and rerun" in error and error.count("\n") == 1
-        subprocess.run(["mount", "-o", "remount,size=20m", tmp_path], check=True)
-        assert main(command(run, tmp_path / "codes")) == 0
-        assert "continuing: " in capsys.readouterr().out
-        assert files(tmp_path / "codes") == files(whole)
-    finally:
-        subprocess.run(["umount", tmp_path], check=True)

@@ -1,7 +1,6 @@
 """The streamed cross entropy, per token and weighted, against the dense form differentiated by JAX and PyTorch's."""
 
 import functools
-import itertools
 import math
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from support.meshes import MESHES
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import AXES, CODEBOOK, make_mesh
@@ -17,7 +17,6 @@ from ibq_jax.ops import cross_entropy, weighted_cross_entropy
 from ibq_jax.plan.hlo import Module
 
 EXACT = 1e-5  # relative to the largest magnitude, between two forms of the same float32 formula
-MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(sizes) == 8]
 MANY = 1224  # tokens: 3 chunks of 408 on one device
 
 

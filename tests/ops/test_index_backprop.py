@@ -4,7 +4,6 @@
 """
 
 import functools
-import itertools
 import math
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.compiled_text import largest_array
+from support.meshes import MESHES
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import AXES, CODEBOOK, make_mesh
@@ -24,7 +24,6 @@ from ibq_jax.ops.streamed import chunk_tokens
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 1e-4  # relative to the largest magnitude of the released code's array
 EXACT = 1e-5  # likewise, between two forms of the same float32 formula
-MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(sizes) == 8]
 
 
 def assert_close(actual, expected, tolerance=EXACT):

@@ -5,9 +5,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from ibq_jax.autoregressive.step import GeneratorTrainer
+from ibq_jax.autoregressive.token_sizes import cache_sizes, resolve_model
 from ibq_jax.base.checkpoint import Checkpoints
 from ibq_jax.base.config import load_config, save_config
 from ibq_jax.base.sharding import abstract_state, create_sharded, make_mesh
+from ibq_jax.data.token_cache import open_token_cache, write_run_manifest
 from ibq_jax.tokenizer.step import TokenizerTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -46,11 +49,15 @@ def save_run(workdir: Path, data_dir: Path, *overrides: str) -> Path:
     """Writes a tokenizer's run as training would, but with random weights of the same shapes."""
     _, spec, _, *fields = arguments(workdir, data_dir, *overrides)
     config = load_config(spec.partition("=")[2], fields)
-    trainer = TokenizerTrainer(config, make_mesh({"data": -1}), steps_per_epoch=1)
-    shapes, shardings = abstract_state(trainer.create_state, trainer.mesh, config.seed)
-    rng = np.random.default_rng(config.seed)
+    return _save(workdir, config, _random_state(TokenizerTrainer(config, make_mesh({"data": -1}), steps_per_epoch=1)))
+
+
+def _random_state(trainer: TokenizerTrainer | GeneratorTrainer):
+    """A state of random numbers, drawn on the host: to compile the initial one takes as long as to compile a step."""
+    shapes, shardings = abstract_state(trainer.create_state, trainer.mesh, trainer.config.seed)
+    rng = np.random.default_rng(trainer.config.seed)
     arrays = jax.tree.map(lambda leaf: (rng.standard_normal(leaf.shape) / 5).astype(leaf.dtype), shapes)
-    return _save(workdir, config, jax.device_put(arrays, shardings))
+    return jax.device_put(arrays, shardings)
 
 
 def save_untrained_run(workdir: Path, preset: str, *overrides: str) -> Path:
@@ -91,3 +98,14 @@ def generator_arguments(workdir: Path, codes: Path, *overrides: str, preset: str
     """Returns the words of a command that trains a small generator on the token cache `codes` of a SMALL tokenizer."""
     fields = [f"--config.{field}" for field in (*SMALL_GENERATOR, f"token_cache={codes}", *overrides)]
     return ["train", f"--config={ROOT}/configs/autoregressive.py:{preset}", f"--workdir={workdir}", *fields]
+
+
+def save_generator_run(workdir: Path, codes: Path, *overrides: str) -> Path:
+    """Writes a generator's run as training on `codes` would, but with random weights of the same shapes."""
+    _, spec, _, *fields = generator_arguments(workdir, codes, *overrides)
+    source = open_token_cache(codes, "train")
+    config = resolve_model(load_config(spec.partition("=")[2], fields), cache_sizes(source))
+    trainer = GeneratorTrainer(config, make_mesh({"data": -1}), steps_per_epoch=1)
+    _save(workdir, config, _random_state(trainer))
+    write_run_manifest(workdir, source.manifest)
+    return workdir
