@@ -86,7 +86,8 @@ def _add_quantizer(config: ConfigDict, codebook_size: int) -> None:
     config.quantizer.beta = 0.25  # weight of the term that beta_on names
     config.quantizer.beta_on = "codebook"  # as released; "commitment": as in the paper's text, vq, simvq and lfq
     config.quantizer.double_loss = True  # ibq; False: without the term whose gradient reaches every code
-    config.quantizer.l2_normalize = False  # vq; True: latents and codes are divided by their lengths
+    config.quantizer.l2_normalize = False  # ibq and vq; True: latents and codes are divided by their lengths
+    config.quantizer.logit_temperature = 1.0  # ibq: divides all logits; bounded ones (l2_normalize) want less than 1
     config.quantizer.levels = ()  # fsq: their product is codebook.size, e.g. (8, 8, 8, 5); (): the usual ones
     config.quantizer.precision = "bfloat16_3x"  # ibq and lfq: of the logits in training; see docs/precision.md
     config.quantizer.gradient_precision = "bfloat16"  # ibq and lfq: of the products that only gradients come from

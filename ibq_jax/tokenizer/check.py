@@ -30,6 +30,7 @@ POSITIVE = (
     "codebook.dim",
     "codebook.init_scale",
     "quantizer.entropy_temperature",
+    "quantizer.logit_temperature",
 )
 
 

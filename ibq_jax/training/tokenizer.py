@@ -44,7 +44,7 @@ FIELD_ROLES = FieldRoles(
         "loss.perceptual_file",
     ),
     location=("data.dir", "data.num_workers", "data.num_threads", "loss.perceptual_file"),
-    network=("stage:", "model.", "codebook.", "quantizer.name:"),
+    network=("stage:", "model.", "codebook.", "quantizer.name:", "quantizer.l2_normalize:"),
     not_structural=("model.remat", "codebook.implementation", "codebook.init_scale"),
 )
 
