@@ -1,4 +1,4 @@
-"""Presets of the image tokenizer: the paper's ImageNet models, its pretrained models, and two for a laptop.
+"""Presets of the image tokenizer: the paper's ImageNet models, its pretrained models, Emu3.5's, and two for a laptop.
 
     python -m ibq_jax train --config=configs/tokenizer.py:imagenet256_16384 --workdir=runs/tok
 
@@ -15,6 +15,7 @@ command line, e.g. `--config.codebook.size=8192`. All presets turn an image into
 | imagenet256_262144 | imagenet2012 | 262,144 x 256 | 330 epochs | rFID 1.00, usage 84% | not measured |
 | pretrain256_16384 | your tar shards | 16,384 x 256 | 1.5 M steps of 256 | rFID 2.06, PSNR 22.01 | not measured |
 | pretrain256_262144 | your tar shards | 262,144 x 256 | 1.5 M steps of 256 | rFID 1.53, PSNR 22.69 | not measured |
+| emu35_131072 | your tar shards | 131,072 x 256 | 1.5 M steps of 256 | sizes of arXiv 2510.26583 | not measured |
 
 The authors trained each ImageNet tokenizer for 4 to 7 days on 64 accelerators.
 """
@@ -137,6 +138,13 @@ def _pretrain256(codebook_size: int) -> ConfigDict:
     return config
 
 
+def _emu35(codebook_size: int) -> ConfigDict:
+    """Returns the sizes of Emu3.5's tokenizer; how it was trained is not published."""
+    config = _pretrain256(codebook_size)
+    config.model.channels = 256
+    return config
+
+
 def _openmoji(size: int, channel_multipliers: tuple[int, ...], steps: int) -> ConfigDict:
     config = _imagenet256(1024, epochs=0, drop_epochs=())
     config.dtype = "float32"
@@ -177,6 +185,7 @@ PRESETS = (
     "imagenet256_262144",
     "pretrain256_16384",
     "pretrain256_262144",
+    "emu35_131072",
 )
 
 
@@ -189,6 +198,8 @@ def get_config(preset: str) -> ConfigDict:
         return _imagenet256(int(size))
     if family == "pretrain256":
         return _pretrain256(int(size))
+    if family == "emu35":
+        return _emu35(int(size))
     if family == "openmoji64":
         return _openmoji(64, channel_multipliers=(1, 2, 2), steps=4_000)
     return _openmoji(32, channel_multipliers=(1, 2), steps=1_000)
