@@ -34,17 +34,20 @@ def decode_image(encoded: bytes) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise UnreadableImage(
-                    f"{image.width}x{image.height} pixels, one side over {MAX_ASPECT} times the other"
-                )
-            return np.asarray(_to_rgb(image))
+            check_aspect(image)
+            return np.asarray(to_rgb(image))
     except UnreadableImage:
         raise
     except UnidentifiedImageError as error:
         raise UnreadableImage("no image of a known format") from error
     except Exception as error:  # Pillow's parsers may raise anything
         raise UnreadableImage(one_line(error)) from error
+
+
+def check_aspect(image: Image.Image) -> None:
+    """Raises UnreadableImage for an image that is far longer one way than the other."""
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise UnreadableImage(f"{image.width}x{image.height} pixels, one side over {MAX_ASPECT} times the other")
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -57,7 +60,8 @@ def to_uint8(images: jax.Array) -> jax.Array:
     return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image to RGB: transparent pixels become white, 16-bit grey is scaled to 8 bits."""
     if image.mode.startswith("I;16"):  # convert() would clip it at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
