@@ -9,7 +9,7 @@ from ibq_jax.commands.arguments import Parser, positive, share
 from ibq_jax.interop.from_file import import_file
 from ibq_jax.interop.hub import download_if_hub
 from ibq_jax.interop.hub_layout import write_hub_folder
-from ibq_jax.interop.resize_run import INDEX_MAP, resize_run
+from ibq_jax.interop.resize_run import INDEX_MAP, INVERSE_MAP, resize_run
 from ibq_jax.interop.to_file import WEIGHTS, export
 from ibq_jax.interop.weights import holds_weights
 from ibq_jax.pretrained.tensor_files import PICKLED, write_tensors
@@ -76,6 +76,7 @@ def _resize(flags: Namespace, source: Path) -> None:
     )
     print(f"wrote {flags.out}/: step {done.step} with {done.after:,} codes instead of {done.before:,}")
     print(f"      {flags.out}/{INDEX_MAP}: the old index of every new code, int32 [{done.after}]")
+    print(f"      {flags.out}/{INVERSE_MAP}: the new index of every old code, int32 [{done.before}]; -1: dropped")
     print(
         f"next: python -m ibq_jax train --config=... --config.codebook.size={done.after} --workdir={flags.out}, with "
         f"the config of {flags.input} and train.steps over {done.step}"
