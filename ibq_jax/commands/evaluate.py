@@ -7,7 +7,7 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import as_path
 from ibq_jax.base.saved_run import SavedRun
 from ibq_jax.commands.arguments import Parser, count, output_file, positive
-from ibq_jax.evaluate.evaluate_run import evaluate_likelihood, evaluate_tokenizer, perplexity_by_row
+from ibq_jax.evaluate.evaluate_run import evaluate_likelihood, evaluate_under_protocols, perplexity_by_row
 from ibq_jax.evaluate.evaluate_samples import evaluate_generator_samples, evaluate_samples
 from ibq_jax.evaluate.protocols import PROTOCOLS
 from ibq_jax.evaluate.records import print_record, print_table, save_record, save_records
@@ -71,21 +71,17 @@ def _refuse_all(flags: Namespace, measured: str) -> None:
 
 
 def _evaluate_tokenizer(flags: Namespace, workdir: Path) -> None:
-    names = PROTOCOLS if flags.protocol == ALL else (flags.protocol or "clean",)
-    records = [
-        evaluate_tokenizer(
-            flags.run,
-            weights=flags.weights,
-            protocol=name,
-            num_images=flags.num_images,
-            data={"name": flags.data, "dir": flags.data_dir, "validation_split": flags.split},
-            weight_files=_weight_files(flags),
-            reconstructions=flags.reconstructions,
-            columns=flags.columns,
-            rows=flags.rows,
-        )
-        for name in names
-    ]
+    records = evaluate_under_protocols(
+        flags.run,
+        PROTOCOLS if flags.protocol == ALL else (flags.protocol or "clean",),
+        weights=flags.weights,
+        num_images=flags.num_images,
+        data={"name": flags.data, "dir": flags.data_dir, "validation_split": flags.split},
+        weight_files=_weight_files(flags),
+        reconstructions=flags.reconstructions,
+        columns=flags.columns,
+        rows=flags.rows,
+    )
     if flags.protocol == ALL:
         print_table(records)
         save_records(records, workdir, flags.json)

@@ -23,20 +23,22 @@ def run(tmp_path):
 def test_all_protocols_make_one_table(run, monkeypatch, capsys):
     psnr = dict(zip(PROTOCOLS, (20.0, 21.5, 22.25, 9.125, float("inf")), strict=True))
 
-    def measured(path, *, protocol, num_images, **_):
-        caveats = ["not comparable: 16 pixels"] if protocol == "adm" else []
-        return make_record(
-            stage="tokenizer",
-            run=path,
-            step=12,
-            weights="ema",
-            split="openmoji/validation",
-            protocol=find_protocol(protocol),
-            caveats=caveats,
-            metrics={"images": num_images, "psnr": psnr[protocol], "usage": 0.5},
-        )
+    def measured(path, protocols, *, num_images, **_):
+        return [
+            make_record(
+                stage="tokenizer",
+                run=path,
+                step=12,
+                weights="ema",
+                split="openmoji/validation",
+                protocol=find_protocol(name),
+                caveats=["not comparable: 16 pixels"] if name == "adm" else [],
+                metrics={"images": num_images, "psnr": psnr[name], "usage": 0.5},
+            )
+            for name in protocols
+        ]
 
-    monkeypatch.setattr(evaluate, "evaluate_tokenizer", measured)
+    monkeypatch.setattr(evaluate, "evaluate_under_protocols", measured)
     assert main(["evaluate", f"--run={run}", "--protocol=all", "--num-images=7", f"--json={run / 'all.json'}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "openmoji/validation: 7 images, step 12, ema weights"
