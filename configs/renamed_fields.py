@@ -51,6 +51,7 @@ ADDED = {
         "quantizer.double_loss": True,
         "quantizer.l2_normalize": False,
         "quantizer.levels": (),
+        "quantizer.logit_temperature": 1.0,
         "codebook.init_scale": 1.0,
         "encode.precision": "float32",
         "quantizer.precision": "bfloat16_3x",  # on CPUs what it was, on accelerators more than JAX's default

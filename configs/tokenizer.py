@@ -1,4 +1,4 @@
-"""Presets of the image tokenizer: the paper's ImageNet models, its pretrained models, and two for a laptop.
+"""Presets of the image tokenizer: the paper's ImageNet models, its pretrained models, Emu3.5's, and two for a laptop.
 
     python -m ibq_jax train --config=configs/tokenizer.py:imagenet256_16384 --workdir=runs/tok
 
@@ -15,6 +15,7 @@ command line, e.g. `--config.codebook.size=8192`. All presets turn an image into
 | imagenet256_262144 | imagenet2012 | 262,144 x 256 | 330 epochs | rFID 1.00, usage 84% | not measured |
 | pretrain256_16384 | your tar shards | 16,384 x 256 | 1.5 M steps of 256 | rFID 2.06, PSNR 22.01 | not measured |
 | pretrain256_262144 | your tar shards | 262,144 x 256 | 1.5 M steps of 256 | rFID 1.53, PSNR 22.69 | not measured |
+| emu35_131072 | your tar shards | 131,072 x 256 | 1.5 M steps of 256 | sizes of arXiv 2510.26583 | not measured |
 | finetune_decoder | imagenet2012 | 16,384 x 256 | 100,000 steps of 256 | its start: rFID 1.37 | not measured |
 | finetune_photos | your photographs | 16,384 x 256 | 20,000 steps of 64 | - | not measured |
 
@@ -90,7 +91,8 @@ def _add_quantizer(config: ConfigDict, codebook_size: int) -> None:
     config.quantizer.beta = 0.25  # weight of the term that beta_on names
     config.quantizer.beta_on = "codebook"  # as released; "commitment": as in the paper's text, vq, simvq and lfq
     config.quantizer.double_loss = True  # ibq; False: without the term whose gradient reaches every code
-    config.quantizer.l2_normalize = False  # vq; True: latents and codes are divided by their lengths
+    config.quantizer.l2_normalize = False  # ibq and vq; True: latents and codes are divided by their lengths
+    config.quantizer.logit_temperature = 1.0  # ibq: divides all logits; bounded ones (l2_normalize) want less than 1
     config.quantizer.levels = ()  # fsq: their product is codebook.size, e.g. (8, 8, 8, 5); (): the usual ones
     config.quantizer.precision = "bfloat16_3x"  # ibq and lfq: of the logits in training; see docs/precision.md
     config.quantizer.gradient_precision = "bfloat16"  # ibq and lfq: of the products that only gradients come from
@@ -148,6 +150,13 @@ def _pretrain256(codebook_size: int) -> ConfigDict:
     config = _imagenet256(codebook_size, epochs=0, drop_epochs=())
     config.data.name = "pretrain"  # made by `prepare tar --name=pretrain` from webdataset shards
     config.train.steps = 1_500_000
+    return config
+
+
+def _emu35(codebook_size: int) -> ConfigDict:
+    """Returns the sizes of Emu3.5's tokenizer; how it was trained is not published."""
+    config = _pretrain256(codebook_size)
+    config.model.channels = 256
     return config
 
 
@@ -211,6 +220,7 @@ PRESETS = (
     "imagenet256_262144",
     "pretrain256_16384",
     "pretrain256_262144",
+    "emu35_131072",
     "finetune_decoder",
     "finetune_photos",
 )
@@ -225,6 +235,8 @@ def get_config(preset: str) -> ConfigDict:
         return _imagenet256(int(size))
     if family == "pretrain256":
         return _pretrain256(int(size))
+    if family == "emu35":
+        return _emu35(int(size))
     if family == "finetune":
         return _finetune_decoder() if size == "decoder" else _finetune_photos()
     if family == "openmoji64":

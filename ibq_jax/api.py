@@ -7,6 +7,7 @@ codes = generator.sample(labels)        # int [B] -> int32 [B, h, w]
 images = tokenizer.decode(codes)        # float [-1, 1] [B, H, W, 3]
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,12 +16,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from ibq_jax.autoregressive.generate import LogitFilter
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.autoregressive.sample_codes import Guidance, Sampler, check_codes
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import make_mesh
+from ibq_jax.data.any_size import MAX_PIXELS, MIN_PIXELS, read_upright, resize_within
 from ibq_jax.data.preprocess import to_float
 from ibq_jax.interop import generator_names, tokenizer_names
 from ibq_jax.interop.load import load_generator, load_tokenizer
@@ -45,7 +48,8 @@ class Tokenizer:
 
         Args:
             path: a run's folder (its newest intact checkpoint is read), one step's folder under its `checkpoints/`, a
-                file of weights (.ckpt, .pt, .pth, .safetensors), or hf://OWNER/NAME on the Hugging Face hub.
+                file of weights (.ckpt, .pt, .pth, .safetensors), a folder with model.safetensors or model.ckpt, or
+                hf://OWNER/NAME on the Hugging Face hub.
             use_ema: load the averaged (EMA) weights, if there are any, instead of the raw ones.
             precision: of every product between images and codes. "float32" gives the same codes on CPUs, TPUs and GPUs;
                 "bfloat16_3x", "tf32" and "bfloat16" are faster on some of them and change some codes
@@ -110,8 +114,31 @@ class Tokenizer:
             raise UsageError(f"encode takes uint8 images, or floats in [-1, 1], not {images.dtype}")
         return _encode(self.model, self.params, images)
 
+    def encode_image(
+        self, image: Image.Image | str | os.PathLike, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+    ) -> jax.Array:
+        """Returns the codes int32 [h, w] of an image of any size and aspect ratio.
+
+        The image is resized bicubically to sides that are multiples of the downsampling factor, as Emu3.5's processor
+        does for an area: its own, or the nearer one of the bounds. `decode(codes[None])` gives an image of that size.
+        Each new size compiles a program of its own.
+
+        Args:
+            image: a Pillow image, or the path of a JPEG, PNG, WebP or BMP file. It is turned as its EXIF orientation
+                says, transparent pixels become white, and of an animation the first frame is taken.
+            min_pixels: the smallest area, up to half a factor a side.
+            max_pixels: the largest area, likewise.
+
+        Raises:
+            UsageError: the image cannot be read, is over 100 times as long one way as the other, or has 32-bit pixels;
+                or the bounds leave no image.
+        """
+        factor = 2 ** (len(self.model.channel_multipliers) - 1)
+        pixels = resize_within(read_upright(image), factor, min_pixels, max_pixels)
+        return self.encode(pixels[None])[0]
+
     def decode(self, codes: np.ndarray | jax.Array) -> jax.Array:
-        """Returns the images float32 [B, H, W, 3] of codes int [B, h, w].
+        """Returns the images float32 [B, H, W, 3] of codes int [B, h, w], any h and w.
 
         Values may slightly exceed [-1, 1]; clip them before display. Raises UsageError for another shape or type, or a
         code outside 0..K-1.

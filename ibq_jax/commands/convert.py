@@ -9,9 +9,9 @@ from ibq_jax.commands.arguments import Parser, positive, share
 from ibq_jax.interop.from_file import import_file
 from ibq_jax.interop.hub import download_if_hub
 from ibq_jax.interop.hub_layout import write_hub_folder
-from ibq_jax.interop.load import is_weights_file
-from ibq_jax.interop.resize_run import INDEX_MAP, resize_run
+from ibq_jax.interop.resize_run import INDEX_MAP, INVERSE_MAP, resize_run
 from ibq_jax.interop.to_file import WEIGHTS, export
+from ibq_jax.interop.weights import holds_weights
 from ibq_jax.pretrained.tensor_files import PICKLED, write_tensors
 
 FILES = (".safetensors", *PICKLED)
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         _resize(flags, source)
     elif flags.out is not None and (flags.hub or flags.out.suffix in FILES):
         _export(flags, source)
-    elif flags.out is not None and is_weights_file(source):
+    elif flags.out is not None and holds_weights(source):
         words = import_file(source, flags.out, flags.config, overrides, flags.tokenizer)
         print(f"wrote {flags.out}/: {source} holds {words}")
     elif flags.out is not None:
@@ -76,6 +76,7 @@ def _resize(flags: Namespace, source: Path) -> None:
     )
     print(f"wrote {flags.out}/: step {done.step} with {done.after:,} codes instead of {done.before:,}")
     print(f"      {flags.out}/{INDEX_MAP}: the old index of every new code, int32 [{done.after}]")
+    print(f"      {flags.out}/{INVERSE_MAP}: the new index of every old code, int32 [{done.before}]; -1: dropped")
     print(
         f"next: python -m ibq_jax train --config=... --config.codebook.size={done.after} --workdir={flags.out}, with "
         f"the config of {flags.input} and train.steps over {done.step}"
@@ -111,6 +112,7 @@ def parser() -> Parser:
         examples=[
             "--in=imagenet256_16384.ckpt --out=runs/imported",
             "--in=hf://TencentARC/IBQ-AR-B --out=runs/B --tokenizer=runs/imported",
+            "--in=hf://BAAI/Emu3.5-VisionTokenizer --out=runs/emu35",
             "--in=runs/tokenizer --out=tokenizer.safetensors --verify",
             "--in=runs/tokenizer --out=hub --hub",
             "--in=runs/codes1024 --out=runs/codes8192 --codebook-size=8192",
@@ -126,7 +128,8 @@ def parser() -> Parser:
         required=True,
         metavar="SOURCE",
         help="What to read: a run's folder, a step's folder under its checkpoints/, a file of weights (.safetensors, "
-        ".ckpt, .pt, .pth) or hf://OWNER/NAME.",
+        ".ckpt, .pt, .pth), a folder with model.safetensors or model.ckpt (and config.json or config.yaml), or "
+        "hf://OWNER/NAME.",
     )
     parser.add_argument(
         "--out",

@@ -7,10 +7,12 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import as_path
 from ibq_jax.base.saved_run import SavedRun
 from ibq_jax.commands.arguments import Parser, count, output_file, positive
-from ibq_jax.evaluate.evaluate_run import evaluate_likelihood, evaluate_tokenizer, perplexity_by_row
+from ibq_jax.evaluate.evaluate_run import evaluate_likelihood, evaluate_under_protocols, perplexity_by_row
 from ibq_jax.evaluate.evaluate_samples import evaluate_generator_samples, evaluate_samples
 from ibq_jax.evaluate.protocols import PROTOCOLS
-from ibq_jax.evaluate.records import print_record, save_record
+from ibq_jax.evaluate.records import print_record, print_table, save_record, save_records
+
+ALL = "all"  # in place of a protocol's name: every one of them
 
 WEIGHT_FILES = {  # kind of feature net: how its file is called in the help
     "inception": "pytorch-fid's Inception-v3, for FID, sFID, Inception Score, precision and recall",
@@ -30,6 +32,7 @@ def main(argv: list[str]) -> None:
     if (flags.run is None) == (flags.samples is None):
         raise UsageError("give either --run=RUN or --samples=FILE.npz with --reference=FILE.npz")
     if flags.samples is not None:
+        _refuse_all(flags, "samples")
         _evaluate_samples(flags)
         return
     saved = SavedRun.find(flags.run)
@@ -54,17 +57,24 @@ def _refuse_other_stage(flags: Namespace, stage: str) -> None:
         raise UsageError(
             f"--reconstructions is for tokenizers; for a generator: sample --run={flags.run} --out=FILE.png"
         )
+    _refuse_all(flags, "a generator")
     if flags.data or flags.data_dir:
         raise UsageError(
             f"--data is for tokenizers; {flags.run} is a generator, which reads a token cache: --token-cache"
         )
 
 
+def _refuse_all(flags: Namespace, measured: str) -> None:
+    """Raises UsageError if all protocols are asked for, which only reconstructions can follow."""
+    if flags.protocol == ALL:
+        raise UsageError(f"--protocol={ALL} is for tokenizers, not for {measured}: name one of {', '.join(PROTOCOLS)}")
+
+
 def _evaluate_tokenizer(flags: Namespace, workdir: Path) -> None:
-    record = evaluate_tokenizer(
+    records = evaluate_under_protocols(
         flags.run,
+        PROTOCOLS if flags.protocol == ALL else (flags.protocol or "clean",),
         weights=flags.weights,
-        protocol=flags.protocol or "clean",
         num_images=flags.num_images,
         data={"name": flags.data, "dir": flags.data_dir, "validation_split": flags.split},
         weight_files=_weight_files(flags),
@@ -72,8 +82,12 @@ def _evaluate_tokenizer(flags: Namespace, workdir: Path) -> None:
         columns=flags.columns,
         rows=flags.rows,
     )
-    print_record(record)
-    save_record(record, workdir, flags.json)
+    if flags.protocol == ALL:
+        print_table(records)
+        save_records(records, workdir, flags.json)
+    else:
+        print_record(records[0])
+        save_record(records[0], workdir, flags.json)
     if flags.reconstructions:
         print(f"wrote {flags.reconstructions} (originals above, reconstructions below)")
 
@@ -137,6 +151,7 @@ def parser() -> Parser:
         examples=[
             "--run=runs/tokenizer --reconstructions=reconstructions.png",
             "--run=runs/tokenizer --protocol=seed_voken --vgg16=vgg16-397923af.pth",
+            "--run=runs/tokenizer --protocol=all",
             "--run=runs/generator",
             "--run=runs/generator --num=50000 --reference=VIRTUAL_imagenet256_labeled.npz",
             "--samples=samples.npz --reference=statistics.npz",
@@ -151,7 +166,11 @@ def parser() -> Parser:
         help="The run to evaluate: its folder, or one of its checkpoints. Default: none, with --samples.",
     )
     add("--weights", choices=("ema", "raw"), default="ema", help="Averaged (ema) or last (raw) weights. Default: ema.")
-    add("--protocol", choices=tuple(PROTOCOLS), help="How to measure. Default: clean; for samples: adm.")
+    add(
+        "--protocol",
+        choices=(*PROTOCOLS, ALL),
+        help="How to measure; all: a tokenizer under every protocol, in one table. Default: clean; for samples: adm.",
+    )
     add(
         "--num-images",
         "--examples",

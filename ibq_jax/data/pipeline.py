@@ -23,7 +23,14 @@ from ibq_jax.data.batches import (
     one_pass_batches,
     shuffled_batches,
 )
-from ibq_jax.data.preprocess import UnreadableImage, centre_crop, decode_image, random_crop, resize_shorter_side
+from ibq_jax.data.preprocess import (
+    Resize,
+    UnreadableImage,
+    centre_crop,
+    decode_image,
+    random_crop,
+    resize_shorter_side,
+)
 from ibq_jax.data.store import find_dataset, open_builder
 
 OTHER_FILES = 256  # open files that a process needs besides a data set's shards
@@ -146,7 +153,7 @@ def _example(image: np.ndarray, record: Record) -> dict:
 
 
 def evaluation_batches(
-    source: ImageSource, *, image_size: int, resize: int, antialias: bool = True, **options: Unpack[OnePassOptions]
+    source: ImageSource, *, image_size: int, resize: int, method: Resize = "bilinear", **options: Unpack[OnePassOptions]
 ) -> Generator[ArrayDict]:
     """Returns one pass over the images' centre crops, in order.
 
@@ -154,7 +161,7 @@ def evaluation_batches(
         source: the images.
         image_size: S, pixels of the crop's side.
         resize: pixels of the shorter side before cropping.
-        antialias: see `resize_shorter_side`; False resizes as the evaluation behind the published numbers did.
+        method: of resizing, see `resize_shorter_side`.
         **options: as in `one_pass_batches`.
 
     Returns:
@@ -167,7 +174,7 @@ def evaluation_batches(
     check_sizes(image_size, resize)
 
     def crop(record: Record) -> dict:
-        image = resize_shorter_side(decode_record(record, str(source)), resize, antialias)
+        image = resize_shorter_side(decode_record(record, str(source)), resize, method)
         return _example(centre_crop(image, image_size), record)
 
     black = np.zeros((image_size, image_size, 3), np.uint8)

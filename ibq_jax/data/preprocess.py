@@ -6,6 +6,7 @@ flips, as in arXiv 2412.02692; flips are among the views (named crops) whose cod
 
 import io
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from ibq_jax.base.errors import one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # Pillow knows dozens; for PostScript it would start Ghostscript
+Resize = Literal["bilinear", "plain", "bicubic", "box_bicubic"]  # see `resize_shorter_side`
 MAX_ASPECT = 100  # ratio of the sides: a thin image of a few bytes, resized by its shorter side, needs gigabytes
 
 
@@ -34,17 +36,20 @@ def decode_image(encoded: bytes) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise UnreadableImage(
-                    f"{image.width}x{image.height} pixels, one side over {MAX_ASPECT} times the other"
-                )
-            return np.asarray(_to_rgb(image))
+            check_aspect(image)
+            return np.asarray(to_rgb(image))
     except UnreadableImage:
         raise
     except UnidentifiedImageError as error:
         raise UnreadableImage("no image of a known format") from error
     except Exception as error:  # Pillow's parsers may raise anything
         raise UnreadableImage(one_line(error)) from error
+
+
+def check_aspect(image: Image.Image) -> None:
+    """Raises UnreadableImage for an image that is far longer one way than the other."""
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise UnreadableImage(f"{image.width}x{image.height} pixels, one side over {MAX_ASPECT} times the other")
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -57,7 +62,8 @@ def to_uint8(images: jax.Array) -> jax.Array:
     return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image to RGB: transparent pixels become white, 16-bit grey is scaled to 8 bits."""
     if image.mode.startswith("I;16"):  # convert() would clip it at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -67,20 +73,42 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize_shorter_side(image: np.ndarray, size: int, antialias: bool = True) -> np.ndarray:
-    """Resizes an image [H, W, 3] bilinearly to a shorter side of `size` pixels; the longer side is rounded.
+def resize_shorter_side(image: np.ndarray, size: int, method: Resize = "bilinear") -> np.ndarray:
+    """Resizes an image [H, W, 3] to a shorter side of `size` pixels.
 
-    With `antialias` the filter widens with the reduction, as in Pillow. Without it every output pixel mixes its four
-    nearest input pixels at any reduction, as in OpenCV and in the evaluation behind the published IBQ numbers.
+    Args:
+        image: uint8.
+        size: pixels of the shorter side.
+        method: "bilinear", Pillow's, whose filter widens with the reduction; "plain", bilinear without that, so that
+            every output pixel mixes its four nearest input pixels at any reduction, as in OpenCV and in the evaluation
+            behind the published IBQ numbers; "bicubic", Pillow's, as torchvision's Resize asks for it, which rounds
+            the longer side down; "box_bicubic", by averages of 2x2 pixels as long as the shorter side stays at least
+            `size`, then bicubic, as in guided-diffusion and LlamaGen. Except for "bicubic" the longer side is rounded.
     """
+    if method == "box_bicubic":
+        image = _halved(image, size)
     height, width = image.shape[:2]
     shorter = min(height, width)
     if shorter == size:
         return image
-    target = (round(height * size / shorter), round(width * size / shorter))
-    if antialias:
-        return np.asarray(Image.fromarray(image).resize(target[::-1], Image.Resampling.BILINEAR))
-    return _resize_plain(image, *target)
+    if method == "bicubic":
+        target = (height * size // shorter, width * size // shorter)
+    elif method == "box_bicubic":
+        target = (round(height * (size / shorter)), round(width * (size / shorter)))
+    else:
+        target = (round(height * size / shorter), round(width * size / shorter))
+    if method == "plain":
+        return _resize_plain(image, *target)
+    smooth = Image.Resampling.BILINEAR if method == "bilinear" else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(image).resize(target[::-1], smooth))
+
+
+def _halved(image: np.ndarray, size: int) -> np.ndarray:
+    """Halves an image [H, W, 3] by averages until its shorter side is less than twice `size`."""
+    halved = Image.fromarray(image)
+    while min(halved.size) >= 2 * size:
+        halved = halved.resize((halved.width // 2, halved.height // 2), Image.Resampling.BOX)
+    return np.asarray(halved)
 
 
 def _resize_plain(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,28 +26,38 @@ from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
 MIN_SIDE = 96  # pixels of an image in the reconstructions' PNG; smaller images are enlarged by an integer factor
 
 
-def evaluate_tokenizer(
+def evaluate_tokenizer(run: Path, *, protocol: str = "clean", **options) -> dict:
+    """Measures a tokenizer's reconstructions of a split; returns the evaluation record.
+
+    `options` and errors are those of `evaluate_under_protocols`.
+    """
+    [record] = evaluate_under_protocols(run, (protocol,), **options)
+    return record
+
+
+def evaluate_under_protocols(
     run: Path,
+    protocols: Iterable[str],
     *,
     weights: str = "ema",
-    protocol: str = "clean",
     num_images: int = 0,
     data: Mapping[str, str | None] | None = None,
     weight_files: Mapping[str, str] | None = None,
     reconstructions: Path | None = None,
     columns: int = 8,
     rows: int = 2,
-) -> dict:
-    """Measures a tokenizer's reconstructions of a split; returns the evaluation record.
+) -> list[dict]:
+    """Measures a tokenizer's reconstructions of a split under several protocols; returns an evaluation record for each.
 
     Args:
         run: the run's folder, or one of its checkpoints.
+        protocols: names of protocols.
         weights: "ema" (averaged) or "raw".
-        protocol: name of a protocol.
         num_images: how many images to measure, evenly spaced in the split (0: all).
         data: replaces the config's `data` fields "name", "dir" and "validation_split", where not None.
         weight_files: the user's files of feature nets by kind (see `feature_nets.KINDS`).
-        reconstructions: a PNG to write: rows of originals, each above the row of its reconstructions.
+        reconstructions: a PNG to write: rows of originals, each above the row of its reconstructions, as the first
+            protocol has them.
         columns: images per row of that PNG.
         rows: rows of originals in that PNG.
 
@@ -56,30 +66,33 @@ def evaluate_tokenizer(
             file is missing or of another network.
     """
     trainer, restored = restore_tokenizer(run)
-    config, chosen = copy.deepcopy(trainer.config), find_protocol(protocol)
+    config, chosen = copy.deepcopy(trainer.config), [find_protocol(name) for name in protocols]
     config.data.update({field: value for field, value in (data or {}).items() if value is not None})
-    nets = find_feature_nets(KINDS, weight_files or {})
-    evaluator = validation_evaluator(replace(trainer, config=config), num_images, chosen, nets)
-    params = restored.state.weights(weights)
-    metrics = dict(evaluator(params))
-    measured = int(metrics["images"])
+    nets, params = find_feature_nets(KINDS, weight_files or {}), restored.state.weights(weights)
     available = len(open_split(config.data.name, config.data.dir, config.data.validation_split))
-    if reconstructions is not None:
-        _write_reconstructions(evaluator, params, columns, rows, config.data.image_size, reconstructions)
-    return make_record(
-        stage="tokenizer",
-        run=run,
-        step=restored.step,
-        weights=weights,
-        split=f"{config.data.name}/{config.data.validation_split}",
-        protocol=chosen,
-        caveats=[
-            *chosen.caveats(measured, available, config.data.image_size),
-            *small_sample_caveats(metrics, measured),
-        ],
-        metrics=metrics,
-        codes=config.codebook.size,
-    )
+    records = []
+    for protocol in chosen:
+        evaluator = validation_evaluator(replace(trainer, config=config), num_images, protocol, nets)
+        metrics = dict(evaluator(params))
+        measured = int(metrics["images"])
+        record = make_record(
+            stage="tokenizer",
+            run=run,
+            step=restored.step,
+            weights=weights,
+            split=f"{config.data.name}/{config.data.validation_split}",
+            protocol=protocol,
+            caveats=[
+                *protocol.caveats(measured, available, config.data.image_size),
+                *small_sample_caveats(metrics, measured),
+            ],
+            metrics=metrics,
+            codes=config.codebook.size,
+        )
+        if reconstructions is not None and not records:
+            _write_reconstructions(evaluator, params, columns, rows, config.data.image_size, reconstructions)
+        records.append(record)
+    return records
 
 
 def evaluate_likelihood(

@@ -3,6 +3,8 @@
 `seed_voken`  what TencentARC/SEED-Voken's evaluation_image.py does; published tokenizers are measured this way
 `adm`         what OpenAI's guided-diffusion does with samples; published generators are measured this way
 `clean`       antialiased resizing and rounding to nearest (arXiv 2104.11222); the default for your own runs
+`bicubic`     what GEAR (arXiv 2606.32039) does with IBQ's and others' tokenizers: bicubic resizing, no rounding
+`llamagen`    what LlamaGen's reconstruction_vq_ddp.py does with its own: halving, then bicubic resizing
 """
 
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.data.preprocess import to_float, to_uint8
+from ibq_jax.data.preprocess import Resize, to_float, to_uint8
 from ibq_jax.evaluate.image_metrics import truncate_to_uint8
 from ibq_jax.pretrained.inception import SIDE
 
@@ -26,8 +28,8 @@ class Protocol:
     """How images become numbers. A field that a measurement does not use has no effect on it."""
 
     name: str
-    antialias: bool  # when resizing the data set's images, before the centre crop
-    rounding: Literal["truncate", "nearest"]  # to uint8, before PSNR and SSIM
+    resize: Resize  # of the data set's images, before the centre crop: see `resize_shorter_side`
+    rounding: Literal["truncate", "nearest", "none"]  # to uint8, before PSNR and SSIM
     net_input: Literal["float", "uint8"]  # the type of reconstructions before they go to a feature net
     resizing: Literal["bilinear", "corner", "bicubic"]  # to Inception's 299 pixels: see `for_inception`
     mean_batch: int  # PSNR and SSIM are averaged over batches of so many images, then over batches
@@ -40,16 +42,21 @@ class Protocol:
         """Returns the protocol in one line of words, which is printed and stored with every number."""
         return ", ".join(
             (
-                f"{'antialiased' if self.antialias else 'plain bilinear'} resize and centre crop",
-                "fractions of grey levels truncated" if self.rounding == "truncate" else "rounded to uint8",
+                f"{RESIZES[self.resize]} resize and centre crop",
+                ROUNDINGS[self.rounding],
                 "mean over images" if self.mean_batch == 1 else f"mean over batches of {self.mean_batch}",
                 f"feature nets get {self.net_input} images, resized {RESIZINGS[self.resizing]}",
                 f"against {self.reference}",
             )
         )
 
-    def to_uint8_pair(self, originals: jax.Array, reconstructions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Converts originals (uint8 [B, H, W, 3]) and reconstructions (float [-1, 1]) to uint8 for PSNR and SSIM."""
+    def to_grey_levels(self, originals: jax.Array, reconstructions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Converts originals (uint8 [B, H, W, 3]) and reconstructions (float [-1, 1]) to 0..255 for PSNR and SSIM.
+
+        Both are uint8 afterwards; without rounding, reconstructions stay float.
+        """
+        if self.rounding == "none":
+            return originals, (jnp.clip(reconstructions, -1.0, 1.0) + 1.0) * 127.5
         if self.rounding == "truncate":
             return jnp.asarray(TRUNCATED)[originals], truncate_to_uint8(reconstructions)
         return originals, to_uint8(reconstructions)
@@ -82,6 +89,17 @@ class Protocol:
         return caveats
 
 
+RESIZES = {
+    "plain": "plain bilinear",
+    "bilinear": "antialiased",
+    "bicubic": "antialiased bicubic",
+    "box_bicubic": "halving by averages, then bicubic",
+}
+ROUNDINGS = {
+    "truncate": "fractions of grey levels truncated",
+    "nearest": "rounded to uint8",
+    "none": "not rounded to uint8",
+}
 RESIZINGS = {
     "bilinear": "to 299 bilinearly, aligned at pixel centres (pytorch-fid)",
     "corner": "to 299 bilinearly, aligned at the corner (TensorFlow's graph of 2015)",
@@ -93,7 +111,7 @@ PROTOCOLS = {
     for protocol in (
         Protocol(
             "seed_voken",
-            antialias=False,
+            resize="plain",
             rounding="truncate",
             net_input="float",
             resizing="bilinear",
@@ -105,7 +123,7 @@ PROTOCOLS = {
         ),
         Protocol(
             "adm",
-            antialias=True,
+            resize="bilinear",
             rounding="nearest",
             net_input="uint8",
             resizing="corner",
@@ -117,7 +135,7 @@ PROTOCOLS = {
         ),
         Protocol(
             "clean",
-            antialias=True,
+            resize="bilinear",
             rounding="nearest",
             net_input="uint8",
             resizing="bicubic",
@@ -125,6 +143,30 @@ PROTOCOLS = {
             score_group=0,
             num_images=0,
             image_size=0,
+            reference="the originals",
+        ),
+        Protocol(
+            "bicubic",
+            resize="bicubic",
+            rounding="none",
+            net_input="float",
+            resizing="bilinear",
+            mean_batch=1,
+            score_group=0,
+            num_images=50_000,
+            image_size=256,
+            reference="the originals",
+        ),
+        Protocol(
+            "llamagen",
+            resize="box_bicubic",
+            rounding="nearest",
+            net_input="uint8",
+            resizing="corner",
+            mean_batch=1,
+            score_group=5_000,
+            num_images=50_000,
+            image_size=256,
             reference="the originals",
         ),
     )

@@ -168,7 +168,7 @@ def _measure(
     """Measures a batch: values [B] by name, features of originals and reconstructions, code counts [K], the mask."""
     reconstructions, codes = reconstruct(params, images)
     originals, clipped = to_float(images), jnp.clip(reconstructions, -1.0, 1.0)
-    pair = [array.astype(jnp.float32) / 255.0 for array in protocol.to_uint8_pair(images, reconstructions)]
+    pair = [array.astype(jnp.float32) / 255.0 for array in protocol.to_grey_levels(images, reconstructions)]
     error = jnp.mean(jnp.abs(reconstructions - originals), axis=(1, 2, 3))
     values = {"psnr": psnr(*pair), "ssim": ssim(*pair), "l1": error}
     for net in LPIPS_NETS:

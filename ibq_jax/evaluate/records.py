@@ -79,6 +79,26 @@ def print_record(record: Mapping) -> None:
         print(f"  {caveat}")
 
 
+def print_table(records: Sequence[Mapping]) -> None:
+    """Prints evaluation records of the same weights under several protocols: a table, then what each protocol is."""
+    first = records[0]
+    print(f"{first['split']}: {first['images']:,} images, step {first['step']}, {first['weights']} weights")
+    rows = [("protocol", *(label for label, _ in format_metrics(first)))]
+    rows += [(record["protocol"]["name"], *(value for _, value in format_metrics(record))) for record in records]
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(
+            "  ".join(
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+        )
+    for record in records:
+        print(f"{record['protocol']['name']}: {record['protocol']['description']}")
+        for caveat in record["marks"]:
+            print(f"  {caveat}")
+
+
 def format_metrics(record: Mapping) -> Iterator[tuple[str, str]]:
     """Yields (label, formatted value) of every metric of an evaluation record."""
     order = list(FORMATS)
@@ -86,6 +106,15 @@ def format_metrics(record: Mapping) -> Iterator[tuple[str, str]]:
         value = record["metrics"][name]
         label, form = FORMATS.get(name, (name, OTHER_FORMAT))
         yield label, form.format(value) if math.isfinite(value) else str(value)
+
+
+def save_records(records: Sequence[Mapping], workdir: Path, file: Path | None) -> None:
+    """Writes evaluation records into the run's folder `workdir`, and as one list to `file`, unless it is None."""
+    for record in records:
+        save_record(record, workdir, None)
+    if file is not None and not jax.process_index():
+        file.write_text(json.dumps(records, indent=2) + "\n")
+        print(f"wrote {file}")
 
 
 def save_record(record: Mapping, workdir: Path | None, file: Path | None) -> None:

@@ -51,7 +51,7 @@ def validation_evaluator(
             batch_size=config.evaluate.batch_size,
             examples=count,
             rows=process_rows(trainer.mesh, config.evaluate.batch_size),
-            antialias=protocol.antialias,
+            method=protocol.resize,
             num_threads=config.data.num_threads,
         )
 

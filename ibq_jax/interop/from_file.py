@@ -28,7 +28,8 @@ from ibq_jax.data.token_cache import VERSION, write_run_manifest
 from ibq_jax.interop import generator_names, tokenizer_names
 from ibq_jax.interop.recognize import GENERATOR, TOKENIZER, Contents, check, recognize, run_config
 from ibq_jax.interop.tokenizer_names import PlaceLeaf, ReadTensor
-from ibq_jax.pretrained.tensor_files import TensorFile, open_tensors, write_tensors
+from ibq_jax.interop.weights import open_weights
+from ibq_jax.pretrained.tensor_files import TensorFile, write_tensors
 from ibq_jax.tokenizer.parts import without
 from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
 from ibq_jax.tokenizer.step import TokenizerTrainer
@@ -45,7 +46,7 @@ def import_file(
     A file that holds a tokenizer and a generator becomes two runs, the tokenizer's in `out`/tokenizer.
 
     Args:
-        path: the file of weights.
+        path: the file of weights, or a folder with one (`ibq_jax.interop.weights`).
         out: the folder of the new run, which must not exist.
         spec: a preset, FILE.py:PRESET, for what the file does not say; "" picks one (`recognize.run_config`).
         overrides: `--config.NAME=VALUE`, as `load_config` takes them.
@@ -55,7 +56,7 @@ def import_file(
         UsageError: the file is not of weights, or a tensor is missing, unknown or of the wrong shape (all are named);
             nothing is written then.
     """
-    file = open_tensors(path)
+    file = open_weights(path)
     contents = recognize(file.shapes, file.about, str(path))
     config, words = run_config(contents, path.stem, spec, overrides, file.about.get("config", ""))
     contents = Contents.from_config(config)

@@ -11,7 +11,7 @@ from ibq_jax.base.errors import UsageError, one_line
 
 SCHEME = "hf://"
 
-# The file of each published repository (arXiv 2412.02692; github.com/TencentARC/SEED-Voken).
+# The file of each published repository (arXiv 2412.02692, github.com/TencentARC/SEED-Voken; Emu3.5: arXiv 2510.26583).
 PUBLISHED = {
     "TencentARC/IBQ-Tokenizer-1024": "imagenet256_1024.ckpt",
     "TencentARC/IBQ-Tokenizer-8192": "imagenet256_8192.ckpt",
@@ -23,6 +23,7 @@ PUBLISHED = {
     "TencentARC/IBQ-AR-L": "AR_256_L.ckpt",
     "TencentARC/IBQ-AR-XL": "AR_256_XL.ckpt",
     "TencentARC/IBQ-AR-XXL": "AR_256_XXL.ckpt",
+    "BAAI/Emu3.5-VisionTokenizer": "model.safetensors",
 }
 OURS = "model.safetensors"  # what `convert --hub` writes
 

@@ -1,4 +1,4 @@
-"""Loads networks with their weights from a run's folder, a file of weights, or the hub."""
+"""Loads networks with their weights from a run's folder, a file or folder of weights, or the hub."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,19 +12,15 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.interop import generator_names, tokenizer_names
 from ibq_jax.interop.hub import download_if_hub
 from ibq_jax.interop.recognize import GENERATOR, STAGES, TOKENIZER, check, recognize
-from ibq_jax.pretrained.tensor_files import SUFFIXES, TensorFile, open_tensors
+from ibq_jax.interop.weights import holds_weights, open_weights
+from ibq_jax.pretrained.tensor_files import TensorFile
 from ibq_jax.tokenizer.model import TokenizerModel
 from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
 
 
-def is_weights_file(path: Path) -> bool:
-    """Returns whether `path` is a file of weights, by its suffix, and not a run's folder."""
-    return path.suffix in SUFFIXES and not path.is_dir()
-
-
 def stage_of(path: Path) -> str:
     """Returns the stage of the network in a file of weights."""
-    file = open_tensors(path)
+    file = open_weights(path)
     return recognize(file.shapes, file.about, str(path)).stage
 
 
@@ -32,7 +28,8 @@ def load_tokenizer(source: str | Path, use_ema: bool, precision: str = "float32"
     """Loads a tokenizer.
 
     Args:
-        source: a run's folder, one step's folder, a file of weights, or hf://OWNER/NAME.
+        source: a run's folder, one step's folder, a file of weights, a folder with one (`ibq_jax.interop.weights`), or
+            hf://OWNER/NAME.
         use_ema: load the averaged weights, if there are any, instead of the raw ones.
         precision: of the products between images and codes, one of `ibq_jax.base.precision.PRECISIONS`.
 
@@ -43,7 +40,7 @@ def load_tokenizer(source: str | Path, use_ema: bool, precision: str = "float32"
         UsageError: there is no such source, or it holds no tokenizer, or not all of one.
     """
     path = download_if_hub(source)
-    if not is_weights_file(path):
+    if not holds_weights(path):
         trainer, restored = restore_tokenizer(path)
         return trainer.model.for_encoding(precision), restored.state.weights("ema" if use_ema else "raw")
     file, published = _open(path, TOKENIZER)
@@ -59,7 +56,7 @@ def load_generator(source: str | Path, use_ema: bool) -> tuple[GeneratorModel, M
     Arguments and errors are those of `load_tokenizer`.
     """
     path = download_if_hub(source)
-    if not is_weights_file(path):
+    if not holds_weights(path):
         trainer, restored, _ = restore_generator(path)
         params = restored.state.weights("ema" if use_ema else "raw")
         return trainer.model.clone(mesh=None), params, generator_names.PREFIX
@@ -74,7 +71,7 @@ def load_weights(source: str | Path, stage: str) -> Mapping:
 
 
 def _open(path: Path, stage: str) -> tuple[TensorFile, dict]:
-    file = open_tensors(path)
+    file = open_weights(path)
     contents = recognize(file.shapes, file.about, str(path))
     if contents.stage != stage:
         raise UsageError(f"{path} holds {STAGES[contents.stage]}; this needs {STAGES[stage]}")

@@ -1,9 +1,9 @@
 """Recognizes what a file of weights holds by the names and shapes of its tensors, and makes the config of a run of it.
 
-An "architecture" is a configuration in the format of the published ones. Two facts leave no trace in the shapes: the
-number of attention heads of a generator, and the image size that a network was made for. If neither the file nor the
-caller gives them, an image has 16x16 codes, and a head has 64 channels or there are as many heads as layers. That is
-right for all published files.
+An "architecture" is a configuration in the format of the published ones. Three facts leave no trace in the shapes: the
+number of attention heads of a generator, the image size that a network was made for, and whether a quantizer divides
+vectors by their lengths. If neither the file nor the caller gives them, an image has 16x16 codes, a head has 64
+channels or there are as many heads as layers, and vectors stay as they are. That is right for all published files.
 """
 
 import json
@@ -29,7 +29,7 @@ DEFAULT_PRESETS = {
     GENERATOR: ("imagenet256_B", "autoregressive.py"),
 }  # give the other fields of a network that has no preset's size
 
-NOT_IN_SHAPES = frozenset(("model.num_heads", "model.num_kv_heads", "model.grid"))
+NOT_IN_SHAPES = frozenset(("model.num_heads", "model.num_kv_heads", "model.grid", "quantizer.l2_normalize"))
 
 Shape = tuple[int, ...]
 
@@ -207,8 +207,9 @@ def _fields(contents: Contents) -> dict[str, object]:
         named: dict[str, object] = {f"model.{name}": value for name, value in fields.items()}
         return named if no_class else named | {"loss.class_dropout": 0.0}
     fields = tokenizer_names.model_fields(contents.architecture)
-    codebook = {"codebook.size": fields.pop("codebook_size"), "codebook.dim": fields.pop("code_dim")}
-    sizes = {f"model.{name}": value for name, value in fields.items()} | codebook
+    quantizer = {"codebook.size": fields.pop("codebook_size"), "codebook.dim": fields.pop("code_dim")}
+    quantizer["quantizer.l2_normalize"] = bool(fields.pop("quantizer_settings", {}))
+    sizes = {f"model.{name}": value for name, value in fields.items()} | quantizer
     if "loss" in contents.architecture:
         discriminator = tokenizer_names.discriminator_fields(contents.architecture)
         sizes |= {f"discriminator.{name}": value for name, value in discriminator.items()}

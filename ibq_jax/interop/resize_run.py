@@ -12,10 +12,11 @@ from ibq_jax.base.files import atomic_folder
 from ibq_jax.evaluate.validation import validation_evaluator
 from ibq_jax.tokenizer.check import check_config
 from ibq_jax.tokenizer.quantizers import check_trained_rows
-from ibq_jax.tokenizer.resize_codebook import grow_index_map, prune_index_map, resize_codebook
+from ibq_jax.tokenizer.resize_codebook import grow_index_map, inverse_index_map, prune_index_map, resize_codebook
 from ibq_jax.tokenizer.restore import restore_whole_run
 
-INDEX_MAP = "index_map.npy"  # in the new run: the old index of every new code, int32
+# In the new run: the old index of every new code, int32, and the new index of every old code, -1 if it was dropped.
+INDEX_MAP, INVERSE_MAP = "index_map.npy", "old_to_new.npy"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def resize_run(
     with atomic_folder(out) as partial:
         save_config(config, partial / "config.json")
         np.save(partial / INDEX_MAP, index_map)
+        np.save(partial / INVERSE_MAP, inverse_index_map(index_map, before))
         checkpoints = Checkpoints(partial / "checkpoints")
         checkpoints.save(restored.step, state, {**restored.metadata, "config": config.to_dict()})
         checkpoints.close()

@@ -18,9 +18,9 @@ from ibq_jax.base.revision import revision
 from ibq_jax.base.saved_run import IMPORTED, SavedRun
 from ibq_jax.interop import generator_names, tokenizer_names
 from ibq_jax.interop.from_file import CARRIED
-from ibq_jax.interop.load import is_weights_file
 from ibq_jax.interop.recognize import TOKENIZER, Contents, check, describe, recognize, same_presets
-from ibq_jax.pretrained.tensor_files import open_tensors, read_tensors
+from ibq_jax.interop.weights import holds_weights, open_weights
+from ibq_jax.pretrained.tensor_files import read_tensors
 from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
 
 WEIGHTS = ("all", "ema", "raw")
@@ -62,11 +62,11 @@ def export_run(run: Path, weights: str = "all") -> tuple[dict[str, np.ndarray], 
 
 
 def relabel_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Returns the tensors of a file of weights, unchanged, and metadata that describes them.
+    """Returns the tensors of a file or a folder of weights, unchanged, and metadata that describes them.
 
     Raises UsageError that names every tensor that is missing, unknown or of the wrong shape.
     """
-    file = open_tensors(path)
+    file = open_weights(path)
     contents = recognize(file.shapes, file.about, str(path))
     check(file.shapes, contents)
     about = _metadata(contents) | {"source": path.name} | file.about
@@ -74,8 +74,8 @@ def relabel_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def export(source: Path, weights: str = "all") -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Returns the tensors and the metadata of a run (`export_run`) or of a file of weights (`relabel_file`)."""
-    return relabel_file(source) if is_weights_file(source) else export_run(source, weights)
+    """Returns the tensors and the metadata of a run (`export_run`), or of a file or folder of weights."""
+    return relabel_file(source) if holds_weights(source) else export_run(source, weights)
 
 
 def _metadata(contents: Contents) -> dict[str, str]:

@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ibq_jax.base.errors import UsageError
@@ -66,6 +67,7 @@ AUTOENCODER_FIELDS = {  # ours -> the published ones, in "ddconfig"
     "resolution": "resolution",
 }
 SUPPORTED = {"double_z": False, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
+L2_NORMALIZE = "l2_normalize"
 RELEASED_DISCRIMINATOR = {"disc_ndf": 64, "disc_num_layers": 3}  # if the configuration does not say
 
 
@@ -81,7 +83,8 @@ def model_fields(published: Mapping) -> dict:
     """Returns the architecture fields of `TokenizerModel` for a published configuration.
 
     Args:
-        published: the configuration, with "ddconfig", "n_embed" and "embed_dim".
+        published: the configuration, with "ddconfig", "n_embed" and "embed_dim", and "l2_normalize" (the name in
+            Emu3.5's code) if the quantizer divides latents and codes by their lengths.
 
     Raises:
         UsageError: a key is missing, or a value is one that this architecture does not support.
@@ -94,6 +97,8 @@ def model_fields(published: Mapping) -> dict:
             )
     fields = {ours: _value(layout, theirs, "ddconfig.") for ours, theirs in AUTOENCODER_FIELDS.items()}
     fields |= {"codebook_size": _value(published, "n_embed"), "code_dim": _value(published, "embed_dim")}
+    if published.get(L2_NORMALIZE):
+        fields["quantizer_settings"] = FrozenDict({L2_NORMALIZE: True})
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
@@ -112,7 +117,8 @@ def published_architecture(config: Mapping) -> dict:
     """
     check_quantizer(config["quantizer"]["name"])
     layout = {theirs: config["model"][ours] for ours, theirs in AUTOENCODER_FIELDS.items()}
-    return {
+    directions = {L2_NORMALIZE: True} if config["quantizer"][L2_NORMALIZE] else {}
+    return directions | {
         "ddconfig": SUPPORTED
         | {key: list(value) if isinstance(value, tuple) else value for key, value in layout.items()},
         "n_embed": config["codebook"]["size"],

@@ -199,15 +199,17 @@ class Decoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    def __init__(self, codes: int, dim: int):
+    def __init__(self, codes: int, dim: int, l2_normalize: bool = False):
         super().__init__()
-        self.embedding = nn.Embedding(codes, dim)
+        self.embedding, self.l2_normalize = nn.Embedding(codes, dim), l2_normalize
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        return F.normalize(rows, dim=-1) if self.l2_normalize else rows
 
     def forward(self, z: Tensor) -> Tensor:
         """Returns the codes [B, h, w] with the largest inner product with latents [B, D, h, w]; ties take the first."""
-        rows = z.permute(0, 2, 3, 1)
-        chunks = rows.flatten(0, 2).split(TOKENS_AT_ONCE)
-        return torch.cat([(chunk @ self.embedding.weight.T).argmax(1) for chunk in chunks]).reshape(rows.shape[:-1])
+        chunks, rows = z.permute(0, 2, 3, 1).flatten(0, 2).split(TOKENS_AT_ONCE), self.vectors(self.embedding.weight)
+        return torch.cat([(chunk @ rows.T).argmax(1) for chunk in chunks]).reshape(len(z), *z.shape[2:])
 
 
 @contextlib.contextmanager
@@ -232,17 +234,17 @@ def full_float32() -> Iterator[None]:
 class Tokenizer(nn.Module):
     """Turns images into codes and codes into images."""
 
-    def __init__(self, ddconfig: Mapping, n_embed: int, embed_dim: int):
+    def __init__(self, ddconfig: Mapping, n_embed: int, embed_dim: int, l2_normalize: bool = False, **_):
         super().__init__()
         self.encoder, self.decoder = Encoder(**ddconfig), Decoder(**ddconfig)
-        self.quantize = Codebook(n_embed, embed_dim)
+        self.quantize = Codebook(n_embed, embed_dim, l2_normalize)
         self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
 
     @classmethod
     def of(cls, architecture: Mapping) -> "Tokenizer":
         """Builds the module from a configuration in the published format."""
-        return cls(architecture["ddconfig"], architecture["n_embed"], architecture["embed_dim"])
+        return cls(**architecture)
 
     def materialize(self) -> "Tokenizer":
         """Returns the module; every tensor of a tokenizer comes from the file."""
@@ -259,11 +261,11 @@ class Tokenizer(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Returns the images [B, 3, H, W] of codes [B, h, w], not clamped."""
-        return self.decoder(self.post_quant_conv(self.quantize.embedding(codes).permute(0, 3, 1, 2)))
+        vectors = self.quantize.vectors(self.quantize.embedding(codes))
+        return self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        codes = self.encode(images)
-        return self.decode(codes), codes
+        return self.decode(codes := self.encode(images)), codes
 
 
 # ---- the generator ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Index Backpropagation Quantization (arXiv 2412.02692): every code of the codebook receives a gradient at every step.
 
-With logits l = z E^T [N, K] of N tokens and K codes, p = softmax(l) and q = softmax(l / temperature):
+With logits l = z E^T / logit_temperature [N, K] of N tokens and K codes, p = softmax(l), q = softmax(l / temperature):
 
     z_q            = (onehot(i) - sg(p) + p) E,   i_n = argmax_k l_nk;   its value is E[i], its gradient goes through p
     sample_entropy = mean_n H(q_n)                                        how undecided a token is
@@ -40,7 +40,7 @@ class IndexBackprop(NamedTuple):
     sample_entropy: jax.Array  # []
     batch_entropy: jax.Array  # []
     max_probability: jax.Array  # [] mean over tokens of the largest probability at temperature 1
-    max_logit: jax.Array  # [] the largest |logit|
+    max_logit: jax.Array  # [] the largest |l|
 
     @property
     def avg_entropy(self) -> jax.Array:
@@ -54,6 +54,7 @@ def index_backprop(
     *,
     entropy_temperature: float = 0.01,
     entropy_group_tokens: int = 0,
+    logit_temperature: float = 1.0,
     precision: str = "float32",
     gradient_precision: str = "float32",
     block_size: int = 0,
@@ -66,12 +67,14 @@ def index_backprop(
     arithmetic is float32, and gradients have the inputs' types.
 
     Args:
-      z: latents of N tokens, not normalized.
-      codebook: K codes, not normalized.
+      z: latents of N tokens, taken as they are: a caller may normalize them.
+      codebook: K codes, likewise.
       entropy_temperature: divides the logits of q only.
       entropy_group_tokens: consecutive tokens whose probabilities are averaged before the batch entropy is computed;
         0 = all N. It is a property of the loss and independent of the number of devices. The streamed form keeps K
         numbers per group.
+      logit_temperature: divides the logits of p and q, by way of z. Vectors of length one have logits within
+        1 / logit_temperature.
       precision: of the logits of float32 inputs, a name from `ibq_jax.base.precision`, in the streamed form; the dense
         form is float32 always. The indices are those of the largest logits as computed.
       gradient_precision: the same for the other products of the streamed form, from which only gradients come.
@@ -99,8 +102,11 @@ def index_backprop(
         )
     check_precision(precision, "precision")
     check_precision(gradient_precision, "gradient_precision")
-    if not entropy_temperature > 0:
-        raise UsageError(f"entropy_temperature={entropy_temperature} must be positive")
+    for name, value in (("entropy_temperature", entropy_temperature), ("logit_temperature", logit_temperature)):
+        if not value > 0:
+            raise UsageError(f"{name}={value} must be positive")
+    if logit_temperature != 1:
+        z = (z.astype(jnp.float32) / logit_temperature).astype(z.dtype)
     if implementation == "dense":
         return _dense(z, codebook, entropy_temperature, group_tokens)
     if implementation != "streamed":

@@ -25,6 +25,8 @@ from ibq_jax.ops.pixel_sums import add_bias
 
 NORM_GROUPS = 32
 NORM_EPSILON = 1e-6
+MOST_POSITIONS = 4096  # that attention takes at once, an image of 1,024 pixels with 16 per code; of more, by blocks
+QUERY_BLOCK = 1024  # positions
 
 
 class Computing(NamedTuple):
@@ -132,11 +134,31 @@ class Attention(nn.Module):
         precision = product_precision("bfloat16" if dtype == jnp.bfloat16 else self.computing.precision)
         normed = GroupNorm(False, self.computing, name="norm")(x)
         query, key, value = (of_pixels(name=name)(normed).reshape(b, h * w, c) for name in ("query", "key", "value"))
-        logits = jnp.einsum("bqc,bkc->bqk", query, key, precision=precision, preferred_element_type=jnp.float32)
-        logits *= c**-0.5
-        weights = jax.nn.softmax(logits, axis=-1).astype(dtype)
-        attended = jnp.einsum("bqk,bkc->bqc", weights, value, precision=precision).reshape(b, h, w, c)
+        attend = _attend if h * w <= MOST_POSITIONS else _attend_by_blocks
+        attended = attend(query, key, value, precision).reshape(b, h, w, c)
         return x + of_pixels(name="out")(attended)
+
+
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, precision: Any) -> jax.Array:
+    """Returns what queries [B, Q, C] get from keys and values [B, K, C], in one product: [B, Q, C]."""
+    logits = jnp.einsum("bqc,bkc->bqk", query, key, precision=precision, preferred_element_type=jnp.float32)
+    logits *= query.shape[-1] ** -0.5
+    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    return jnp.einsum("bqk,bkc->bqc", weights, value, precision=precision)
+
+
+def _attend_by_blocks(query: jax.Array, key: jax.Array, value: jax.Array, precision: Any) -> jax.Array:
+    """Computes `_attend` for QUERY_BLOCK queries at a time, so that memory grows with the positions, not their square.
+
+    Every query meets all keys at once, so its formula is the same; only the order in which products are summed may
+    differ. The backward pass computes each block again.
+    """
+    b, queries, c = query.shape
+    blocks = -(-queries // QUERY_BLOCK)
+    padded = jnp.pad(query, ((0, 0), (0, blocks * QUERY_BLOCK - queries), (0, 0)))
+    attend = jax.checkpoint(lambda rows: _attend(rows, key, value, precision))
+    attended = jax.lax.map(attend, padded.reshape(b, blocks, QUERY_BLOCK, c).swapaxes(0, 1))
+    return attended.swapaxes(0, 1).reshape(b, -1, c)[:, :queries]
 
 
 class Middle(nn.Module):

@@ -31,6 +31,7 @@ POSITIVE = (
     "codebook.dim",
     "codebook.init_scale",
     "quantizer.entropy_temperature",
+    "quantizer.logit_temperature",
 )
 
 

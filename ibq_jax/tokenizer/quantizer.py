@@ -16,6 +16,7 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.ops.index_backprop import index_backprop, nearest_codes
 
 BETA_ON = ("codebook", "commitment")
+MIN_NORM = 1e-12  # vectors are divided by at least this length
 
 
 @flax.struct.dataclass
@@ -32,7 +33,7 @@ class Quantized:
     sample_entropy: jax.Array | None = None  # nats
     batch_entropy: jax.Array | None = None  # nats
     max_probability: jax.Array | None = None  # mean over tokens of the chosen code's probability; no gradient
-    max_logit: jax.Array | None = None  # largest |z . e|; no gradient
+    max_logit: jax.Array | None = None  # largest |z . e / logit_temperature|; no gradient
 
 
 class Quantizer(Protocol):
@@ -61,6 +62,12 @@ def straight_through(value: jax.Array, z: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(value) + (z - jax.lax.stop_gradient(z))
 
 
+def unit(vectors: jax.Array) -> jax.Array:
+    """Divides vectors [..., D] by their lengths."""
+    squares = jnp.sum(vectors**2, axis=-1, keepdims=True)
+    return vectors * jax.lax.rsqrt(jnp.maximum(squares, MIN_NORM**2))
+
+
 class IndexBackpropQuantizer(nn.Module):
     """Index Backpropagation Quantization with a codebook [codebook_size, dim], initialised normal(0, init_scale).
 
@@ -68,6 +75,10 @@ class IndexBackpropQuantizer(nn.Module):
     gradient reaches every row; the commitment term (sg(e) - z)^2; and the codebook term (e - sg(z))^2. `beta` scales
     the codebook term, as in the released code, or with beta_on="commitment" the commitment term, as in the paper.
     Without `double_loss` the first term is left out, and VQ's loss remains.
+
+    `l2_normalize` divides latents and rows by their lengths before anything else, as in Emu3.5's quantizer: logits,
+    losses, z_q and what `lookup` returns are of vectors of length one, |z . e| / `logit_temperature` stays within
+    1 / `logit_temperature`, and rows start at length one, whatever init_scale is.
 
     entropy_loss = sample_entropy_weight * sample entropy - batch_entropy_weight * batch entropy. The remaining fields
     are those of `ibq_jax.ops.index_backprop`. `precision` is that of the logits in training,
@@ -80,6 +91,8 @@ class IndexBackpropQuantizer(nn.Module):
     beta_on: str = "codebook"
     double_loss: bool = True
     init_scale: float = 1.0
+    l2_normalize: bool = False
+    logit_temperature: float = 1.0
     entropy_temperature: float = 0.01
     entropy_group_tokens: int = 0
     sample_entropy_weight: float = 1.0
@@ -94,20 +107,37 @@ class IndexBackpropQuantizer(nn.Module):
     def setup(self):
         if self.beta_on not in BETA_ON:
             raise UsageError(f"quantizer.beta_on is {self.beta_on!r}; it must be one of {', '.join(BETA_ON)}")
-        codebook_init = nn.with_logical_partitioning(normal(self.init_scale), ("codes", "code_dim"))
+        initial = normal(self.init_scale)
+
+        def initial_directions(key, shape, dtype):
+            return unit(initial(key, shape, dtype))
+
+        codebook_init = nn.with_logical_partitioning(
+            initial_directions if self.l2_normalize else initial, ("codes", "code_dim")
+        )
         self.codebook = jnp.asarray(self.param("codebook", codebook_init, (self.codebook_size, self.dim), jnp.float32))
 
     @property
     def latent_dim(self) -> int:
         return self.dim
 
-    def __call__(self, z: jax.Array) -> Quantized:
+    def _rows(self) -> jax.Array:
+        """Returns the vectors that the codes stand for, [K, D]."""
+        return unit(self.codebook) if self.l2_normalize else self.codebook
+
+    def _compared(self, z: jax.Array) -> jax.Array:
+        """Returns latents as they are compared with those vectors, float32 of the same shape."""
         z = z.astype(jnp.float32)
+        return unit(z) if self.l2_normalize else z
+
+    def __call__(self, z: jax.Array) -> Quantized:
+        z = self._compared(z)
         out = index_backprop(
             z.reshape(-1, self.dim),
-            self.codebook,
+            self._rows(),
             entropy_temperature=self.entropy_temperature,
             entropy_group_tokens=self.entropy_group_tokens,
+            logit_temperature=self.logit_temperature,
             precision=self.precision,
             gradient_precision=self.gradient_precision,
             block_size=self.block_size,
@@ -140,12 +170,13 @@ class IndexBackpropQuantizer(nn.Module):
 
     def nearest(self, z: jax.Array) -> jax.Array:
         """Latents [B, h, w, D] -> codes int32 [B, h, w] by the largest dot product; on a tie the smallest index."""
-        flat = z.astype(jnp.float32).reshape(-1, self.dim)
+        flat = self._compared(z).reshape(-1, self.dim)
         codes = nearest_codes(
-            flat, self.codebook, precision=self.search_precision, block_size=self.block_size, mesh=self.mesh
+            flat, self._rows(), precision=self.search_precision, block_size=self.block_size, mesh=self.mesh
         )
         return codes.reshape(z.shape[:-1])
 
     def lookup(self, indices: jax.Array) -> jax.Array:
-        """Codes [B, h, w], each in 0..K-1 -> their rows of the codebook [B, h, w, D]."""
-        return jnp.take(self.codebook, indices, axis=0, mode="clip")
+        """Codes [B, h, w], each in 0..K-1 -> the rows of the codebook that they stand for [B, h, w, D]."""
+        rows = jnp.take(self.codebook, indices, axis=0, mode="clip")
+        return unit(rows) if self.l2_normalize else rows

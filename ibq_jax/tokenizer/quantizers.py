@@ -26,8 +26,9 @@ QUANTIZERS: dict[str, type[nn.Module]] = {
 }
 WITH_TRAINED_ROWS = ("ibq", "vq")  # their codes are the rows of the parameter `codebook`
 WITH_ENTROPY = ("ibq", "lfq")  # they have an entropy loss
-# Settings of a single quantizer that, with sizes and parameters, decide which code a latent gets: {setting: quantizer}.
-OWN_FIELDS = {"l2_normalize": "vq", "levels": "fsq"}
+# Settings of some quantizers only, and those quantizers: {setting: (the value that all others have, quantizers)}.
+OWN_FIELDS = {"l2_normalize": (False, ("ibq", "vq")), "levels": ((), ("fsq",)), "logit_temperature": (1.0, ("ibq",))}
+DECIDING_FIELDS = ("l2_normalize", "levels")  # with sizes and parameters they decide which code a latent gets
 
 
 def build_quantizer(
@@ -48,10 +49,11 @@ def build_quantizer(
 
 def check_settings(name: str, settings: Mapping) -> None:
     """Checks that no setting of another quantizer is given. Raises UsageError if one is."""
-    for field, owner in OWN_FIELDS.items():
-        if settings[field] and name != owner:
+    for field, (others_value, owners) in OWN_FIELDS.items():
+        if settings[field] and settings[field] != others_value and name not in owners:
             raise UsageError(
-                f"quantizer.{field}={settings[field]} is a setting of quantizer.name={owner}, not of {name}"
+                f"quantizer.{field}={settings[field]} is a setting of quantizer.name={' and '.join(owners)}, "
+                f"not of {name}"
             )
 
 
@@ -64,8 +66,10 @@ def check_trained_rows(name: str, what: str) -> None:
 def fingerprint_fields(name: str, settings: Mapping) -> dict:
     """Returns the settings, besides sizes and parameters, that decide which code a latent gets.
 
-    They are part of a tokenizer's fingerprint. Empty for IBQ, so that fingerprints in older token caches stay valid.
+    They are part of a tokenizer's fingerprint. Empty for IBQ as released, so that fingerprints in older token caches
+    stay valid.
     """
+    given = {field: settings[field] for field in DECIDING_FIELDS if field in settings}
     if name == "ibq":
-        return {}
-    return {"quantizer": name} | {field: settings[field] for field in OWN_FIELDS if field in settings}
+        return {"l2_normalize": True} if given.get("l2_normalize") else {}
+    return {"quantizer": name} | given

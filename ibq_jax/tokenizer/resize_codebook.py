@@ -14,6 +14,7 @@ from ibq_jax.tokenizer.codebook_monitor import NEVER
 from ibq_jax.tokenizer.step import TokenizerState
 
 CODEBOOK = "quantize/codebook"
+DROPPED = -1  # in the inverse of an index map
 
 
 def grow_index_map(codes: int, target: int) -> np.ndarray:
@@ -41,6 +42,17 @@ def prune_index_map(counts: np.ndarray, multiple: int) -> np.ndarray:
         )
     first_unused = np.flatnonzero(counts == 0)[: size - used]
     return np.sort(np.concatenate([np.flatnonzero(counts), first_unused])).astype(np.int32)
+
+
+def inverse_index_map(index_map: np.ndarray, codes: int) -> np.ndarray:
+    """Returns the new index of every one of K old codes, int32 [K]: of its first copy, or DROPPED.
+
+    Codes [...] of the old tokenizer become those of the new one by `inverse[codes]`.
+    """
+    inverse = np.full(codes, DROPPED, np.int32)
+    kept, first = np.unique(index_map, return_index=True)
+    inverse[kept] = first
+    return inverse
 
 
 def resize_codebook(state: TokenizerState, index_map: np.ndarray, spread: float, seed: int) -> TokenizerState:

@@ -14,9 +14,7 @@ from jax.sharding import Mesh
 
 from ibq_jax.base.precision import FULL
 from ibq_jax.ops.index_backprop import nearest_codes
-from ibq_jax.tokenizer.quantizer import Quantized, straight_through
-
-MIN_NORM = 1e-12  # vectors are divided by at least this length
+from ibq_jax.tokenizer.quantizer import Quantized, straight_through, unit
 
 
 class NearestRowQuantizer(nn.Module):
@@ -86,10 +84,10 @@ class VectorQuantizer(NearestRowQuantizer):
         self.codebook = jnp.asarray(self.param("codebook", init, (self.codebook_size, self.dim), jnp.float32))
 
     def code_vectors(self) -> jax.Array:
-        return _unit(self.codebook) if self.l2_normalize else self.codebook
+        return unit(self.codebook) if self.l2_normalize else self.codebook
 
     def project_latents(self, z: jax.Array) -> jax.Array:
-        return _unit(super().project_latents(z)) if self.l2_normalize else super().project_latents(z)
+        return unit(super().project_latents(z)) if self.l2_normalize else super().project_latents(z)
 
 
 class SimVectorQuantizer(NearestRowQuantizer):
@@ -131,8 +129,3 @@ def uniform_within(bound: float) -> Callable[..., jax.Array]:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
-
-
-def _unit(vectors: jax.Array) -> jax.Array:
-    squares = jnp.sum(vectors**2, axis=-1, keepdims=True)
-    return vectors * jax.lax.rsqrt(jnp.maximum(squares, MIN_NORM**2))

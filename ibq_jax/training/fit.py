@@ -35,8 +35,8 @@ class FieldRoles:
             computes.
         location: fields that may differ between the hosts of one job, because they say where files are or how data is
             loaded.
-        network: fields that decide the networks' shapes. An imported run that was never trained is compared by these
-            only. "stage:" means the field `stage` alone.
+        network: fields that decide the networks' shapes or how their weights are read. An imported run that was never
+            trained is compared by these only. "stage:" means the field `stage` alone.
         not_structural: the exceptions among `network`, which leave the shapes of the weights unchanged.
     """
 

@@ -47,7 +47,7 @@ FIELD_ROLES = FieldRoles(
         "loss.perceptual_file",
     ),
     location=("data.dir", "data.num_workers", "data.num_threads", "loss.perceptual_file"),
-    network=("stage:", "model.", "codebook.", "quantizer.name:", "finetune.freeze:"),
+    network=("stage:", "model.", "codebook.", "quantizer.name:", "quantizer.l2_normalize:", "finetune.freeze:"),
     not_structural=("model.remat", "codebook.implementation", "codebook.init_scale"),
 )
 

@@ -162,6 +162,7 @@ def test_a_config_saved_before_there_were_other_quantizers_is_of_ibq(tmp_path):
         "double_loss": True,
         "l2_normalize": False,
         "levels": (),
+        "logit_temperature": 1.0,
         "precision": "bfloat16_3x",
         "gradient_precision": "bfloat16",
     }

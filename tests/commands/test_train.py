@@ -92,6 +92,9 @@ def test_a_run_continues_with_more_codes_and_with_fewer(whole, data_dir, train, 
     assert main(["convert", f"--in={grown}", f"--out={pruned}", "--prune", "--multiple-of=1"]) == 0
     size, kept = json.loads((pruned / "config.json").read_text())["codebook"]["size"], np.load(pruned / "index_map.npy")
     assert len(kept) == size < 128
+    renumbered = np.load(pruned / "old_to_new.npy")
+    assert renumbered.shape == (128,) and np.all(renumbered[kept] == np.arange(size))
+    assert np.sum(renumbered == -1) == 128 - size
     numbers = tmp_path / "numbers.json"
     results = []
     for run in (grown, pruned):

@@ -73,21 +73,47 @@ def test_a_decompression_bomb_is_unreadable(monkeypatch):
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(70, 93, 32), (70, 93, 69), (93, 70, 140), (40, 41, 7)])
-@pytest.mark.parametrize("antialias", [True, False])
-def test_resize_agrees_with_jax(height, width, size, antialias):
+@pytest.mark.parametrize("method", ["bilinear", "plain"])
+def test_resize_agrees_with_jax(height, width, size, method):
     image = noise(0, height, width)
-    resized = resize_shorter_side(image, size, antialias)
-    expected = jax.image.resize(image.astype(np.float32), resized.shape, "linear", antialias=antialias)
+    resized = resize_shorter_side(image, size, method)
+    expected = jax.image.resize(image.astype(np.float32), resized.shape, "linear", antialias=method == "bilinear")
     # Pillow rounds to 8 bits after each of its two passes; the plain resize rounds once.
-    np.testing.assert_allclose(resized, expected, atol=1.0 if antialias else 0.501)
+    np.testing.assert_allclose(resized, expected, atol=1.0 if method == "bilinear" else 0.501)
+
+
+SHAPES = [(64, 64), (70, 93), (93, 70), (64, 81), (200, 131), (131, 200), (40, 57), (300, 257), (640, 128), (127, 640)]
+
+
+@pytest.mark.parametrize(("height", "width"), SHAPES)
+def test_bicubic_is_what_torchvisions_resize_asks_pillow_for(height, width):
+    image, size = noise(0, height, width), 64
+    shorter, longer = min(height, width), int(size * max(height, width) / min(height, width))
+    target = (longer, size) if shorter == height else (size, longer)
+    expected = image if shorter == size else Image.fromarray(image).resize(target, Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(resize_shorter_side(image, size, "bicubic"), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), SHAPES)
+def test_box_bicubic_and_a_centre_crop_are_adms(height, width):
+    """Halving by averages, bicubic to the nearest size, the middle: written for a Pillow image from end to end."""
+    image, size = Image.fromarray(noise(0, height, width)), 64
+    for _ in range(int(np.log2(min(image.size) / size))):
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    expected = image.crop((left, top, left + size, top + size))
+    found = centre_crop(resize_shorter_side(noise(0, height, width), size, "box_bicubic"), size)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(
     ("shape", "expected"), [((480, 640), (256, 341)), ((640, 480), (341, 256)), ((9, 9), (256, 256))]
 )
 def test_the_shorter_side_gets_the_size(shape, expected):
-    for antialias in (True, False):
-        assert resize_shorter_side(noise(0, *shape), 256, antialias).shape == (*expected, 3)
+    for method in ("bilinear", "plain", "bicubic", "box_bicubic"):
+        assert resize_shorter_side(noise(0, *shape), 256, method).shape == (*expected, 3)
 
 
 def test_an_image_of_the_right_size_is_left_alone():

@@ -17,19 +17,37 @@ def test_the_released_evaluation_truncates_originals_too():
     levels = np.arange(256, dtype=np.uint8)
     floats = (levels / 127.5 - 1.0).astype(np.float32)
     expected = ((floats + 1) / 2 * 255.0).astype(np.uint8)
-    truncated, _ = PROTOCOLS["seed_voken"].to_uint8_pair(jnp.asarray(levels), jnp.asarray(floats))
+    truncated, _ = PROTOCOLS["seed_voken"].to_grey_levels(jnp.asarray(levels), jnp.asarray(floats))
     np.testing.assert_array_equal(truncated, expected)
     lost = levels[np.asarray(truncated) != levels]
     assert len(lost) and (np.asarray(truncated)[lost] == lost - 1).all()
-    kept, _ = PROTOCOLS["clean"].to_uint8_pair(jnp.asarray(levels), jnp.asarray(floats))
+    kept, _ = PROTOCOLS["clean"].to_grey_levels(jnp.asarray(levels), jnp.asarray(floats))
     np.testing.assert_array_equal(kept, levels)
 
 
 def test_reconstructions_lose_their_fractions_or_are_rounded():
     reconstruction = jnp.asarray([-1.5, -1 + 1.6 / 127.5, 0.999, 2.0])
     originals = jnp.zeros(4, jnp.uint8)
-    assert PROTOCOLS["seed_voken"].to_uint8_pair(originals, reconstruction)[1].tolist() == [0, 1, 254, 255]
-    assert PROTOCOLS["clean"].to_uint8_pair(originals, reconstruction)[1].tolist() == [0, 2, 255, 255]
+    assert PROTOCOLS["seed_voken"].to_grey_levels(originals, reconstruction)[1].tolist() == [0, 1, 254, 255]
+    assert PROTOCOLS["clean"].to_grey_levels(originals, reconstruction)[1].tolist() == [0, 2, 255, 255]
+
+
+def test_bicubic_measures_reconstructions_without_rounding():
+    """As GEAR: floats in [0, 1], clipped; here in grey levels."""
+    reconstruction, originals = jnp.asarray([-1.5, -1 + 1.6 / 127.5, 2.0]), jnp.asarray([0, 7, 255], jnp.uint8)
+    kept, levels = PROTOCOLS["bicubic"].to_grey_levels(originals, reconstruction)
+    np.testing.assert_array_equal(kept, originals)
+    np.testing.assert_allclose(levels, [0, 1.6, 255], atol=1e-5)
+
+
+def test_llamagen_rounds_to_the_nearest_level():
+    """It adds 128 to 127.5 x and truncates: that is nearest, except for exact halves, and leaves originals alone."""
+    x = np.random.default_rng(0).uniform(-1.1, 1.1, 1000).astype(np.float32)
+    theirs = np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(PROTOCOLS["llamagen"].to_grey_levels(x, jnp.asarray(x))[1], theirs)
+    levels = np.arange(256)
+    originals = np.clip(127.5 * (levels / 255 - 0.5) / 0.5 + 128, 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(originals, levels)
 
 
 def test_nets_get_floats_or_what_a_file_would_hold():
@@ -84,5 +102,5 @@ def test_a_caveat_says_what_differs_from_the_protocol():
 def test_every_protocol_is_found_by_its_name_and_described():
     for name, protocol in PROTOCOLS.items():
         assert find_protocol(name) is protocol and protocol.name == name and "mean over" in protocol.describe()
-    with pytest.raises(UsageError, match="'fid'; there are seed_voken, adm, clean"):
+    with pytest.raises(UsageError, match="'fid'; there are seed_voken, adm, clean, bicubic, llamagen"):
         find_protocol("fid")

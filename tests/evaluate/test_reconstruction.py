@@ -55,6 +55,17 @@ def test_psnr_and_ssim_agree_with_scikit_image():
     assert numbers["perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-5)
 
 
+def test_without_rounding_psnr_and_ssim_agree_with_scikit_image_on_floats():
+    mesh, protocol = make_mesh({"data": 1}, jax.devices()[:1]), PROTOCOLS["bicubic"]
+    numbers = dict(ReconstructionEvaluator(darker, 256, mesh, batches_of(8), 0, protocol)(PARAMS))
+    shown = (np.clip(darker(PARAMS, jnp.asarray(IMAGES))[0], -1, 1).astype(np.float64) + 1) / 2
+    pairs = list(zip(IMAGES / 255, shown, strict=True))
+    psnr = [peak_signal_noise_ratio(a, b, data_range=1) for a, b in pairs]
+    ssim = [structural_similarity(a, b, data_range=1, channel_axis=-1) for a, b in pairs]
+    assert numbers["psnr"] == pytest.approx(np.mean(psnr), rel=1e-5)
+    assert numbers["ssim"] == pytest.approx(np.mean(ssim), rel=1e-5)
+
+
 @pytest.mark.parametrize(("size", "devices"), [(16, 1), (8, 8), (16, 4)])
 def test_padding_and_devices_do_not_matter(size, devices):
     one, other = dict(evaluator(1)(PARAMS)), dict(evaluator(size, devices)(PARAMS))

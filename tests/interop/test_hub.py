@@ -15,6 +15,7 @@ from ibq_jax import Tokenizer
 from ibq_jax.__main__ import main
 from ibq_jax.base.errors import UsageError
 from ibq_jax.interop.hub import PUBLISHED, download_if_hub
+from ibq_jax.pretrained.tensor_files import write_tensors
 
 pytest.importorskip("huggingface_hub")
 REPOSITORY = "TencentARC/IBQ-Tokenizer-16384"
@@ -82,6 +83,16 @@ def test_a_published_repository_is_found_by_its_name(hub, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["codebook"]["size"] == 64
 
 
+def test_emu35s_repository_is_found_by_its_name(hub):
+    folder = hub.folder / "BAAI" / "Emu3.5-VisionTokenizer"
+    folder.mkdir(parents=True)
+    golden = state_dict_of("tokenizer")
+    plain = {name: golden[name] for name in golden if not name.startswith(("loss.", "model_ema."))}
+    write_tensors(folder / "model.safetensors", plain, {"format": "pt"})
+    params = Tokenizer.load("hf://BAAI/Emu3.5-VisionTokenizer").params
+    np.testing.assert_array_equal(params["quantize"]["codebook"], golden["quantize.embedding.weight"])
+
+
 def test_a_named_file_and_our_own_layout(hub):
     for name in ("other.safetensors", "model.safetensors"):
         (hub.folder / "me" / "mine").mkdir(parents=True, exist_ok=True)
@@ -114,6 +125,6 @@ def test_a_download_that_breaks_off_leaves_nothing(hub, tmp_path):
     )
 
 
-def test_the_ten_published_repositories_have_their_files():
-    assert len(PUBLISHED) == 10 and len(set(PUBLISHED.values())) == 10
+def test_the_eleven_published_repositories_have_their_files():
+    assert len(PUBLISHED) == 11 and len(set(PUBLISHED.values())) == 11
     assert PUBLISHED["TencentARC/IBQ-AR-XXL"] == "AR_256_XXL.ckpt"

@@ -1,4 +1,4 @@
-"""A file's contents follow from names and shapes alone: all ten published checkpoints, and files that hold neither."""
+"""A file's contents follow from names and shapes alone: all eleven published ones, and files that hold neither."""
 
 import json
 
@@ -15,6 +15,7 @@ from ibq_jax.interop.recognize import Contents, check, recognize, run_config, sa
 from ibq_jax.tokenizer.step import TokenizerTrainer
 
 TOKENIZERS = json.loads((released.GOLDEN / "published_tokenizers.json").read_text())
+OTHERS = TOKENIZERS["others"]  # with tensors of their own, and neither averages nor a discriminator
 GENERATORS = json.loads((released.GOLDEN / "published_generators.json").read_text())
 FILES = {
     "IBQ-Tokenizer-1024": ("imagenet256_1024", "imagenet256_1024"),
@@ -23,6 +24,7 @@ FILES = {
     "IBQ-Tokenizer-262144": ("imagenet256_262144", "imagenet256_262144"),
     "IBQ-Tokenizer-16384-Pretrain": ("IBQ_pretrain_16384", "pretrain256_16384"),
     "IBQ-Tokenizer-262144-Pretrain": ("IBQ_pretrain_262144", "pretrain256_262144"),
+    "Emu3.5-VisionTokenizer": ("model", "emu35_131072"),
     "IBQ-AR-B": ("AR_256_B", "imagenet256_B"),
     "IBQ-AR-L": ("AR_256_L", "imagenet256_L"),
     "IBQ-AR-XL": ("AR_256_XL", "imagenet256_XL"),
@@ -38,6 +40,8 @@ def published_shapes(name: str) -> dict[str, tuple[int, ...]]:
             for tensor, shape in GENERATORS[name]["tensors"].items()
             for layer in range(layers if "{}" in tensor else 1)
         }
+    if name in OTHERS:
+        return {tensor: tuple(shape) for tensor, shape in OTHERS[name]["tensors"].items()}
     codes = TOKENIZERS["codebook_sizes"][name]
     return {
         tensor: tuple(codes if size == "n_embed" else size for size in shape)
@@ -48,6 +52,8 @@ def published_shapes(name: str) -> dict[str, tuple[int, ...]]:
 def published_architecture(name: str) -> dict:
     if name in GENERATORS:
         return GENERATORS[name]["config"]
+    if name in OTHERS:
+        return OTHERS[name]["config"]
     return TOKENIZERS["config"] | {"n_embed": TOKENIZERS["codebook_sizes"][name]}
 
 
@@ -77,6 +83,8 @@ def test_the_abstract_state_of_a_preset_has_exactly_the_published_names_shapes_a
     def export(state):
         if name in GENERATORS:
             return generator_names.published_tensors(state.params)
+        if name in OTHERS:
+            return tokenizer_names.published_tensors(state.params)
         discriminator = {"params": state.discriminator.params, "batch_stats": state.discriminator.batch_stats}
         settings = {"model_ema.decay": state.discriminator.lecam.real, "model_ema.num_updates": state.step}
         return settings | tokenizer_names.published_tensors(state.params, state.ema, discriminator)

@@ -1,6 +1,7 @@
 """The tokenizer's tensor names: those of every published checkpoint, round trips, and errors for what does not fit."""
 
 import json
+import math
 import re
 
 import jax
@@ -11,6 +12,7 @@ from support.published_names import discriminator_from_torch, discriminator_to_t
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.interop.tokenizer_names import (
+    check_tokenizer,
     discriminator_fields,
     model_fields,
     tokenizer_from_torch,
@@ -42,6 +44,19 @@ def test_every_published_tokenizer_loads(name):
     codes = PUBLISHED["codebook_sizes"][name]
     params = tokenizer_from_torch(*published_tokenizer(codes), use_ema=False)
     assert params["quantize"]["codebook"].shape == (codes, 256)
+
+
+@pytest.mark.parametrize("name", PUBLISHED["others"])
+def test_a_published_tokenizer_of_other_sizes_has_these_names_and_shapes(name):
+    """455 M parameters; check_tokenizer looks at shapes alone, so that nothing is allocated."""
+    published, shapes = PUBLISHED["others"][name]["config"], PUBLISHED["others"][name]["tensors"]
+    check_tokenizer({tensor: tuple(shape) for tensor, shape in shapes.items()}, published)
+    assert sum(math.prod(shape) for shape in shapes.values()) == 455_336_963
+    with pytest.raises(
+        UsageError, match=r"encoder.conv_in.weight has shape \(256, 3, 3, 3\) instead of \(128, 3, 3, 3\)"
+    ):
+        smaller = published | {"ddconfig": published["ddconfig"] | {"ch": 128}}
+        check_tokenizer({tensor: tuple(shape) for tensor, shape in shapes.items()}, smaller)
 
 
 def test_every_published_name_is_exported_with_its_own_tensor():

@@ -105,6 +105,17 @@ def test_streamed_equals_dense(temperature, group):
         assert_same(value_and_gradients(cotangent, block_size=block_size, **arguments)(z, codebook), dense)
 
 
+@pytest.mark.parametrize("implementation", ["dense", "streamed"])
+def test_a_logit_temperature_divides_every_logit(implementation):
+    z, codebook, cotangent = random_inputs(48, 16, 96, scale=0.1)
+    run = functools.partial(value_and_gradients, cotangent, entropy_temperature=0.2, implementation=implementation)
+    out, (of_z, of_codebook) = run(logit_temperature=0.25)(z, codebook)
+    expected, (of_larger, expected_of_codebook) = run()(4 * z, codebook)
+    assert_same((out, (of_z / 4, of_codebook)), (expected, (of_larger, expected_of_codebook)))
+    with pytest.raises(UsageError, match=r"logit_temperature=0 must be positive"):
+        index_backprop(z, codebook, logit_temperature=0)
+
+
 def test_one_token():
     z, codebook, cotangent = random_inputs(1, 8, 32)
     dense = value_and_gradients(cotangent, entropy_temperature=0.5, implementation="dense")

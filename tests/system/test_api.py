@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 from support import released
 
 from ibq_jax import Tokenizer
@@ -43,6 +44,19 @@ def test_uint8_images_and_their_floats_have_the_same_codes(tokenizer):
     codes = tokenizer.encode(images)
     assert codes.shape == (2, 16, 32)
     np.testing.assert_array_equal(codes, tokenizer.encode(images / np.float32(127.5) - 1))
+
+
+def test_an_image_of_any_size_becomes_codes_and_comes_back(tokenizer, tmp_path):
+    """The golden tokenizer halves sides: multiples of 2, and a thin grid of codes."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (21, 60, 3), np.uint8))
+    image.save(tmp_path / "image.png")
+    codes = tokenizer.encode_image(image, min_pixels=1)
+    assert codes.dtype == np.int32 and codes.shape == (11, 30)
+    resized = np.asarray(image.resize((60, 22), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(codes, tokenizer.encode(resized[None])[0])
+    np.testing.assert_array_equal(tokenizer.encode_image(tmp_path / "image.png", min_pixels=1), codes)
+    assert tokenizer.decode(codes[None]).shape == (1, 22, 60, 3)
+    assert tokenizer.encode_image(image, min_pixels=1, max_pixels=400).shape == (6, 16)
 
 
 @pytest.mark.parametrize(

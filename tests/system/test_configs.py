@@ -22,6 +22,7 @@ TOKENIZER_PARAMETERS = {
     "imagenet256_262144": 173_896_579,
     "pretrain256_16384": 110_982_019,
     "pretrain256_262144": 173_896_579,
+    "emu35_131072": 455_336_963,
 }
 GENERATOR_PARAMETERS = {
     "imagenet256_B": 342_994_944,

@@ -34,8 +34,13 @@ OTHERS = tuple(name for name in QUANTIZERS if name != "ibq")
         (("quantizer.name=fsq", "quantizer.levels=(8,5)"), "make 40 codes, codebook.size is 64"),
         (
             ("quantizer.name=simvq", "quantizer.l2_normalize=True"),
-            "l2_normalize=True is a setting of quantizer.name=vq",
+            "l2_normalize=True is a setting of quantizer.name=ibq and vq, not of simvq",
         ),
+        (
+            ("quantizer.name=vq", "quantizer.logit_temperature=0.1"),
+            "logit_temperature=0.1 is a setting of quantizer.name=ibq, not of vq",
+        ),
+        (("quantizer.logit_temperature=0.0",), "quantizer.logit_temperature=0.0 is not positive"),
         (("quantizer.levels=(8,8)",), "quantizer.levels=(8, 8) is a setting of quantizer.name=fsq, not of ibq"),
         (("quantizer.name=lfq", "quantizer.entropy_group_tokens=100"), "does not divide the 512 tokens"),
     ],
@@ -148,7 +153,7 @@ def test_published_names_are_ibq_s_alone(trained, tmp_path, capsys):
 def test_a_run_of_before_there_were_others_is_ibq_s_and_goes_on(data_dir, tmp_path):
     config = load_config(arguments(tmp_path, data_dir)[1].removeprefix("--config="))
     saved = config.to_dict()
-    for field in ("name", "double_loss", "l2_normalize", "levels"):
+    for field in ("name", "double_loss", "l2_normalize", "levels", "logit_temperature"):
         del saved["quantizer"][field]
     (tmp_path / "config.json").write_text(json.dumps(saved))
     other = load_config(arguments(tmp_path, data_dir)[1].removeprefix("--config="), ["--config.quantizer.name=vq"])

@@ -8,7 +8,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.tokenizer.autoencoder import Computing, Conv, Decoder, Encoder, GroupNorm
+from ibq_jax.tokenizer import autoencoder
+from ibq_jax.tokenizer.autoencoder import Attention, Computing, Conv, Decoder, Encoder, GroupNorm
 
 LAYOUT = dict(
     channels=32,
@@ -112,3 +113,46 @@ def test_computing_blocks_again_changes_no_gradient(params):
         np.testing.assert_allclose(gradients[path], array, rtol=0, atol=atol, err_msg=str(path))
     flops = [run.cost_analysis()["flops"] for run in (kept, again)]
     assert 1.03 * flops[0] < flops[1]  # of a block's six products of convolutions one more: the first's, for the second
+
+
+def attention_weights(channels: int) -> dict:
+    shapes = nn.meta.unbox(
+        jax.eval_shape(Attention(Computing()).init, jax.random.key(0), jnp.zeros((1, 1, 1, channels)))
+    )
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: random.normal(scale=0.3, size=leaf.shape).astype(np.float32), shapes)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 24), (5, 37)])
+def test_attention_by_blocks_of_queries_is_that_of_all_at_once(height, width, monkeypatch):
+    """Equal formulas, sums in another order: the largest difference seen is 1e-7 of the largest value."""
+    weights = attention_weights(32)
+    x = jax.random.normal(jax.random.key(1), (2, height, width, 32))
+
+    def run():
+        def loss(weights, x):
+            y = Attention(Computing()).apply(weights, x)
+            return jnp.sum(y * jnp.cos(x)), y
+
+        (_, y), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(weights, x)
+        return y, gradients
+
+    expected = run()
+    monkeypatch.setattr(autoencoder, "MOST_POSITIONS", height * width - 1)
+    monkeypatch.setattr(autoencoder, "QUERY_BLOCK", 64)
+    found = run()
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1]))
+    np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=1e-6 * np.abs(expected[0]).max())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * largest), found[1], expected[1])
+
+
+def test_attention_is_blocked_above_1024_pixels_only_and_its_memory_then_grows_with_the_positions():
+    """A plain attention over 16,384 positions holds 1 GiB of logits, and more of what softmax makes of them."""
+
+    def lowered(side):
+        x = jax.ShapeDtypeStruct((1, side, side, 32), jnp.float32)
+        return jax.jit(Attention(Computing()).apply).lower(attention_weights(32), x)
+
+    assert "while" not in lowered(64).as_text() and "while" in lowered(65).as_text()
+    small, large = (lowered(side).compile().memory_analysis().temp_size_in_bytes for side in (72, 144))
+    assert large < 4.5 * small and large < 2**28

@@ -14,7 +14,7 @@ from support.quantizers import BETA, SHAPE, assert_close, normal
 from ibq_jax.base.sharding import AXES, CODEBOOK, make_mesh
 from ibq_jax.ops.exact_search import TOKENS_AT_ONCE
 from ibq_jax.tokenizer.quantizer import IndexBackpropQuantizer
-from ibq_jax.tokenizer.quantizers import QUANTIZERS, build_quantizer
+from ibq_jax.tokenizer.quantizers import QUANTIZERS, build_quantizer, fingerprint_fields
 
 OTHERS = tuple(name for name in QUANTIZERS if name != "ibq")
 
@@ -91,3 +91,12 @@ def test_no_array_of_tokens_by_codes(name):
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, z).compile()
     largest_of_a_group = codes // 4 * TOKENS_AT_ONCE  # 4 codes of each group, see ops/exact_search.py
     assert largest_array(compiled.as_text()) == largest_of_a_group == tokens * codes // 16
+
+
+def test_only_settings_that_decide_codes_are_part_of_a_fingerprint():
+    """Fingerprints of earlier token caches stay valid: fields that came later count where they are set."""
+    assert fingerprint_fields("ibq", {}) == {}
+    assert fingerprint_fields("ibq", {"l2_normalize": False, "levels": (), "logit_temperature": 0.1}) == {}
+    assert fingerprint_fields("ibq", {"l2_normalize": True, "logit_temperature": 0.1}) == {"l2_normalize": True}
+    settings = {"l2_normalize": True, "levels": (), "logit_temperature": 1.0}
+    assert fingerprint_fields("vq", settings) == {"quantizer": "vq", "l2_normalize": True, "levels": ()}

@@ -9,7 +9,7 @@ from ibq_jax.base.config import load_config
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import abstract_state, make_mesh
 from ibq_jax.tokenizer.codebook_monitor import NEVER
-from ibq_jax.tokenizer.resize_codebook import grow_index_map, prune_index_map, resize_codebook
+from ibq_jax.tokenizer.resize_codebook import grow_index_map, inverse_index_map, prune_index_map, resize_codebook
 from ibq_jax.tokenizer.step import TokenizerTrainer
 
 FIELDS = ("data.image_size=16", "data.resize=16", "model.resolution=16", "codebook.size=12", "codebook.dim=8")
@@ -79,3 +79,14 @@ def test_sizes_that_cannot_be():
         grow_index_map(12, 12)
     with pytest.raises(UsageError, match="9 of 12 codes are in use; rounded up to a multiple of 4 none can be dropped"):
         prune_index_map(np.arange(12) < 9, 4)
+
+
+def test_old_codes_are_renumbered_by_the_inverse_map():
+    """Others apply it to codes that they stored: what is kept stays the same row, what is dropped is -1."""
+    index_map = prune_index_map(np.array([3, 0, 0, 5, 0, 1, 0, 2]), multiple=5)
+    np.testing.assert_array_equal(index_map, [0, 1, 3, 5, 7])
+    inverse = inverse_index_map(index_map, 8)
+    assert inverse.dtype == np.int32 and inverse.tolist() == [0, 1, -1, 2, -1, 3, -1, 4]
+    codes = np.array([[0, 3], [7, 5]])
+    np.testing.assert_array_equal(index_map[inverse[codes]], codes)
+    assert inverse_index_map(grow_index_map(4, 10), 4).tolist() == [0, 1, 2, 3]
