@@ -10,7 +10,7 @@ NEVER = -1
 def keep_freed_memory() -> bool:
     """Makes the C library keep freed memory instead of returning it to the system; returns whether it can.
 
-    XLA for CPUs allocates the temporaries of every step anew. By default glibc returns such large blocks to the system
+    XLA for CPUs allocates the temporaries of every step again. By default glibc returns such large blocks to the system
     at once, which clears each page again at its first use: a seventh of a large step's CPU time (docs/speed.md). The
     process then stays as large as its largest step.
     """
