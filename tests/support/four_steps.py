@@ -73,7 +73,7 @@ def everything_but_weights(trainer: TokenizerTrainer) -> TokenizerState:
 
     def create() -> TokenizerState:
         state = nn.meta.unbox(trainer.create_state(0))
-        discriminator = state.discriminator.replace(params=None, batch_stats=None)
+        discriminator = state.discriminator and state.discriminator.replace(params=None, batch_stats=None)
         return state.replace(params=None, ema=None, discriminator=discriminator)
 
     return jax.jit(create)()
