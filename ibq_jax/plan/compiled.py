@@ -126,7 +126,13 @@ def compile_plan(step, arguments: tuple, mesh: jax.sharding.Mesh, chip: Chip | G
         if not exceeded:
             raise
         raise DoesNotFit(*(_parse_size(size) for size in exceeded.groups() if size)) from error
-    seconds = time.monotonic() - start
+    return read_plan(compiled, mesh, chip, time.monotonic() - start)
+
+
+def read_plan(
+    compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, chip: Chip | Gpu | None, compile_seconds: float = 0.0
+) -> Plan:
+    """Reads the plan of a program from what was compiled for the devices of `mesh`."""
     module, cost, memory = Module(compiled.as_text()), compiled.cost_analysis(), compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     arguments_and_outputs = memory.argument_size_in_bytes + outputs
@@ -144,7 +150,7 @@ def compile_plan(step, arguments: tuple, mesh: jax.sharding.Mesh, chip: Chip | G
         hbm_bytes=sum(module.hbm_traffic().values()),
         accessed_bytes=None if on_gpus else cost["bytes accessed"],
         collectives=_by_axes(module.collectives(), mesh, chip.nvlink_gpus if isinstance(chip, Gpu) else math.inf),
-        compile_seconds=seconds,
+        compile_seconds=compile_seconds,
         chip=chip,
         clock=read_clock(module, chip) if isinstance(chip, Chip) else None,
         kernels=read_kernels(module) if on_gpus else (),
