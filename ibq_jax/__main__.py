@@ -27,7 +27,7 @@ COMMANDS = {
     "report": "Writes one HTML page about a run, or about several side by side.",
     "convert": "Reads weights from PyTorch, writes weights for PyTorch, and resizes codebooks.",
     "sweep": "Trains a grid of configs, one after another or as jobs, and tabulates the results.",
-    "plan": "Predicts memory, time and collectives of a config's training step on TPUs that need not be here.",
+    "plan": "Predicts memory, time and collectives of a config's training step on TPUs or GPUs that need not be here.",
 }
 TOGETHER = ("train", "tokenize", "sample", "evaluate")  # commands that several processes share
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -16,7 +16,7 @@ if [ $# -eq 0 ] && [ "$(uname -sm)" = "Linux x86_64" ]; then
   .venv-tpu/bin/python -m pytest -n 2 -m "compiler and not long" "${COMPILED[@]}"
   # XLA's compiler for GPUs comes with the CUDA packages, which need no GPU.
   VENV=.venv-cuda bash launch/setup.sh tests cuda
-  .venv-cuda/bin/python -m pytest -n 2 -m "compiler and not long" tests/system/test_compiled_precision.py
+  .venv-cuda/bin/python -m pytest -n 2 -m "compiler and not long" "${COMPILED[@]}" tests/system/test_compiled_kernels.py
   # apache-beam needs older versions of protobuf and other packages.
   VENV=.venv-beam bash launch/setup.sh tests beam
   .venv-beam/bin/python -m pytest tests/system/test_beam.py

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,10 @@ from ibq_jax.base.errors import Failed, UsageError
 from ibq_jax.base.files import write_text
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.commands.arguments import Parser, positive
+from ibq_jax.commands.plan_table import ENCODE, ESTIMATE, GB, SAMPLE, TRAIN, describe, table
 from ibq_jax.plan.chips import Chip, topology_devices
-from ibq_jax.plan.compiled import DoesNotFit, Plan, compile_plan
+from ibq_jax.plan.compiled import DoesNotFit, compile_plan
+from ibq_jax.plan.gpus import GPUS, HERE, Gpu, attached_gpus, check_nodes, gpu_devices
 from ibq_jax.plan.search import FITS, Candidate, Outcome, Program, Results, best, search
 from ibq_jax.tokenizer import check as tokenizer_check
 from ibq_jax.tokenizer import step as tokenizer
@@ -40,7 +41,6 @@ STAGES: dict[str, tuple[Callable, Callable, tuple[str, ...]]] = {
         autoregressive_check.CHOICES["model.remat"],
     ),
 }
-TRAIN, ENCODE, SAMPLE = "train", "encode", "sample"
 # Stage -> what runs in it -> trainer to (jitted program, its abstract arguments)
 PROGRAMS: dict[str, dict[str, Callable[..., tuple[Callable, tuple]]]] = {
     "tokenizer": {
@@ -52,21 +52,6 @@ PROGRAMS: dict[str, dict[str, Callable[..., tuple[Callable, tuple]]]] = {
         SAMPLE: sampling_program,
     },
 }
-RUN = {TRAIN: "images per step", ENCODE: "images encoded at a time", SAMPLE: "samples drawn at a time"}
-GB = 1e9
-PEAKS = (
-    "Peaks of {device}: {flops:.3g} operations/s in bfloat16, {hbm_bytes_per_second:.3g} bytes/s of HBM, "
-    "{ici_bytes_per_second:.3g} bytes/s to its neighbours ({source})."
-)
-BETWEEN_SLICES = (
-    "Collectives over data also cross between the slices. The speed of that network is unknown here; the bound by "
-    "interconnect assumes the speed inside a slice."
-)
-ESTIMATE = (
-    "The expected time is what the TPU's compiler writes next to each operation, added up: an estimate without "
-    "overlap, not a measurement. Collectives are counted at the links' peak, as the compiler estimates none."
-)
-COSTLIEST = 10  # places in the model that are listed
 BEST = 5  # candidates of a search that are listed
 TO_TRY = (
     "try a larger codebook or fsdp axis in --mesh, --config.model.remat=blocks, --config.train.grad_accum_steps=2, "
@@ -78,8 +63,8 @@ def main(argv: list[str]) -> None:
     """Runs the command with the arguments that follow the word "plan".
 
     Raises:
-        UsageError: wrong flags, an unknown topology, sizes that do not divide, or libtpu is not installed.
-        Failed: the step does not fit into the chips' memory.
+        UsageError: wrong flags, an unknown topology, sizes that do not divide, or a compiler that is not installed.
+        Failed: the step does not fit into the devices' memory.
     """
     command_line = parser()
     flags, rest = command_line.parse_known_args(argv)
@@ -95,9 +80,10 @@ def main(argv: list[str]) -> None:
         raise UsageError(
             f"--what={flags.what} is not for a {config.stage}, which has {' and '.join(PROGRAMS[config.stage])}"
         )
-    jax.config.update("jax_platforms", "cpu")  # nothing runs, so this machine's accelerator stays free
+    if flags.topology != HERE:
+        jax.config.update("jax_platforms", "cpu")  # nothing runs, so this machine's accelerator stays free
     if flags.topology:
-        chip, devices = topology_devices(flags.topology, flags.slices)
+        chip, devices = _devices(flags.topology, flags.slices)
     elif flags.slices > 1:
         raise UsageError(f"--slices={flags.slices} needs --topology")
     else:
@@ -106,15 +92,17 @@ def main(argv: list[str]) -> None:
         _search(flags, rest, config, chip, devices)
         return
     mesh = make_mesh(_mesh_sizes(flags.mesh) if flags.mesh else config.mesh, devices)
+    if isinstance(chip, Gpu):
+        check_nodes(mesh)
     try:
         plan = compile_plan(*_program(config, flags, mesh), mesh, chip)
     except DoesNotFit as error:
         raise Failed(
             f"{flags.config} {error}: {(error.needed - error.capacity) / 2**30:.1f} GiB over; {TO_TRY}"
         ) from None
-    report = {"what": flags.what} | _report(plan, flags.config, config.data.batch_size, mesh, flags.slices)
+    report = {"what": flags.what} | describe(plan, flags.config, config.data.batch_size, mesh, flags.slices)
     if flags.json is None:
-        print(_table(report))
+        print(table(report))
     else:
         text = json.dumps(report, indent=2)
         print(text if flags.json == "-" else f"wrote {flags.json}")
@@ -122,7 +110,8 @@ def main(argv: list[str]) -> None:
             write_text(Path(flags.json), text + "\n")
     if chip is not None and plan.memory.peak > chip.hbm_bytes:
         over = (plan.memory.peak - chip.hbm_bytes) / GB
-        raise Failed(f"{flags.config} does not fit: {over:.2f} GB over on every chip; {TO_TRY}")
+        device = "GPU" if isinstance(chip, Gpu) else "chip"
+        raise Failed(f"{flags.config} does not fit: {over:.2f} GB over on every {device}; {TO_TRY}")
 
 
 def _program(config: ConfigDict, flags: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Callable, tuple]:
@@ -134,10 +123,15 @@ def _program(config: ConfigDict, flags: argparse.Namespace, mesh: jax.sharding.M
     return PROGRAMS[config.stage][flags.what](make_trainer(config, mesh, steps_per_epoch=1))
 
 
-def _search(flags: argparse.Namespace, overrides: list[str], config: ConfigDict, chip: Chip | None, devices: list):
+def _search(
+    flags: argparse.Namespace, overrides: list[str], config: ConfigDict, chip: Chip | Gpu | None, devices: list
+):
     """Runs `--search`: prints each candidate's outcome as it comes, and the best as a table."""
-    if chip is None or flags.mesh or flags.what != TRAIN:
-        raise UsageError("--search needs --topology, and goes without --mesh and --what: it tries meshes for training")
+    if not isinstance(chip, Chip) or flags.mesh or flags.what != TRAIN:
+        raise UsageError(
+            "--search needs --topology of TPUs, whose compiler tells how long a step takes, and goes without --mesh "
+            "and --what: it tries meshes for training"
+        )
 
     def prepare(candidate: Candidate) -> Program:
         fields = {"train.grad_accum_steps": candidate.micro_batches, "model.remat": candidate.remat}
@@ -180,6 +174,7 @@ def parser() -> Parser:
             "--config=configs/tokenizer.py:imagenet256_262144 --topology=v5e:8x8\n--mesh=data:4,codebook:16",
             "--config=configs/tokenizer.py:imagenet256_16384 --topology=v5e:2x4 --what=encode\n"
             "--config.data.batch_size=128",
+            "--config=configs/tokenizer.py:imagenet256_16384 --topology=h100:8",
             "--config=configs/autoregressive.py:imagenet256_B --topology=v5e:4x4 --search",
             "--config=configs/autoregressive.py:openmoji32 --cpu-devices=8 --config.data.batch_size=64",
         ],
@@ -197,7 +192,10 @@ def parser() -> Parser:
     )
     devices = parser.add_mutually_exclusive_group(required=True)
     devices.add_argument(
-        "--topology", metavar="CHIP:SHAPE", help="Plan for these TPU chips, such as v5e:16x16. Needs the extra [tpu]."
+        "--topology",
+        metavar="CHIP:SHAPE",
+        help="Plan for these TPU chips, such as v5e:16x16, or for GPUs: a node (h100:8), nodes (h100:4x8), or those of "
+        "this machine (here). Needs the extra [tpu] or [cuda], and only for `here` the devices.",
     )
     devices.add_argument("--cpu-devices", type=positive, metavar="N", help="Plan for N simulated devices.")
     add(
@@ -227,6 +225,16 @@ def parser() -> Parser:
     return parser
 
 
+def _devices(topology: str, slices: int) -> tuple[Chip | Gpu | None, list]:
+    """Returns the devices that `--topology` names, and their peaks if they are known."""
+    family = topology.partition(":")[0]
+    if family not in GPUS and topology != HERE:
+        return topology_devices(topology, slices)
+    if slices > 1:
+        raise UsageError(f"--slices={slices} is for TPUs; nodes of GPUs are part of the topology, as in h100:4x8")
+    return attached_gpus() if topology == HERE else gpu_devices(topology)
+
+
 def _mesh_sizes(text: str) -> dict[str, int]:
     sizes = {}
     for part in text.split(","):
@@ -244,85 +252,3 @@ def _cpu_devices(count: int) -> list:
     if len(devices) < count:
         raise UsageError(f"--cpu-devices={count}: this process has only {len(devices)}")
     return devices[:count]
-
-
-def _report(plan: Plan, config: str, batch_size: int, mesh: jax.sharding.Mesh, slices: int) -> dict:
-    bounds, expected = plan.bounds, plan.expected_seconds
-    binding = max(bounds, key=lambda name: bounds[name]) if bounds else None
-    total = sum(expected.values())
-    operations = plan.clock.operations[:COSTLIEST] if plan.clock else ()
-    return {
-        "config": config,
-        "mesh": dict(mesh.shape),
-        "devices": plan.devices,
-        "slices": slices,
-        "images_a_step": batch_size,
-        "chip": dataclasses.asdict(plan.chip) if plan.chip else None,
-        "argument_bytes": plan.memory.arguments,
-        "temporary_bytes": plan.memory.temporaries,
-        "peak_bytes": plan.memory.peak,
-        "spare_share": plan.memory.spare(plan.chip.hbm_bytes) if plan.chip else None,
-        "flops": plan.flops,
-        "hbm_bytes": plan.hbm_bytes,
-        "xla_bytes_accessed": plan.accessed_bytes,
-        "bound_seconds": bounds,
-        "binding": binding,
-        "images_a_second_at_best": batch_size / bounds[binding] if binding else None,
-        "expected_seconds": expected,
-        "expected_images_a_second": batch_size / total if total else None,
-        "expected_share_of_peak": bounds["matrix units"] / total if total else None,
-        "kernels_without_estimate": plan.clock.unknown if plan.clock else None,
-        "costliest": [dataclasses.asdict(group) for group in operations],
-        "collectives": [dataclasses.asdict(traffic) for traffic in plan.collectives],
-        "compile_seconds": plan.compile_seconds,
-    }
-
-
-def _table(report: dict) -> str:
-    chip, mesh = report["chip"], ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
-    capacity = f" of {chip['hbm_bytes'] / GB:.1f} GB, {report['spare_share']:.0%} to spare" if chip else ""
-    traffic = f"{report['hbm_bytes'] / GB:.2f} GB (XLA counts {report['xla_bytes_accessed'] / GB:.2f} GB)"
-    rows = [
-        ("memory: arguments", f"{report['argument_bytes'] / GB:.2f} GB"),
-        ("memory: temporaries", f"{report['temporary_bytes'] / GB:.2f} GB"),
-        ("memory: peak", f"{report['peak_bytes'] / GB:.2f} GB{capacity}"),
-        ("matrix products", f"{report['flops'] / 1e12:.2f} TFLOP"),
-        ("memory traffic", traffic),
-        *((f"bound by {side}", f"{1e3 * seconds:.1f} ms") for side, seconds in report["bound_seconds"].items()),
-    ]
-    whole = not chip or chip["devices_per_chip"] == 1
-    unit = "chips" if whole else "halves of chips"
-    if chip:
-        best = f"{report['images_a_second_at_best']:,.0f} images/s, bound by {report['binding']}"
-        rows.append((f"all {report['devices']} {unit} at best", best))
-    if expected := report["expected_seconds"]:
-        total = (
-            f"{1e3 * sum(expected.values()):.1f} ms, {report['expected_share_of_peak']:.0%} of the matrix units' peak"
-        )
-        rows.append(("expected time", total))
-        rows += [(f"expected: {kind}", f"{1e3 * seconds:.1f} ms") for kind, seconds in expected.items()]
-        expected_rate = f"{report['expected_images_a_second']:,.0f} images/s expected"
-        rows.append((f"all {report['devices']} {unit}", expected_rate))
-    rows += [
-        (f"{row['kind']} over {row['axes']}", f"{row['count']:,} x, {row['bytes'] / 1e6:,.1f} MB")
-        for row in report["collectives"]
-    ]
-    rows.append(("compiled in", f"{report['compile_seconds']:.0f} s"))
-    kind = f"{chip['name']} {unit}" if chip else "simulated devices"
-    if report["slices"] > 1:
-        kind += f" in {report['slices']} slices"
-    title = f"{report['config']}, {report['images_a_step']} {RUN[report['what']]} on {report['devices']} {kind}"
-    lines = [f"{title} ({mesh or 'one device'}); each device's share of a step:", "", "| what | figure |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in rows]
-    if report["costliest"]:
-        lines += ["", "| costliest operations, by place | kind | runs | expected |", "|---|---|---|---|"]
-        lines += [
-            f"| {row['place']} | {row['kind']} | {row['times']:,} | {1e3 * row['seconds']:.2f} ms |"
-            for row in report["costliest"]
-        ]
-        unknown = report["kernels_without_estimate"]
-        lines += ["", ESTIMATE + (f" {unknown:,} runs of kernels have no estimate." if unknown else "")]
-    if chip:
-        device = "a {name} chip" if whole else "half a {name} chip, which is one device"
-        lines += ["", PEAKS.format(device=device.format_map(chip), **chip)]
-    return "\n".join(lines + ([BETWEEN_SLICES] if report["slices"] > 1 else []))

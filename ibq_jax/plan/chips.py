@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 from jax.experimental import topologies
 
 from ibq_jax.base.errors import UsageError
+from ibq_jax.plan.gpus import GPUS
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,15 @@ class Chip:
     def clock(self) -> float:
         """Cycles per second."""
         return self.flops / self.flops_per_cycle
+
+    @property
+    def links(self) -> dict[str, float]:
+        """Name of a link -> the bytes per second that leave a device through it."""
+        return {"interconnect": self.ici_bytes_per_second}
+
+    def product_seconds(self, flops_by_bits: Mapping[int, float]) -> dict[str, float]:
+        """Returns the least seconds that products take, at the matrix units' peak in bfloat16."""
+        return {"matrix units": sum(flops_by_bits.values()) / self.flops}
 
 
 DOCUMENTATION = "https://docs.cloud.google.com/tpu/docs/"
@@ -80,7 +91,8 @@ def topology_devices(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]
     family, _, shape = name.partition(":")
     if family not in CHIPS:
         raise UsageError(
-            f"topology {name!r}: there is no chip {family!r}; the chips are {', '.join(CHIPS)}, as in v5e:4x4"
+            f"topology {name!r}: there is no chip {family!r}; the chips are {', '.join(CHIPS)}, as in v5e:4x4, "
+            f"and the GPUs {', '.join(GPUS)}, as in h100:8"
         )
     chip = CHIPS[family]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{chip.dimensions - 1}}}", shape):

@@ -1,5 +1,6 @@
 """Plans of a training step, read from its compiled program without the devices: memory, time bounds, collectives."""
 
+import math
 import re
 import time
 from collections import defaultdict
@@ -8,9 +9,13 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from ibq_jax.base.sharding import platform
 from ibq_jax.plan.chips import Chip
 from ibq_jax.plan.clock import Clock, read_clock
+from ibq_jax.plan.flops import flops_by_bits, loop_flops
+from ibq_jax.plan.gpus import Gpu
 from ibq_jax.plan.hlo import Collective, Module
+from ibq_jax.plan.kernels import Kernels, read_kernels
 
 SIZE = r"([\d.]+[KMGT]?)"
 MEMORY_EXCEEDED = re.compile(rf"Used {SIZE} of {SIZE} hbm|\({SIZE}\) exceeds available HBM \({SIZE}\)")
@@ -38,8 +43,9 @@ class Traffic:
     axes: str
     count: int
     bytes: float
-    ici_bytes: float  # bytes that leave one device if the neighbours form rings
-    exposed_ici_bytes: float  # those of collectives during which nothing else runs
+    link_bytes: float  # bytes that leave one device, through ICI or NVLink, if the neighbours form rings
+    exposed_link_bytes: float  # those of collectives during which nothing else runs
+    network_bytes: float  # bytes that leave one device for another node of GPUs
 
     def __str__(self) -> str:
         return f"{self.kind} over {self.axes}: {self.count} x, {self.bytes / 1e6:,.1f} MB"
@@ -47,17 +53,23 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Plan:
-    """The needs of one training step on each of `devices`. Time bounds need a `chip` with known peaks."""
+    """The needs of one run of a program on each of `devices`. Time bounds need a `chip` with known peaks."""
 
     devices: int
     memory: Memory
-    flops: float
+    flops_by_bits: dict[int, float]  # operations by the significant bits of the operands that a product multiplies
     hbm_bytes: float
-    accessed_bytes: float  # XLA's own figure, which counts loops once and includes vector memory
+    accessed_bytes: float | None  # XLA's own figure, which counts loops once and includes vector memory
     collectives: tuple[Traffic, ...]
     compile_seconds: float
-    chip: Chip | None
+    chip: Chip | Gpu | None
     clock: Clock | None  # the compiler's own estimate; None where it makes none
+    kernels: tuple[Kernels, ...]  # empty except for GPUs
+
+    @property
+    def flops(self) -> float:
+        """Operations of all matrix products and convolutions."""
+        return sum(self.flops_by_bits.values())
 
     @property
     def expected_seconds(self) -> dict[str, float]:
@@ -65,9 +77,9 @@ class Plan:
 
         Collectives that no other operation hides are counted at the links' peak, since the compiler estimates none.
         """
-        if self.chip is None or self.clock is None:
+        if not isinstance(self.chip, Chip) or self.clock is None:
             return {}
-        exposed = sum(traffic.exposed_ici_bytes for traffic in self.collectives)
+        exposed = sum(traffic.exposed_link_bytes for traffic in self.collectives)
         return self.clock.seconds | {"collectives that nothing hides": exposed / self.chip.ici_bytes_per_second}
 
     @property
@@ -75,11 +87,14 @@ class Plan:
         """The least seconds per step that each resource of the chip allows; empty without a chip."""
         if self.chip is None:
             return {}
-        ici = sum(traffic.ici_bytes for traffic in self.collectives)
+        sent = (
+            sum(traffic.link_bytes for traffic in self.collectives),
+            sum(traffic.network_bytes for traffic in self.collectives),
+        )
         return {
-            "matrix units": self.flops / self.chip.flops,
+            **self.chip.product_seconds(self.flops_by_bits),
             "HBM": self.hbm_bytes / self.chip.hbm_bytes_per_second,
-            "interconnect": ici / self.chip.ici_bytes_per_second,
+            **{link: size / speed for (link, speed), size in zip(self.chip.links.items(), sent, strict=False)},
         }
 
 
@@ -91,7 +106,7 @@ class DoesNotFit(RuntimeError):
         self.needed, self.capacity = needed, capacity
 
 
-def compile_plan(step, arguments: tuple, mesh: jax.sharding.Mesh, chip: Chip | None) -> Plan:
+def compile_plan(step, arguments: tuple, mesh: jax.sharding.Mesh, chip: Chip | Gpu | None) -> Plan:
     """Compiles a step for the devices of `mesh`, and reads its plan from the compiled program.
 
     Args:
@@ -111,10 +126,19 @@ def compile_plan(step, arguments: tuple, mesh: jax.sharding.Mesh, chip: Chip | N
         if not exceeded:
             raise
         raise DoesNotFit(*(_parse_size(size) for size in exceeded.groups() if size)) from error
-    seconds = time.monotonic() - start
+    return read_plan(compiled, mesh, chip, time.monotonic() - start)
+
+
+def read_plan(
+    compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, chip: Chip | Gpu | None, compile_seconds: float = 0.0
+) -> Plan:
+    """Reads the plan of a program from what was compiled for the devices of `mesh`."""
     module, cost, memory = Module(compiled.as_text()), compiled.cost_analysis(), compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     arguments_and_outputs = memory.argument_size_in_bytes + outputs
+    on_gpus = platform(mesh) == "gpu"
+    # XLA counts the operations of fused convolutions, too, but not on GPUs, and no loop more than once.
+    flops = flops_by_bits(module, "gpu") if on_gpus else {8: cost["flops"] + loop_flops(module)}
     return Plan(
         devices=mesh.size,
         memory=Memory(
@@ -122,13 +146,14 @@ def compile_plan(step, arguments: tuple, mesh: jax.sharding.Mesh, chip: Chip | N
             temporaries=memory.temp_size_in_bytes,
             peak=arguments_and_outputs + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         ),
-        flops=cost["flops"] + module.loop_flops(),
+        flops_by_bits=flops,
         hbm_bytes=sum(module.hbm_traffic().values()),
-        accessed_bytes=cost["bytes accessed"],
-        collectives=_by_axes(module.collectives(), mesh),
-        compile_seconds=seconds,
+        accessed_bytes=None if on_gpus else cost["bytes accessed"],
+        collectives=_by_axes(module.collectives(), mesh, chip.nvlink_gpus if isinstance(chip, Gpu) else math.inf),
+        compile_seconds=compile_seconds,
         chip=chip,
-        clock=read_clock(module, chip) if chip else None,
+        clock=read_clock(module, chip) if isinstance(chip, Chip) else None,
+        kernels=read_kernels(module) if on_gpus else (),
     )
 
 
@@ -136,15 +161,23 @@ def _parse_size(text: str) -> float:
     return float(text.rstrip("KMGT")) * UNITS[text[-1] if text[-1] in UNITS else ""]
 
 
-def _by_axes(collectives: list[Collective], mesh: jax.sharding.Mesh) -> tuple[Traffic, ...]:
-    totals: dict[tuple[str, str], list] = defaultdict(lambda: [0, 0.0, 0.0, 0.0])
+def _by_axes(collectives: list[Collective], mesh: jax.sharding.Mesh, joined: float) -> tuple[Traffic, ...]:
+    """Adds up collectives of the same kind and axes; links join so many consecutive devices (`joined`)."""
+    totals: dict[tuple[str, str], list] = defaultdict(lambda: [0, 0.0, 0.0, 0.0, 0.0])
     for collective in collectives:
         total = totals[collective.kind, _axes(collective, mesh)]
-        total[0] += collective.times
-        total[1] += collective.times * collective.bytes
-        leaving = collective.times * collective.bytes * _ring_share(collective, mesh)
-        total[2] += leaving
-        total[3] += 0.0 if collective.hidden else leaving
+        moved = collective.times * collective.bytes
+        by_links, by_network = _leaving(collective, mesh, joined)
+        for column, number in enumerate(
+            (
+                collective.times,
+                moved,
+                moved * by_links,
+                0 if collective.hidden else moved * by_links,
+                moved * by_network,
+            )
+        ):
+            total[column] += number
     rows = [Traffic(kind, axes, *numbers) for (kind, axes), numbers in totals.items()]
     return tuple(sorted(rows, key=lambda row: -row.bytes))
 
@@ -159,9 +192,23 @@ def _axes(collective: Collective, mesh: jax.sharding.Mesh) -> str:
     return ", ".join(np.array(mesh.axis_names)[differ]) or "itself"
 
 
-def _ring_share(collective: Collective, mesh: jax.sharding.Mesh) -> float:
-    """Returns how many times over a collective's bytes leave each device if its group forms a ring."""
+def _leaving(collective: Collective, mesh: jax.sharding.Mesh, joined: float) -> tuple[float, float]:
+    """Returns how many times over a collective's bytes leave each device, through links and through the network.
+
+    Its group forms rings. If links join only parts of the group, there are as many rings as devices in a part: each
+    ring leaves a part at another of its devices, and goes through links inside.
+    """
+    ids = [device.id for device in mesh.devices.flat]
+    parts = [[(ids[member] - min(ids)) // joined for member in group] for group in collective.groups]
+    parts = parts or [[(number - min(ids)) // joined for number in ids]]
     if collective.kind == "collective-permute":
-        return 1.0
-    size = max(map(len, collective.groups), default=mesh.size)
-    return (2 if collective.kind == "all-reduce" else 1) * (size - 1) / size
+        crossing = [len(set(pair)) > 1 for pair in parts]
+        return float(not all(crossing)), float(any(crossing))
+    size = max(map(len, parts))
+    inside = max(len(part) / len(set(part)) for part in parts)
+    if collective.kind == "all-to-all":
+        return (inside - 1) / size, (size - inside) / size
+    share = (2 if collective.kind == "all-reduce" else 1) * (size - 1) / size
+    if inside == size:
+        return share, 0.0
+    return share * (inside - 1) / inside, share / inside

@@ -1,7 +1,8 @@
-"""Reads a compiled XLA module's text: the memory traffic, matrix products and collectives of one device.
+"""Reads a compiled XLA module's text: the memory traffic and collectives of one device.
 
 XLA's own cost analysis counts the body of a loop once, however often it runs, and counts bytes that stay in a TPU's
-vector memory like those that leave it. Here a body counts as often as its loop runs, and only main memory (HBM) counts.
+vector memory like those that leave it. For GPUs it has no figures at all. Here a body counts as often as its loop runs,
+and only main memory (HBM) counts.
 The reader is written by hand because no library parses optimized HLO text; it was checked with the text of jax 0.10.2.
 """
 
@@ -12,13 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import numpy as np
-
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BOOKKEEPING = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id", "replica-id")
 ORDERING = ("after-all", "opt-barrier", "domain", "add-dependency", "while", "call", "conditional")
-NO_TRAFFIC = {*BOOKKEEPING, *ORDERING}  # the computations that they call are counted separately
+NO_TRAFFIC = {*BOOKKEEPING, *ORDERING, "async-start"}  # the computations that they call are counted separately
+SLICING = ("dynamic-slice", "slice", "gather")
 
 ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -29,6 +29,7 @@ BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 MESH_AXIS = re.compile(r"'([^']+)'=(\d+)")
 MESH_PART = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
+LIBRARY_CALL = re.compile(r'custom_call_target="(__cudnn\$|__cublas\$)')
 OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -63,6 +64,23 @@ class Instruction:
         branches = BRANCHES.search(self.attributes)
         names = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
         return names + CALLED.findall(self.attributes)
+
+    @property
+    def lists_operands(self) -> bool:
+        """True if its result lists the operands before the results, as the start of most collectives does."""
+        kind = self.opcode.removesuffix("-start")
+        return kind != self.opcode and kind in COLLECTIVES and kind != "all-reduce" and len(self.arrays) > 1
+
+    @property
+    def is_library_call(self) -> bool:
+        """True if it calls cuDNN or cuBLAS."""
+        return self.opcode == "custom-call" and LIBRARY_CALL.search(self.attributes) is not None
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes at the end of a library call's result in which it only works: [N] of bytes."""
+        last = self.arrays[-1]
+        return last.bytes if len(self.arrays) > 1 and last.dtype in ("u8", "s8") and len(last.shape) == 1 else 0
 
     @property
     def op_name(self) -> str:
@@ -139,9 +157,9 @@ class Module:
             for instruction in computation.instructions.values():
                 yield computation, instruction, times
                 if instruction.opcode == "while":
-                    body = _found(r"body=%?([\w.\-]+)", instruction.attributes)[1]
+                    body = required_match(r"body=%?([\w.\-]+)", instruction.attributes)[1]
                     stack.append((body, times * self.trip_count(instruction)))
-                elif instruction.opcode in ("call", "conditional"):
+                elif instruction.opcode in ("call", "conditional", "async-start"):
                     stack += [(called, times) for called in instruction.called]
 
     def trip_count(self, loop: Instruction) -> int:
@@ -149,18 +167,26 @@ class Module:
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
-        condition = self.computations[_found(r"condition=%?([\w.\-]+)", loop.attributes)[1]]
-        bounds = [i.operands[0] for i in condition.instructions.values() if i.opcode == "constant"]
+        condition = self.computations[required_match(r"condition=%?([\w.\-]+)", loop.attributes)[1]]
+        bounds = [i.operands[0] for _, i in self.inside(condition) if i.opcode == "constant"]
         return max((int(bound) for bound in bounds if bound.isdigit()), default=1)
+
+    def inside(self, computation: Computation) -> Iterator[tuple[Computation, Instruction]]:
+        """Yields a computation's instructions, and those of the fusions in it, each with its own computation."""
+        for instruction in computation.instructions.values():
+            yield computation, instruction
+            if instruction.opcode == "fusion":
+                yield from self.inside(self.computations[instruction.called[0]])
 
     def hbm_traffic(self) -> dict[str, float]:
         """Returns the bytes that one device reads and writes in HBM, by operation of the traced program."""
         traffic = defaultdict(float)
         for computation, instruction, times in self.executed():
-            traffic[instruction.op_name or instruction.opcode] += times * self._traffic(computation, instruction)
+            traffic[instruction.op_name or instruction.opcode] += times * self.traffic(computation, instruction)
         return dict(traffic)
 
-    def _traffic(self, computation: Computation, instruction: Instruction) -> float:
+    def traffic(self, computation: Computation, instruction: Instruction) -> float:
+        """Returns the bytes that one run of an instruction reads and writes in HBM."""
         if instruction.opcode in NO_TRAFFIC or instruction.opcode.endswith("-done"):
             return 0.0
         operands = [computation.instructions[name] for name in dict.fromkeys(instruction.operands)]
@@ -176,17 +202,22 @@ class Module:
                 )
             )
             return read + min(instruction.hbm_bytes, self._written(fused, fused.root))
-        if instruction.opcode in ("dynamic-slice", "gather"):
+        if instruction.opcode in SLICING:
             return 2 * instruction.hbm_bytes
         if instruction.opcode == "dynamic-update-slice":
             return 2 * operands[1].hbm_bytes
-        return sum(operand.hbm_bytes for operand in operands) + instruction.hbm_bytes
+        read, written = sum(operand.hbm_bytes for operand in operands), instruction.hbm_bytes
+        if instruction.lists_operands:
+            written = max(0, written - read)
+        elif instruction.is_library_call:
+            written -= instruction.scratch_bytes
+        return read + written
 
     def _read(self, computation: Computation, source: Instruction) -> float:
         """Returns the bytes of a fusion's parameter that are read; if only slices of it are used, only those."""
         total = 0.0
         for user in computation.users[source.name]:
-            if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == source.name:
+            if user.opcode in SLICING and user.operands[0] == source.name:
                 total += _size(user)
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
                 continue  # updated in place
@@ -213,28 +244,12 @@ class Module:
             return self._written(nested, nested.root)
         return _size(result)
 
-    def loop_flops(self) -> float:
-        """Returns the operations of matrix products in loops, except each body's first run, which XLA counts."""
-        return sum((times - 1) * self._product_flops(c, i) for c, i, times in self.executed() if times > 1)
-
-    def _product_flops(self, computation: Computation, instruction: Instruction) -> float:
-        if instruction.opcode == "fusion":
-            fused = self.computations[instruction.called[0]]
-            return sum(self._product_flops(fused, inner) for inner in fused.instructions.values())
-        if instruction.opcode not in ("dot", "convolution"):
-            return 0.0
-        left, right = (computation.instructions[name].arrays[0].shape for name in instruction.operands[:2])
-        if instruction.opcode == "dot":
-            outputs = math.prod(instruction.arrays[0].shape)
-            contracted = _found(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
-            return 2.0 * outputs * math.prod(left[int(i)] for i in contracted.split(",") if i)
-        return _convolution_flops(instruction, left, right)
-
     def collectives(self) -> list[Collective]:
         """Returns all collective operations of the program."""
         found = []
         for computation, instruction, times in self.executed():
-            inside, hidden = [instruction], instruction.opcode.endswith("-start")
+            inside = [instruction]
+            hidden = instruction.opcode.endswith("-start") and '"is_sync":true' not in instruction.attributes
             if instruction.opcode == "fusion":
                 computation = self.computations[instruction.called[0]]
                 inside, hidden = list(computation.instructions.values()), True
@@ -248,37 +263,12 @@ def _collectives(fused: Computation, inside: list[Instruction], times: int, hidd
     for instruction in inside:
         if (kind := instruction.opcode.removesuffix("-start")) in COLLECTIVES:
             operands = sum(_size(fused.instructions[name]) for name in instruction.operands)
-            size = max(operands, *(array.bytes for array in instruction.arrays), 0)
+            results = sum(array.bytes for array in instruction.arrays if array.shape)
+            size = max(operands, results - operands if instruction.lists_operands else results)
             yield Collective(kind, _groups(instruction), size, times, instruction.op_name, hidden)
 
 
-def _convolution_flops(convolution: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
-    """Returns a convolution's operations, without window positions that read padding or holes of a dilated input.
-
-    The compiler for TPUs writes the batch dimensions of a product as a window in which all positions but one are holes.
-    """
-    labels = _found(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes).groups()
-    window = re.search(r"window=\{(.*?)\}", convolution.attributes)
-    window = {name: text.split("x") for name, text in re.findall(r"(\w+)=(\S+)", window[1])} if window else {}
-    result = convolution.arrays[0].shape
-    axes = len(result) - 2
-    pads, strides, holes, spacings = (
-        [int(text.split("_")[0]) for text in window.get(name, [default] * axes)]
-        for name, default in (("pad", "0"), ("stride", "1"), ("lhs_dilate", "1"), ("rhs_dilate", "1"))
-    )
-    seen = result[labels[2].index("b")] * result[labels[2].index("f")] * right[labels[1].index("i")]
-    for axis in range(axes):
-        inputs, size, outputs = (
-            shape[label.index(str(axis))] for shape, label in zip((left, right, result), labels, strict=True)
-        )
-
-        where = np.arange(outputs)[:, None] * strides[axis] - pads[axis] + np.arange(size) * spacings[axis]
-        inside = (where >= 0) & (where <= (inputs - 1) * holes[axis])
-        seen *= np.count_nonzero(inside & (where % holes[axis] == 0))
-    return 2.0 * seen
-
-
-def _found(pattern: str | re.Pattern, text: str) -> re.Match:
+def required_match(pattern: str | re.Pattern, text: str) -> re.Match:
     """Returns the first match of `pattern`. Raises ValueError if there is none."""
     match = re.search(pattern, text)
     if match is None:

@@ -20,7 +20,6 @@ PRECISIONS = {
     "cpu": {"default": 24, "high": 24, "highest": 24},
 }
 ALGORITHMS = {"bf16_bf16_f32": 8, "bf16_bf16_f32_x3": 16, "tf32_tf32_f32": 11}  # others: all bits
-LIBRARY_CALLS = re.compile(r'custom_call_target="(__cudnn\$|__cublas\$)')
 OPERAND_PRECISION = re.compile(r'"?operand_precision"?[=:][{\[]([\w",\s]*)[}\]]')
 ALGORITHM = re.compile(r"algorithm=dot_(\w+)")
 KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*"body":"([^"]*)"', re.DOTALL)
@@ -45,21 +44,27 @@ def products(module: Module, platform: str) -> Iterator[Product]:
         for instruction in computation.instructions.values():
             if instruction.opcode in ("convolution", "dot"):
                 yield from _product(instruction.opcode, computation, instruction, platform)
-            elif instruction.opcode == "custom-call" and LIBRARY_CALLS.search(instruction.attributes):
+            elif instruction.is_library_call:
                 yield from _product("library call", computation, instruction, platform)
             elif kernel := KERNEL.search(instruction.attributes):
                 yield from _kernel_products(kernel[1], instruction.op_name)
 
 
 def _product(kind: str, computation: Computation, instruction: Instruction, platform: str) -> Iterator[Product]:
-    dtypes = tuple(computation.instructions[operand].arrays[0].dtype for operand in instruction.operands[:2])
-    if not all(dtype in BITS for dtype in dtypes):
-        return  # of integers
+    dtypes = _operand_types(computation, instruction)
+    if all(dtype in BITS for dtype in dtypes):  # others are of integers
+        yield Product(kind, dtypes, multiplied_bits(computation, instruction, platform), instruction.op_name)
+
+
+def multiplied_bits(computation: Computation, instruction: Instruction, platform: str) -> int:
+    """Returns how many significant bits of its operands a product multiplies; of integers, those of bfloat16."""
     # A compiler leaves out the conversion of a bfloat16 operand to float32: the other operand's precision counts.
-    bits = max(BITS[dtype] for dtype in dtypes)
-    if bits == BITS["f32"]:
-        bits = _float32_bits(instruction.attributes, platform)
-    yield Product(kind, dtypes, bits, instruction.op_name)
+    bits = max(BITS.get(dtype, BITS["bf16"]) for dtype in _operand_types(computation, instruction))
+    return _float32_bits(instruction.attributes, platform) if bits == BITS["f32"] else bits
+
+
+def _operand_types(computation: Computation, instruction: Instruction) -> tuple[str, ...]:
+    return tuple(computation.instructions[operand].arrays[0].dtype for operand in instruction.operands[:2])
 
 
 def _float32_bits(attributes: str, platform: str) -> int:

@@ -57,12 +57,12 @@ def streamed_product(block_size: int) -> Callable:
     return run
 
 
-def torch_step(z: np.ndarray, codebook: np.ndarray, cotangent: np.ndarray) -> Callable:
+def torch_step(z: np.ndarray, codebook: np.ndarray, cotangent: np.ndarray, device: str = "cpu") -> Callable:
     """The same loss and gradients in PyTorch, by arrays of [tokens, codes]."""
     import torch
 
-    z, codebook = (torch.from_numpy(array).requires_grad_() for array in (z, codebook))
-    cotangent = torch.from_numpy(cotangent)
+    z, codebook = (torch.from_numpy(array).to(device).requires_grad_() for array in (z, codebook))
+    cotangent = torch.from_numpy(cotangent).to(device)
 
     def run():
         z.grad = codebook.grad = None

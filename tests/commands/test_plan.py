@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from support.compilers import installed, needs_libtpu
+from support.compilers import installed, needs_gpu_compiler, needs_libtpu
 
 from ibq_jax.__main__ import main
 from ibq_jax.base.config import load_config
@@ -60,8 +60,8 @@ def test_bounds_and_collectives_of_a_known_step():
     assert plan.flops == pytest.approx(2 * 128 * 512 * 256, rel=0.01)
     (gather,) = plan.collectives
     assert (gather.kind, gather.axes, gather.count, gather.bytes) == ("all-gather", "codebook", 1, 4 * 128 * 1024)
-    assert gather.ici_bytes == gather.bytes * 3 / 4  # each device passes on its neighbour's part, three times
-    assert plan.bounds["interconnect"] == gather.ici_bytes / CHIPS["v5e"].ici_bytes_per_second
+    assert gather.link_bytes == gather.bytes * 3 / 4  # each device passes on its neighbour's part, three times
+    assert plan.bounds["interconnect"] == gather.link_bytes / CHIPS["v5e"].ici_bytes_per_second
     assert plan.bounds["matrix units"] == plan.flops / 197e12
     assert plan.bounds["HBM"] == plan.hbm_bytes / 819e9
     assert plan.memory.spare(2 * plan.memory.peak) == 0.5
@@ -144,6 +144,11 @@ def test_a_plan_of_sampling_reads_every_weight_for_every_code(capsys):
     [
         (["--cpu-devices=8", "--what=sample"], "--what=sample is not for a tokenizer, which has train and encode"),
         (["--topology=v9:2x2"], "topology 'v9:2x2': there is no chip 'v9'; the chips are v4, v5e, v5p, v6e, v7x"),
+        (["--topology=v9:2x2"], "as in v5e:4x4, and the GPUs a100, h100, h200, b200, gb200, as in h100:8"),
+        (["--topology=h100"], "topology 'h100' is not a number of GPUs, as in h100:8, or of nodes and GPUs a node"),
+        (["--topology=h100:16"], "topology 'h100:16': a node has at most 8 GPUs, as in h100:4x8"),
+        (["--topology=h100:2x8", "--slices=2"], "--slices=2 is for TPUs; nodes of GPUs are part of the topology"),
+        (["--topology=here", "--slices=2"], "--slices=2 is for TPUs"),
         (["--topology=v5e:4x4x4"], "topology 'v5e:4x4x4' is not a shape of 2 dimensions; similar ones: v5e:4x4"),
         (["--topology=v5e"], "topology 'v5e' is not a shape of 2 dimensions"),
         (["--cpu-devices=8", "--mesh=data:3"], "mesh data=3, fsdp=1, codebook=1 does not fit 8 devices"),
@@ -167,6 +172,19 @@ def test_wrong_use_is_one_line(flags, words, capsys):
 def test_without_libtpu_the_command_that_installs_it_is_named(capsys):
     assert main(["plan", f"--config={CONFIG}", "--topology=v5e:2x2"]) == 2
     assert "VENV=.venv-tpu bash launch/setup.sh tpu" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(installed("gpu"), reason="the compiler is here")
+def test_without_the_gpu_compiler_the_command_that_installs_it_is_named(capsys):
+    assert main(["plan", f"--config={CONFIG}", "--topology=h100:8"]) == 2
+    error = capsys.readouterr().err
+    assert "VENV=.venv-cuda bash launch/setup.sh tests cuda" in error and error.count("\n") == 1
+
+
+def test_without_a_gpu_none_is_here(capsys):
+    assert main(["plan", f"--config={CONFIG}", "--topology=here"]) == 2
+    error = capsys.readouterr().err
+    assert "JAX finds no GPU here" in error and "--topology=h100:8" in error and error.count("\n") == 1
 
 
 @needs_libtpu
@@ -206,6 +224,50 @@ def test_a_plan_for_a_tpu(capsys):
     assert "8 v5e chips (data 4, codebook 2)" in table and "bound by HBM" in table and "to spare" in table
     assert "| expected time |" in table and "| expected: matrix products |" in table
     assert "TokenizerModel/decoder" in table and "an estimate without overlap" in table
+
+
+@needs_gpu_compiler
+@pytest.mark.slow
+def test_a_plan_for_nodes_of_gpus(capsys):
+    flags = [f"--config={CONFIG}", "--topology=h100:2x4", "--mesh=data:4,codebook:2", *SMALL]
+    assert main(["plan", *flags]) == 0
+    table = capsys.readouterr().out
+    assert "8 h100 GPUs in 2 nodes (data 4, codebook 2)" in table and "GB of 84.9 GB" in table
+    for row in ("tensor cores", "float32 units", "NVLink", "network"):
+        assert f"| bound by {row} |" in table
+    for line in table.splitlines():
+        if " over " in line:
+            assert ("through the network" in line) == ("over data" in line), line
+    assert "| all-reduce over data, codebook |" in table and "| all-gather over codebook |" in table
+    assert "| cuDNN convolutions |" in table and "| transposes |" in table
+    assert "XLA counts" not in table and "autotuning is off" in table
+    assert "JAX takes 75% of a card's memory (63.7 GB)" in table and "nvidia.com" in table
+
+
+@needs_gpu_compiler
+@pytest.mark.parametrize("what", ["encode", "sample"])
+def test_encoding_and_sampling_are_planned_for_gpus(what, capsys):
+    sizes = ("num_layers=2", "embed_dim=32", "num_heads=2", "num_kv_heads=2", "grid=(4, 4)")
+    small = SMALL if what == "encode" else [f"--config.model.{size}" for size in sizes]
+    config = CONFIG if what == "encode" else CONFIG.replace("tokenizer.py", "autoregressive.py")
+    assert main(["plan", f"--config={config}", "--topology=gb200:2x4", f"--what={what}", "--json", *small]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["what"] == what and report["tuned"] is False and report["nodes"] == 2 and report["devices"] == 8
+    assert report["xla_bytes_accessed"] is None and report["expected_seconds"] == {}
+    assert report["flops"] == sum(report["flops_by_bits"].values()) > 0 and not report["bound_seconds"]["network"]
+    assert report["kernels"]["Triton products"]["launches"] > (1 if what == "encode" else 16)
+
+
+@needs_gpu_compiler
+def test_only_the_axis_data_spans_nodes(capsys):
+    assert main(["plan", f"--config={CONFIG}", "--topology=h100:2x4", "--mesh=codebook:8", *SMALL]) == 2
+    assert "the devices are 2 nodes, and only the axis 'data' can span nodes" in capsys.readouterr().err
+
+
+@needs_gpu_compiler
+def test_a_search_needs_the_clock_of_a_tpu(capsys):
+    assert main(["plan", f"--config={CONFIG}", "--topology=h100:8", "--search"]) == 2
+    assert "--search needs --topology of TPUs" in capsys.readouterr().err
 
 
 @needs_libtpu

@@ -134,7 +134,7 @@ def test_a_collective_beside_a_product_is_hidden_and_one_in_its_way_is_not():
     )
     plan = compile_plan(jax.jit(mapped), arguments, mesh, chip)
     kinds = {traffic.kind: traffic for traffic in plan.collectives}
-    assert kinds["all-reduce"].exposed_ici_bytes == kinds["all-reduce"].ici_bytes > 0
+    assert kinds["all-reduce"].exposed_link_bytes == kinds["all-reduce"].link_bytes > 0
     assert kinds["all-gather"].count == 1
     assert plan.expected_seconds["collectives that nothing hides"] > 0
     assert plan.expected_seconds[PRODUCTS] > 4 * 2 * 1024**3 / chip.flops

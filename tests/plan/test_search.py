@@ -100,7 +100,7 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path):
 def test_a_search_needs_chips_and_no_mesh(capsys):
     config = f"{Path(__file__).parents[2]}/configs/tokenizer.py:openmoji32"
     assert main(["plan", f"--config={config}", "--cpu-devices=8", "--search"]) == 2
-    assert "--search needs --topology, and goes without --mesh" in capsys.readouterr().err
+    assert "--search needs --topology of TPUs" in capsys.readouterr().err
 
 
 @needs_libtpu

@@ -15,3 +15,8 @@ def installed(platform: str) -> bool:
 def needs_libtpu(test):
     """Marks a test that compiles for TPUs: it is skipped without their compiler."""
     return pytest.mark.compiler(pytest.mark.skipif(not installed("tpu"), reason="needs requirements-tpu.txt")(test))
+
+
+def needs_gpu_compiler(test):
+    """Marks a test that compiles for GPUs: it is skipped without their compiler."""
+    return pytest.mark.compiler(pytest.mark.skipif(not installed("gpu"), reason="needs requirements-cuda.txt")(test))

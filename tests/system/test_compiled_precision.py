@@ -34,7 +34,7 @@ def platform(request) -> str:
 
 
 def mesh_on(platform: str, sizes: dict[str, int]) -> jax.sharding.Mesh:
-    devices = topology_devices("v5e:2x2")[1] if platform == "tpu" else gpu_devices(4)
+    devices = topology_devices("v5e:2x2")[1] if platform == "tpu" else gpu_devices("h100:4")[1]
     return make_mesh(sizes, devices[: sizes.get("data", 1) * sizes.get("codebook", 1)])
 
 
