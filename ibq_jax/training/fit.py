@@ -121,16 +121,7 @@ def fit(
         print(f"complete: step {start_step} of {intervals.total_steps}; a larger train.steps continues from there")
     telemetry = Telemetry(workdir, start_step, intervals.total_steps, enabled=jax.process_index() == 0)
     metadata = {"config": config.to_dict(), "steps_per_epoch": steps_per_epoch}
-    timer, limits = PhaseTimer(), config.watchdog
-    stacks_folder = Path.cwd() if is_remote(workdir) else workdir
-    watchdog = Watchdog(
-        timer,
-        stacks_folder / f"stacks_process{jax.process_index()}.txt",
-        factor=limits.slow_factor,
-        seconds=limits.slow_seconds,
-        hang_seconds=limits.hang_seconds,
-        say=lambda words: print(words, file=sys.stderr),
-    )
+    timer = PhaseTimer()
     loop = Loop(
         stage=stage,
         mesh=mesh,
@@ -143,13 +134,26 @@ def fit(
         profile=profile,
     )
     try:
-        with watchdog:
+        with _watchdog(timer, workdir, config):
             state = loop.run(state, batches_from(start_step), start_step)
         telemetry.report_time()
         return state
     finally:
         telemetry.close()
         checkpoints.close()
+
+
+def _watchdog(timer: PhaseTimer, workdir: Path, config: ConfigDict) -> Watchdog:
+    """Returns the watchdog of the loop's phases; it writes to the run's folder, or here if that is a bucket."""
+    limits, folder = config.watchdog, Path.cwd() if is_remote(workdir) else workdir
+    return Watchdog(
+        timer,
+        folder / f"stacks_process{jax.process_index()}.txt",
+        factor=limits.slow_factor,
+        seconds=limits.slow_seconds,
+        hang_seconds=limits.hang_seconds,
+        say=lambda words: print(words, file=sys.stderr),
+    )
 
 
 def _start(
