@@ -129,10 +129,8 @@ def compile_plan(step, arguments: tuple, mesh: jax.sharding.Mesh, chip: Chip | G
     return read_plan(compiled, mesh, chip, time.monotonic() - start)
 
 
-def read_plan(
-    compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, chip: Chip | Gpu | None, compile_seconds: float = 0.0
-) -> Plan:
-    """Reads the plan of a program from what was compiled for the devices of `mesh`."""
+def read_plan(compiled, mesh: jax.sharding.Mesh, chip: Chip | Gpu | None, compile_seconds: float) -> Plan:
+    """Reads the plan of a program from `compiled`, a jax.stages.Compiled for the devices of `mesh`."""
     module, cost, memory = Module(compiled.as_text()), compiled.cost_analysis(), compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     arguments_and_outputs = memory.argument_size_in_bytes + outputs
