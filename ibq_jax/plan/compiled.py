@@ -5,7 +5,6 @@ import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -130,8 +129,8 @@ def compile_plan(step, arguments: tuple, mesh: jax.sharding.Mesh, chip: Chip | G
     return read_plan(compiled, mesh, chip, time.monotonic() - start)
 
 
-def read_plan(compiled: Any, mesh: jax.sharding.Mesh, chip: Chip | Gpu | None, compile_seconds: float = 0.0) -> Plan:
-    """Reads the plan of a program from what was compiled for the devices of `mesh` (a `jax.stages.Compiled`)."""
+def read_plan(compiled, mesh: jax.sharding.Mesh, chip: Chip | Gpu | None, compile_seconds: float) -> Plan:
+    """Reads the plan of a program from `compiled`, a jax.stages.Compiled for the devices of `mesh`."""
     module, cost, memory = Module(compiled.as_text()), compiled.cost_analysis(), compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     arguments_and_outputs = memory.argument_size_in_bytes + outputs
