@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
+from ibq_jax.base.sharding import batch_sharding
+
 NHWC = ("NHWC", "HWIO", "NHWC")
 LEAST_CHANNELS = 128  # of both sides: products of fewer take longer than XLA's convolution
 PIXELS_AT_ONCE = 2048  # of all images, in a product of the kernel's gradient
@@ -87,7 +89,12 @@ def convolve_doubled(
 
 
 def _repeated(x, kernel, precision, mesh):
-    return convolve(x.repeat(2, axis=1).repeat(2, axis=2), kernel, 1, ((1, 1), (1, 1)), precision, mesh)
+    doubled = x.repeat(2, axis=1).repeat(2, axis=2)
+    if mesh is not None and x.shape[0] % mesh.size == 0:
+        # Said once more, because the partitioner would rather split channels as the kernel's gradient is stored, and
+        # gather the images of all devices for it.
+        doubled = lax.with_sharding_constraint(doubled, batch_sharding(mesh))
+    return convolve(doubled, kernel, 1, ((1, 1), (1, 1)), precision, mesh)
 
 
 def _spread(x, kernel, precision):

@@ -27,6 +27,7 @@ from ibq_jax.ops.exact_search import TOKENS_AT_ONCE, exact_nearest_codes
 from ibq_jax.ops.streamed import LOG_EPSILON, chunk_tokens, streamed_nearest_codes, streamed_quantize
 
 BLOCK_BYTES = 8 * 2**20
+GPU_BLOCK_BYTES = 128 * 2**20  # every block launches a dozen kernels there (docs/speed.md)
 
 
 class IndexBackprop(NamedTuple):
@@ -79,8 +80,9 @@ def index_backprop(
         form is float32 always. The indices are those of the largest logits as computed.
       gradient_precision: the same for the other products of the streamed form, from which only gradients come.
       block_size: codes per block of the streamed form; it must divide the codes on one device. 0 chooses the largest
-        size for which a float32 array [chunk, block_size] stays within 8 MiB, or within 4 times the size of the chunk
-        of z if that is more. A chunk is all tokens of a device, or as many whole entropy groups as make about 1,000.
+        size for which a float32 array [chunk, block_size] stays within 8 MiB (128 MiB on GPUs), or within 4 times the
+        size of the chunk of z if that is more. A chunk is all tokens of a device, or as many whole entropy groups as
+        make about 1,000.
       implementation: "streamed", or "dense", which ignores block_size and leaves the mesh to the partitioner.
       mesh: None runs on one device (or as the partitioner decides). A mesh with the axes of `ibq_jax.base.sharding`
         splits tokens over all its axes and the codebook's rows over `codebook`.
@@ -172,7 +174,8 @@ def _stream(
     (tokens, width), codes = z.shape, codebook.shape[0]
     tokens, codes = sizes_on_a_device(tokens, codes, mesh, f"a codebook of {codes} codes")
     if block_size == 0:
-        most = max(BLOCK_BYTES // (4 * at_once(tokens)), 4 * width)
+        budget = GPU_BLOCK_BYTES if platform(mesh) == "gpu" else BLOCK_BYTES
+        most = max(budget // (4 * at_once(tokens)), 4 * width)
         block_size = max(size for size in _divisors(codes) if size <= most)
     if block_size < 0 or codes % block_size:
         raise UsageError(
