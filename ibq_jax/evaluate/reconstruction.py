@@ -106,17 +106,18 @@ class ReconstructionEvaluator:
 
     def codes(self, params: dict, count: int) -> np.ndarray:
         """Returns the codes of `count` images, evenly spaced in the split (0: all): int32 [N, h, w]."""
-        found = []
+        batches = self._on_devices(count)
+        return np.concatenate([to_host(self._encode(params, b["image"]))[to_host(b["mask"])] for b in batches])
+
+    def _on_devices(self, count: int) -> Iterator[dict[str, jax.Array]]:
+        """Yields {"image", "mask"} of every batch of `count` images, on the mesh."""
         for batch in self._batches(count):
-            arrays = global_batch({"image": batch["image"], "mask": batch["mask"]}, self._mesh)
-            found.append(to_host(self._encode(params, arrays["image"]))[to_host(arrays["mask"])])
-        return np.concatenate(found)
+            yield global_batch({"image": batch["image"], "mask": batch["mask"]}, self._mesh)
 
     def _measured(self, params: dict) -> Iterator[dict]:
         """Yields the result of `_measure` for every batch, on the host."""
-        batches = self._batches(self._num_images)
-        arrays = (global_batch({"image": b["image"], "mask": b["mask"]}, self._mesh) for b in batches)
-        return to_host_async(self._measure(params, self._weights, a["image"], a["mask"]) for a in arrays)
+        batches = self._on_devices(self._num_images)
+        return to_host_async(self._measure(params, self._weights, b["image"], b["mask"]) for b in batches)
 
     def comparison_grid(self, params: dict, columns: int, rows: int = 1) -> np.ndarray:
         """Draws `rows` rows of originals, each above the row of its reconstructions: uint8 [2 rows H, columns W, 3].
@@ -124,10 +125,9 @@ class ReconstructionEvaluator:
         The images are evenly spaced in the split; if it has fewer than columns x rows, the rest is black.
         """
         count, pairs = columns * rows, []
-        for batch in self._batches(count):
-            arrays = global_batch({"image": batch["image"], "mask": batch["mask"]}, self._mesh)
-            pair = np.stack([to_host(arrays["image"]), to_host(self._reconstruct(params, arrays["image"]))])
-            pairs.append(pair[:, to_host(arrays["mask"])])
+        for batch in self._on_devices(count):
+            pair = np.stack([to_host(batch["image"]), to_host(self._reconstruct(params, batch["image"]))])
+            pairs.append(pair[:, to_host(batch["mask"])])
         images = np.concatenate(pairs, axis=1)  # [2, up to count, H, W, 3]
         missing = count - images.shape[1]
         images = np.pad(images, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))

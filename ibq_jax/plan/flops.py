@@ -18,7 +18,7 @@ from ibq_jax.plan.products import multiplied_bits
 CONVOLUTION = re.compile(r'custom_call_target="__cudnn\$conv(\w+)"')
 CUBLAS = re.compile(r'custom_call_target="__cublas\$')
 CONTRACTED = re.compile(r'"lhs_contracting_dimensions":(\[[^\]]*\])')
-# What the operands and the result of a gradient's call are in the forward convolution that its window describes.
+# The calls of a convolution's two gradients. Their window is that of the forward convolution.
 BACKWARD_INPUT, BACKWARD_FILTER = "BackwardInput", "BackwardFilter"
 
 

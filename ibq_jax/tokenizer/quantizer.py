@@ -121,20 +121,20 @@ class IndexBackpropQuantizer(nn.Module):
     def latent_dim(self) -> int:
         return self.dim
 
-    def _rows(self) -> jax.Array:
+    def code_vectors(self) -> jax.Array:
         """Returns the vectors that the codes stand for, [K, D]."""
         return unit(self.codebook) if self.l2_normalize else self.codebook
 
-    def _compared(self, z: jax.Array) -> jax.Array:
+    def project_latents(self, z: jax.Array) -> jax.Array:
         """Returns latents as they are compared with those vectors, float32 of the same shape."""
         z = z.astype(jnp.float32)
         return unit(z) if self.l2_normalize else z
 
     def __call__(self, z: jax.Array) -> Quantized:
-        z = self._compared(z)
+        z = self.project_latents(z)
         out = index_backprop(
             z.reshape(-1, self.dim),
-            self._rows(),
+            self.code_vectors(),
             entropy_temperature=self.entropy_temperature,
             entropy_group_tokens=self.entropy_group_tokens,
             logit_temperature=self.logit_temperature,
@@ -170,9 +170,9 @@ class IndexBackpropQuantizer(nn.Module):
 
     def nearest(self, z: jax.Array) -> jax.Array:
         """Latents [B, h, w, D] -> codes int32 [B, h, w] by the largest dot product; on a tie the smallest index."""
-        flat = self._compared(z).reshape(-1, self.dim)
+        flat = self.project_latents(z).reshape(-1, self.dim)
         codes = nearest_codes(
-            flat, self._rows(), precision=self.search_precision, block_size=self.block_size, mesh=self.mesh
+            flat, self.code_vectors(), precision=self.search_precision, block_size=self.block_size, mesh=self.mesh
         )
         return codes.reshape(z.shape[:-1])
 
