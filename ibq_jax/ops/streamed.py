@@ -1,29 +1,30 @@
-"""The quantizer of `ibq_jax.ops.index_backprop` and its gradient without an [N, K] array, on one device or many.
+"""The lookups of `ibq_jax.ops.index_backprop` and their gradients without an [N, K] array, on one device or many.
 
 Shapes: N tokens, K codes, D dimensions, C codes of a block, R runs of T consecutive tokens; in einsums n, k, d.
 Logits are held as [C, N], codes first: the products of both gradients then transpose only the smaller operand.
 
-The codebook is scanned in blocks, three times, and a block's logits l = E z^T are computed again each time:
+Code k has a key e_k, a row of E [K, D], and a value w_k, a row of V [K, W]. A quantizer's values are its keys: V is E.
+Both are scanned in blocks, three times, and a block's logits l = E z^T are computed again each time:
 
   pass 1, forward   m_n = max_k l_kn, its index i_n, and S_n = sum_k e^((l_kn - m_n)/tau), rescaled whenever m_n grows.
 
   pass 2, forward   Now log q_kn = (l_kn - m_n)/tau - log S_n is known. A block holds every token, so its means a over
                     the groups are final, and so is v = d batch_entropy / d a = -log(a + eps) - a/(a + eps). Sums:
                         s_n  = sum_k e^(l_kn - m_n)          p_kn = e^(l_kn - m_n) / s_n
-                        mu_n = sum_k e^(l_kn - m_n) e_k
+                        mu_n = sum_k e^(l_kn - m_n) w_k
                         H_n  = -sum_k q_kn log q_kn = log S_n - sum_k q_kn (l_kn - m_n)/tau
                         u_n  = sum_k q_kn v_k
 
-  pass 3, backward  With g = dL/dz_q, gs = dL/dsample_entropy, ga = dL/dbatch_entropy and r_n = g_n . mu_n / s_n
-                        dl_kn = p_kn (g_n . e_k - r_n) + q_kn / (N tau) (ga (v_k - u_n) - gs (log q_kn + H_n))
-                        dz = dl^T E          dE = dl z, and g_n added to row i_n
+  pass 3, backward  With g = dL/dvalue, gs = dL/dsample_entropy, ga = dL/dbatch_entropy and r_n = g_n . mu_n / s_n
+                        dl_kn = p_kn (g_n . w_k - r_n) + q_kn / (N tau) (ga (v_k - u_n) - gs (log q_kn + H_n))
+                        dz = dl^T E          dE = dl z          dV = g_n added to row i_n
 
 dl holds the derivatives of two softmaxes, x -> p (x - sum p x); r, u and H are their inner sums. Because v does not
-depend on cotangents, the forward pass can compute u. The total is seven products of N K D multiplications (l three
-times, mu, g E^T, dz, dE) and five exponentials of N K elements. Kept between the passes: mu [N, D], v [K, R] and six
-numbers per token.
+depend on cotangents, the forward pass can compute u. The total is five products of N K D multiplications (l three
+times, dz, dE), two of N K W (mu, g V^T) and five exponentials of N K elements. Kept between the passes: mu [N, W],
+v [K, R] and six numbers per token.
 
-Every column of dl sums to zero except for rounding, since g_n . e_k and r_n come from different products. For a
+Every column of dl sums to zero except for rounding, since g_n . w_k and r_n come from different products. For a
 confident token nearly all of that excess lies in the winner's entry, p = 1 times a difference that should vanish, and
 may outweigh the gradient itself. Pass 3 therefore also sums the columns, and subtracts the winner's share of the
 excess, p_in times it, from that entry.
@@ -34,8 +35,8 @@ whole groups, which are independent of each other, every pass takes them in chun
 another: blocks can then have more codes, and their columns need not be split into groups, which a TPU does by copying.
 
 On a mesh, tokens are split over all axes and codes over the axis `codebook`. Each device gathers the tokens of its
-neighbours along `codebook`, scans its own codes, and combines maxima and sums along that axis; z_q, mu and dz are
-scattered back to the tokens' owners, and dE is summed over the other axes.
+neighbours along `codebook`, scans its own codes, and combines maxima and sums along that axis; values, mu and dz are
+scattered back to the tokens' owners, and dE and dV are summed over the other axes.
 """
 
 import dataclasses
@@ -85,21 +86,22 @@ def streamed_nearest_codes(z: jax.Array, codebook: jax.Array, stream: BlockScan,
     return stream.on_devices(local, (OWNED, CODES), GATHERED)(z, codebook)
 
 
-def streamed_quantize(
+def streamed_lookup(
     z: jax.Array,
-    codebook: jax.Array,
+    keys: jax.Array,
+    values: jax.Array | None,
     temperature: float,
     group_tokens: int,
     precisions: tuple[str, str],
     stream: BlockScan,
 ) -> tuple[jax.Array, ...]:
-    """Returns the fields of `IndexBackprop` in order. The public functions check beforehand that sizes divide.
+    """Returns the fields of `SoftLookup` in order. The public functions check beforehand that sizes divide.
 
-    `precisions` are those of the logits and of the other products.
+    `values` are None if they are the keys. `precisions` are those of the logits and of the other products.
     """
-    dtype = jnp.result_type(z, codebook)
+    dtype = jnp.result_type(z, keys)
     plan = _Plan(temperature, group_tokens, z.shape[0], *precisions, stream)
-    return _quantize(plan, z.astype(dtype), codebook.astype(dtype))
+    return _lookup(plan, z.astype(dtype), keys.astype(dtype), values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,7 @@ class _Saved(NamedTuple):
     log_s_tau: jax.Array  # [N]  log S
     h: jax.Array  # [N]
     u: jax.Array  # [N]
-    mu: jax.Array  # [N, D]
+    mu: jax.Array  # [N, W]
     v: jax.Array  # [K, R]
 
 
@@ -131,43 +133,45 @@ SAVED = _Saved(*[GATHERED] * 6, mu=OWNED, v=CODES_BY_RUNS)  # pyright: ignore[re
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _quantize(plan: _Plan, z: jax.Array, codebook: jax.Array) -> tuple[jax.Array, ...]:
-    return _forward(plan, z, codebook)[0]
+def _lookup(plan: _Plan, z: jax.Array, keys: jax.Array, values: jax.Array | None) -> tuple[jax.Array, ...]:
+    return _forward(plan, z, keys, values)[0]
 
 
-def _forward(plan: _Plan, z: jax.Array, codebook: jax.Array):
+def _forward(plan: _Plan, z: jax.Array, keys: jax.Array, values: jax.Array | None):
     out_specs = (OWNED, GATHERED, EQUAL, EQUAL, EQUAL, EQUAL), SAVED
-    run = plan.stream.on_devices(partial(_local_forward, plan), (OWNED, CODES), out_specs)
-    outputs, saved = run(z, codebook)
-    return outputs, (z, codebook, saved)
+    run = plan.stream.on_devices(partial(_local_forward, plan), (OWNED, CODES, CODES), out_specs)
+    outputs, saved = run(z, keys, values)
+    return outputs, (z, keys, values, saved)
 
 
 def _backward(plan: _Plan, residuals, cotangents):
     g, _, g_sample, g_avg, _, _ = cotangents  # indices and diagnostics have no gradient
-    in_specs = (OWNED, CODES, SAVED, OWNED, EQUAL, EQUAL)
-    run = plan.stream.on_devices(partial(_local_backward, plan), in_specs, (OWNED, CODES))
+    in_specs = (OWNED, CODES, CODES, SAVED, OWNED, EQUAL, EQUAL)
+    run = plan.stream.on_devices(partial(_local_backward, plan), in_specs, (OWNED, CODES, CODES))
     return run(*residuals, g, g_sample, g_avg)
 
 
-_quantize.defvjp(_forward, _backward)
+_lookup.defvjp(_forward, _backward)
 
 
-def _local_forward(plan: _Plan, z: jax.Array, codebook: jax.Array) -> tuple[tuple[jax.Array, ...], _Saved]:
+def _local_forward(
+    plan: _Plan, z: jax.Array, keys: jax.Array, values: jax.Array | None
+) -> tuple[tuple[jax.Array, ...], _Saved]:
     stream = plan.stream
     z = lax.all_gather(z, stream.code_axes, tiled=True)
-    m, indices, s_tau, largest = _maxima(plan, z, codebook)
+    m, indices, s_tau, largest = _maxima(plan, z, keys)
     log_s_tau = jnp.log(s_tau)
-    s, mu, h, u, batch_entropy, v = _expectations(plan, z, codebook, m, log_s_tau)
+    s, mu, h, u, batch_entropy, v = _expectations(plan, z, keys, values, m, log_s_tau)
 
-    _, winners = own_rows(codebook, indices, stream)
-    z_q = lax.psum_scatter(winners.astype(jnp.float32), stream.code_axes, tiled=True)
+    _, chosen = own_rows(keys if values is None else values, indices, stream)
+    value = lax.psum_scatter(chosen.astype(jnp.float32), stream.code_axes, tiled=True)
     sample_entropy = lax.psum(h.sum(), stream.token_axes) / plan.tokens
     max_probability = lax.psum((1 / s).sum(), stream.token_axes) / plan.tokens
-    outputs = (z_q, indices, sample_entropy, batch_entropy, max_probability, largest)
+    outputs = (value, indices, sample_entropy, batch_entropy, max_probability, largest)
     return outputs, _Saved(indices, m, s, log_s_tau, h, u, mu, v)
 
 
-def _maxima(plan: _Plan, z: jax.Array, codebook: jax.Array) -> tuple[jax.Array, ...]:
+def _maxima(plan: _Plan, z: jax.Array, keys: jax.Array) -> tuple[jax.Array, ...]:
     """Runs pass 1: returns m, i, S [N], and the largest |l| []."""
     stream, tau = plan.stream, plan.temperature
 
@@ -184,7 +188,7 @@ def _maxima(plan: _Plan, z: jax.Array, codebook: jax.Array) -> tuple[jax.Array, 
             return (improved, s_tau, jnp.minimum(lowest, logits.min(axis=0))), None
 
         start = (_no_best(z), per_token(z, 0.0), per_token(z, jnp.inf))
-        return stream.scan(step, start, (codebook, _own_codes(codebook, stream)))[0]
+        return stream.scan(step, start, (keys, _own_codes(keys, stream)))[0]
 
     best, s_tau, lowest = _joined(lax.map(chunk, _chunks(plan, z)))
     m, indices = _best_of_devices(best, stream)
@@ -194,17 +198,20 @@ def _maxima(plan: _Plan, z: jax.Array, codebook: jax.Array) -> tuple[jax.Array, 
 
 
 def _expectations(
-    plan: _Plan, z: jax.Array, codebook: jax.Array, m: jax.Array, log_s_tau: jax.Array
+    plan: _Plan, z: jax.Array, keys: jax.Array, values: jax.Array | None, m: jax.Array, log_s_tau: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Runs pass 2: returns s [N], mu [N, D] of the device's own tokens, H and u [N], batch_entropy [] and v [K, R]."""
+    """Runs pass 2: returns s [N], mu [N, W] of the device's own tokens, H and u [N], batch_entropy [] and v [K, R]."""
     stream, tau, run_tokens = plan.stream, plan.temperature, _run_tokens(plan, z)
+    width = (keys if values is None else values).shape[1]
 
     def chunk(arrays):
         z, m, log_s_tau = arrays
 
-        def step(carry, rows):
+        def step(carry, block):
             s, mu, q_below, u, a_log_a = carry
+            rows, values = block
             below = product("kd,nd->kn", rows, z, plan.precision) - m[None]
+            values = rows if values is None else values
             weight = jnp.exp(below)
             q = jnp.exp(below / tau - log_s_tau[None])
             a = _group_means(plan, q, run_tokens)
@@ -212,7 +219,7 @@ def _expectations(
             v = -log_a - a / (a + LOG_EPSILON)
             sums = (
                 s + weight.sum(axis=0),
-                mu + product("kd,kn->dn", rows, weight.astype(rows.dtype), plan.gradient_precision),
+                mu + product("kd,kn->dn", values, weight.astype(values.dtype), plan.gradient_precision),
                 q_below + (q * below).sum(axis=0),
                 u + (q * _to_tokens(v, run_tokens)).sum(axis=0),
                 a_log_a + (a * log_a).sum(),
@@ -220,21 +227,21 @@ def _expectations(
             return sums, v
 
         zeros = per_token(z, 0.0)
-        start = (zeros, jnp.zeros_like(z.T, jnp.float32), zeros, zeros, zeros[0])
-        (s, mu, q_below, u, a_log_a), v = stream.scan(step, start, codebook)
+        start = (zeros, jnp.broadcast_to(zeros, (width, zeros.shape[0])), zeros, zeros, zeros[0])
+        (s, mu, q_below, u, a_log_a), v = stream.scan(step, start, (keys, values))
         return (s, mu.T, q_below, u), a_log_a, v
 
     sums, a_log_a, v = lax.map(chunk, _chunks(plan, (z, m, log_s_tau)))
     s, mu, q_below, u = _joined(sums)
-    v = v.swapaxes(0, 1).reshape(codebook.shape[0], -1)
+    v = v.swapaxes(0, 1).reshape(keys.shape[0], -1)
     s, q_below, u = lax.psum((s, q_below, u), stream.code_axes)
     mu = lax.psum_scatter(mu, stream.code_axes, tiled=True)
     a_log_a = lax.psum(a_log_a.sum(), stream.token_axes + stream.code_axes)
     return s, mu, log_s_tau - q_below / tau, u, -a_log_a * run_tokens / plan.tokens, v
 
 
-def _local_backward(plan: _Plan, z, codebook, saved: _Saved, g, g_sample, g_avg) -> tuple[jax.Array, jax.Array]:
-    """Runs pass 3: returns dz of the device's own tokens and dE of its own codes."""
+def _local_backward(plan: _Plan, z, keys, values, saved: _Saved, g, g_sample, g_avg) -> tuple[jax.Array | None, ...]:
+    """Runs pass 3: returns dz of the device's own tokens, and dE and dV of its own codes."""
     stream, tau = plan.stream, plan.temperature
     r = lax.all_gather((g * saved.mu).sum(axis=1), stream.code_axes, tiled=True) / saved.s
     z = lax.all_gather(z, stream.code_axes, tiled=True)
@@ -243,42 +250,52 @@ def _local_backward(plan: _Plan, z, codebook, saved: _Saved, g, g_sample, g_avg)
     inner = g_avg * saved.u + g_sample * saved.h
     run_tokens = _run_tokens(plan, z)
 
-    def chunk(dcodebook, arrays):
+    def chunk(dkeys, arrays):
         (z, g, m, s, log_s_tau, r, inner), v = arrays
 
         def step(carry, block):
-            dz, excess, dcodebook = carry
-            number, rows, v = block
+            dz, excess, dkeys = carry
+            number, rows, values, v = block
+            values = rows if values is None else values
             below = product("kd,nd->kn", rows, z, plan.precision) - m[None]
             p = jnp.exp(below) / s[None]
-            through_p = p * (product("kd,nd->kn", rows, g, plan.gradient_precision) - r[None])
+            through_p = p * (product("kd,nd->kn", values, g, plan.gradient_precision) - r[None])
             log_q = below / tau - log_s_tau[None]
             through_q = jnp.exp(log_q) * (_to_tokens(g_avg * v, run_tokens) - g_sample * log_q - inner[None])
             dl = (through_p + through_q).astype(z.dtype)
             first = number[0] * stream.block_size
             drows = product("kn,nd->kd", dl, z, plan.gradient_precision)
-            dcodebook = add_rows(dcodebook, drows, first, only_once=chunks == 1)
+            dkeys = add_rows(dkeys, drows, first, only_once=chunks == 1)
             dz += product("kd,kn->dn", rows, dl, plan.gradient_precision)
-            return (dz, excess + dl.sum(axis=0, dtype=jnp.float32), dcodebook), None
+            return (dz, excess + dl.sum(axis=0, dtype=jnp.float32), dkeys), None
 
-        start = (jnp.zeros_like(z.T, jnp.float32), per_token(z, 0.0), dcodebook)
-        (dz, excess, dcodebook), _ = stream.scan(step, start, (numbers, codebook, v))
-        return dcodebook, (dz.T, excess)
+        start = (jnp.zeros_like(z.T, jnp.float32), per_token(z, 0.0), dkeys)
+        (dz, excess, dkeys), _ = stream.scan(step, start, (numbers, keys, values, v))
+        return dkeys, (dz.T, excess)
 
-    tokens = _chunks(plan, (z, g.astype(z.dtype), saved.m, saved.s, saved.log_s_tau, r, inner))
+    tokens = _chunks(
+        plan, (z, g.astype(z.dtype if values is None else values.dtype), saved.m, saved.s, saved.log_s_tau, r, inner)
+    )
     chunks = tokens[0].shape[0]
-    v = saved.v.reshape(codebook.shape[0], chunks, -1).swapaxes(0, 1)
-    numbers = jnp.arange(codebook.shape[0], dtype=jnp.int32) // stream.block_size
-    zeros = lax.pcast(jnp.zeros_like(codebook, jnp.float32), stream.token_axes, to="varying")
-    dcodebook, by_chunks = lax.scan(chunk, zeros, (tokens, v))
+    v = saved.v.reshape(keys.shape[0], chunks, -1).swapaxes(0, 1)
+    numbers = jnp.arange(keys.shape[0], dtype=jnp.int32) // stream.block_size
+
+    def zeros(rows):
+        return lax.pcast(jnp.zeros_like(rows, jnp.float32), stream.token_axes, to="varying")
+
+    def add_at_winners(total, rows, like):
+        total = total.at[own].add(rows, mode="drop", wrap_negative_indices=False)
+        return lax.psum(total, stream.token_axes).astype(like.dtype)
+
+    dkeys, by_chunks = lax.scan(chunk, zeros(keys), (tokens, v))
     dz, excess = _joined(by_chunks)
     p_winner = 1 / saved.s
     excess = (p_winner * lax.psum(excess, stream.code_axes))[:, None]
-    own, winners = own_rows(codebook, saved.indices, stream)
-    dz = lax.psum_scatter(dz - excess * winners, stream.code_axes, tiled=True)
-    dcodebook = dcodebook.at[own].add(g - excess * z, mode="drop", wrap_negative_indices=False)
-    dcodebook = lax.psum(dcodebook, stream.token_axes)
-    return dz.astype(z.dtype), dcodebook.astype(codebook.dtype)
+    own, winners = own_rows(keys, saved.indices, stream)
+    dz = lax.psum_scatter(dz - excess * winners, stream.code_axes, tiled=True).astype(z.dtype)
+    if values is None:
+        return dz, add_at_winners(dkeys, g - excess * z, keys), None
+    return dz, add_at_winners(dkeys, -excess * z, keys), add_at_winners(zeros(values), g, values)
 
 
 def chunk_tokens(tokens: int, group_tokens: int) -> int:

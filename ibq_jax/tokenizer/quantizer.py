@@ -13,10 +13,9 @@ from jax.nn.initializers import normal
 from jax.sharding import Mesh
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.ops.index_backprop import index_backprop, nearest_codes
+from ibq_jax.ops.index_backprop import index_backprop, nearest_codes, unit
 
 BETA_ON = ("codebook", "commitment")
-MIN_NORM = 1e-12  # vectors are divided by at least this length
 
 
 @flax.struct.dataclass
@@ -60,12 +59,6 @@ class Quantizer(Protocol):
 def straight_through(value: jax.Array, z: jax.Array) -> jax.Array:
     """Returns `value` with its gradient copied unchanged to `z` (straight-through estimator)."""
     return jax.lax.stop_gradient(value) + (z - jax.lax.stop_gradient(z))
-
-
-def unit(vectors: jax.Array) -> jax.Array:
-    """Divides vectors [..., D] by their lengths."""
-    squares = jnp.sum(vectors**2, axis=-1, keepdims=True)
-    return vectors * jax.lax.rsqrt(jnp.maximum(squares, MIN_NORM**2))
 
 
 class IndexBackpropQuantizer(nn.Module):

@@ -13,8 +13,8 @@ from jax.nn.initializers import normal
 from jax.sharding import Mesh
 
 from ibq_jax.base.precision import FULL
-from ibq_jax.ops.index_backprop import nearest_codes
-from ibq_jax.tokenizer.quantizer import Quantized, straight_through, unit
+from ibq_jax.ops.index_backprop import nearest_codes, unit
+from ibq_jax.tokenizer.quantizer import Quantized, straight_through
 
 
 class NearestRowQuantizer(nn.Module):

@@ -2,12 +2,14 @@
 
     python tests/benchmarks/index_backprop.py --codebook-size 16384 262144
     python tests/benchmarks/index_backprop.py --devices 8
+    python tests/benchmarks/index_backprop.py --codebook-size 131072 --value-width 1024
 
 Forms: the formulas written down in PyTorch, as the released code has them (where torch is installed), the same in JAX
 ("dense"), and streamed. They take turns, and a cell is the median of their repeats, so that a machine that slows down
 slows all of them. The yardstick is eight times one streamed product z E^T over the same blocks. With --devices, the
 streamed form alone, on so many simulated devices, 2 for tokens and the others for codes. Temporaries are a device's, by
-XLA's memory analysis.
+XLA's memory analysis. With --value-width, `soft_lookup` with values of that width is timed, streamed and dense; the
+yardstick is its seven products: five over the keys, two over the values.
 """
 
 import argparse
@@ -25,12 +27,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ibq_jax.base.sharding import AXES, CODEBOOK, make_mesh
-from ibq_jax.ops import index_backprop
+from ibq_jax.ops import index_backprop, soft_lookup
 
 MIB = 2**20
 COLUMNS = (
     *("codes", "torch", "dense", "streamed", "torch / streamed", "dense / streamed", "streamed / 8 products"),
     *("dense temp.", "streamed temp."),
+)
+LOOKUP_COLUMNS = (
+    *("codes", "dense", "streamed", "dense / streamed", "streamed / 7 products", "dense temp.", "streamed temp."),
 )
 SPLIT_COLUMNS = ("codes", "streamed", "temp. of a device")
 
@@ -126,6 +131,41 @@ def measure(codes: int, tokens: int, width: int, block_size: int, repeats: int) 
     )
 
 
+def lookup_step(cotangent: jax.Array, **arguments) -> Callable:
+    """Gradients of a loss through the values and both entropies, in z, keys and values."""
+
+    def loss(z, keys, values):
+        out = soft_lookup(z, keys, values, **arguments)
+        return (out.value * cotangent).sum() + 0.05 * (out.sample_entropy - out.batch_entropy)
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2))
+
+
+def measure_lookup(codes: int, tokens: int, width: int, value_width: int, block_size: int, repeats: int):
+    """One row of the table for `soft_lookup`."""
+    z, keys, _ = inputs(codes, tokens, width)
+    cotangent, values, _ = inputs(codes, tokens, value_width)
+    block_size = min(block_size, codes)
+    of_values, arrays = streamed_product(block_size), (z, keys, values)
+    forms = {
+        "product": (streamed_product(block_size), (z, keys)),
+        "product of values": (of_values, (cotangent, values)),
+        "streamed": (lookup_step(cotangent, block_size=block_size), arrays),
+        "dense": (lookup_step(cotangent, implementation="dense"), arrays),
+    }
+    compiled = {name: jax.jit(form).lower(*given).compile() for name, (form, given) in forms.items()}
+    runs = {name: lambda name=name: jax.block_until_ready(compiled[name](*forms[name][1])) for name in forms}
+    median = medians(runs, repeats)
+    floor = 5 * median["product"] + 2 * median["product of values"]
+    return (
+        f"{codes:,}",
+        *(f"{median[name]:.3g} s" for name in ("dense", "streamed")),
+        f"{median['dense'] / median['streamed']:.1f}",
+        f"{median['streamed'] / floor:.2f}",
+        *(temporaries(compiled[name]) for name in ("dense", "streamed")),
+    )
+
+
 def measure_split(codes: int, tokens: int, width: int, devices: int, repeats: int) -> tuple[str, ...]:
     """One row of the table for many devices."""
     z, codebook, cotangent = inputs(codes, tokens, width)
@@ -142,6 +182,7 @@ def main() -> None:
     parser.add_argument("--codebook-size", type=int, nargs="+", default=[2**i for i in range(10, 19, 2)])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--width", type=int, default=256, help="dimensions of a code")
+    parser.add_argument("--value-width", type=int, default=0, help="dimensions of a value; 0: the codes themselves")
     parser.add_argument("--block-size", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--devices", type=int, default=1)
@@ -150,11 +191,14 @@ def main() -> None:
     tokens, width, repeats = arguments.tokens, arguments.width, arguments.repeats
     print(f"{tokens} tokens of {width} dimensions, float32; medians of {repeats};")
     print(f"{arguments.devices} {jax.devices()[0].device_kind} device(s), {os.cpu_count()} cores\n")
-    columns = COLUMNS if arguments.devices == 1 else SPLIT_COLUMNS
+    value_width = arguments.value_width
+    columns = LOOKUP_COLUMNS if value_width else COLUMNS if arguments.devices == 1 else SPLIT_COLUMNS
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
     for codes in arguments.codebook_size:
-        if arguments.devices == 1:
+        if value_width:
+            row = measure_lookup(codes, tokens, width, value_width, arguments.block_size, repeats)
+        elif arguments.devices == 1:
             row = measure(codes, tokens, width, arguments.block_size, repeats)
         else:
             row = measure_split(codes, tokens, width, arguments.devices, repeats)
