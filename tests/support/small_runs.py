@@ -21,6 +21,7 @@ SMALL = (
     "data.resize=16",
     "data.batch_size=8",
     "model.resolution=16",
+    "model.channel_multipliers=(1,1)",
     "model.z_channels=16",
     "codebook.size=64",
     "codebook.dim=8",
