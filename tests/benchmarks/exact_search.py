@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
+from tqdm import tqdm
 
 from ibq_jax.ops import nearest_codes
 from ibq_jax.ops.block_scan import BlockScan
@@ -63,21 +64,24 @@ def largest(z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
     return codes
 
 
-def check(tokens: int) -> None:
-    """Prints how many of the tokens, by kind, get another code than the one with the largest product."""
+def check(tokens: int, seed: int) -> None:
+    """Prints by kind how many tokens, drawn from `seed`, get another code than the one with the largest product."""
     size, codes, dimensions = 20_000, 1024, 32
     searches = {
         fast: jax.jit(lambda z, codebook, fast=fast: exact_nearest_codes(z, codebook, BlockScan(128), fast))
         for fast in ("bfloat16", "float32")
     }
     counts: dict[str, list[int]] = {}
-    for kind, z, codebook in batches(np.random.default_rng(0), size, codes, dimensions):
+    bar = tqdm(total=tokens, unit=" tokens", unit_scale=True)
+    for kind, z, codebook in batches(np.random.default_rng(seed), size, codes, dimensions):
         if sum(count for count, *_ in counts.values()) >= tokens:
             break
         expected, count = largest(z, codebook), counts.setdefault(kind, [0, 0, 0])
         count[0] += size
+        bar.update(size)
         for index, search in enumerate(searches.values()):
             count[1 + index] += int((np.asarray(search(z, codebook)) != expected).sum())
+    bar.close()
     print(
         f"| kind ({codes:,} codes of {dimensions}) | tokens | wrong, bfloat16 pass first | wrong, float32 pass first |"
     )
@@ -135,11 +139,12 @@ def expect(topology: str, tokens: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", type=int, default=0, metavar="N", help="Tokens to compare. Default: 0, none.")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="Of the tokens to compare. Default: 0.")
     parser.add_argument("--topology", metavar="CHIP:SHAPE", help="TPU to compile for, such as v5e:2x2. Default: none.")
     parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="Tokens of a search. Default: 4096.")
     flags = parser.parse_args()
     if flags.check:
-        check(flags.check)
+        check(flags.check, flags.seed)
     elif flags.topology:
         jax.config.update("jax_platforms", "cpu")
         expect(flags.topology, flags.tokens)
