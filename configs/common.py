@@ -21,6 +21,7 @@ def add_common_groups(config: ConfigDict, *, epochs: int, images_every: int, bes
     config.train.epochs = epochs  # passes over the training data
     config.train.steps = 0  # length of the run in steps; 0: train.epochs decides
     config.train.grad_accum_steps = 1  # micro-batches that a batch is split into, one in memory at a time
+    config.train.compiler_options = ""  # XLA's for the step, NAME=VALUE,...: besides those of ibq_jax/base/compiler.py
 
     config.mesh = ConfigDict()  # devices along each axis; their product is the number of devices
     config.mesh.data = -1  # splits the batch only; -1: all devices that the other axes leave

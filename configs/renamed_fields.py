@@ -61,6 +61,7 @@ ADDED = {
         "finetune.encoder_rate": 1.0,
         "finetune.codebook_rate": 1.0,
         "finetune.decoder_rate": 1.0,
+        "train.compiler_options": "",
     },
-    "autoregressive": {},
+    "autoregressive": {"train.compiler_options": ""},
 }

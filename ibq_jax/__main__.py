@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(name: str, argv: list[str]) -> int:
     cache = Path("~/.cache/ibq_jax/compiled").expanduser()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))  # the second start skips most of the compilation
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # of a GPU; JAX's 0.75 leaves more than NCCL needs
     from ibq_jax.base import processes  # not before --help: JAX takes a second to import
 
     try:

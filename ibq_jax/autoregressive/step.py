@@ -210,7 +210,8 @@ class GeneratorTrainer:
 def jit_train_step(trainer: GeneratorTrainer):
     """Returns `trainer.train_step(state, codes, labels)`, jitted and sharded over its mesh; it donates the state."""
     batch = batch_sharding(trainer.mesh)
-    return jit_step(trainer.train_step, trainer.create_state, trainer.mesh, (batch, batch))
+    changes = trainer.config.train.compiler_options
+    return jit_step(trainer.train_step, trainer.create_state, trainer.mesh, (batch, batch), changes)
 
 
 def abstract_arguments(trainer: GeneratorTrainer) -> tuple:

@@ -27,6 +27,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ibq_jax.base.compiler import compiler_options
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.processes import barrier, joined
 
@@ -108,17 +109,6 @@ def describe_mesh(mesh: Mesh) -> str:
         words.append(f"{axis}={size}{where}")
     kind = mesh.devices.flat[0].device_kind
     return f"{count} processes, {mesh.size} devices ({kind}), {mesh.size // count} each; mesh {', '.join(words)}"
-
-
-def compiler_options(mesh: Mesh) -> dict[str, bool]:
-    """Returns the `compiler_options` of `jax.jit` for a training step on the devices of `mesh`.
-
-    With fewer than 8 images per chip, XLA for TPUs cuts images into strips to get a larger batch. This copies every
-    array between convolutions, which costs ten times the memory traffic that it was meant to save.
-    """
-    if mesh.devices.flat[0].platform != "tpu":
-        return {}
-    return {"xla_tpu_run_space_to_batch": False, "xla_tpu_run_space_to_batch_on_new_platforms": False}
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -287,10 +277,17 @@ def create_sharded(create: Callable, mesh: Mesh, *args):
     return jit_on_mesh(lambda *a: nn.meta.unbox(create(*a)), mesh, out_shardings=shardings)(*args)
 
 
-def jit_step(step: Callable, create_state: Callable, mesh: Mesh, argument_shardings: tuple[NamedSharding, ...]):
+def jit_step(
+    step: Callable,
+    create_state: Callable,
+    mesh: Mesh,
+    argument_shardings: tuple[NamedSharding, ...],
+    compiler_changes: str = "",
+):
     """Returns `step(state, *arguments) -> (state, metrics)`, compiled for `mesh`.
 
-    The state has the placement of `create_state(seed)` and is donated; metrics are on every device.
+    The state has the placement of `create_state(seed)` and is donated; metrics are on every device. XLA's options are
+    those of `ibq_jax.base.compiler`, with `compiler_changes`.
     """
     _, shardings = abstract_state(create_state, mesh, 0)
     return jit_on_mesh(
@@ -299,7 +296,7 @@ def jit_step(step: Callable, create_state: Callable, mesh: Mesh, argument_shardi
         in_shardings=(shardings, *argument_shardings),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(mesh),
+        compiler_options=compiler_options(mesh, compiler_changes),
     )
 
 

@@ -36,10 +36,10 @@ UNTUNED = (
 GPU_FIGURES = (
     "Operations, bytes and kernels are counted in the compiled text, each loop as often as it runs, as if every kernel "
     "read and wrote its arrays once and the L2 cache kept none, so that HBM may be needed for less. "
-    "JAX takes {share:.0%} of a card's memory ({available:.1f} GB) unless "
+    "The commands take {share:.0%} of a card's memory ({available:.1f} GB) unless "
     "XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."
 )
-PREALLOCATED = 0.75  # JAX's default share of a GPU's memory
+PREALLOCATED = 0.9  # of a GPU's memory, by ibq_jax/__main__.py
 LISTED = 10  # places in the model that are listed
 
 

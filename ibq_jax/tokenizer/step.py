@@ -358,8 +358,8 @@ def _merge(micro_batches: jax.Array) -> jax.Array:
 
 def jit_train_step(trainer: TokenizerTrainer):
     """Returns `trainer.train_step(state, perceptual, images)`, jitted and sharded over its mesh; donates the state."""
-    mesh = trainer.mesh
-    return jit_step(trainer.train_step, trainer.create_state, mesh, (replicated(mesh), batch_sharding(mesh)))
+    mesh, changes = trainer.mesh, trainer.config.train.compiler_options
+    return jit_step(trainer.train_step, trainer.create_state, mesh, (replicated(mesh), batch_sharding(mesh)), changes)
 
 
 def abstract_arguments(trainer: TokenizerTrainer) -> tuple:

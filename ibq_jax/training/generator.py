@@ -47,6 +47,7 @@ FIELD_ROLES = FieldRoles(
         "model.attention",
         "train.steps",
         "train.epochs",
+        "train.compiler_options",
     ),
     location=("data.num_workers", "data.num_threads", "token_cache", "tokenizer"),
     network=("stage:", "model."),

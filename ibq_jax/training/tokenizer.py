@@ -44,6 +44,7 @@ FIELD_ROLES = FieldRoles(
         "model.remat",
         "train.steps",
         "train.epochs",
+        "train.compiler_options",
         "loss.perceptual_file",
     ),
     location=("data.dir", "data.num_workers", "data.num_threads", "loss.perceptual_file"),
