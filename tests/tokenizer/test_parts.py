@@ -33,6 +33,10 @@ def train(steps: int, *overrides: str, devices: int = 1) -> tuple:
     return states, logs
 
 
+def largest(tree) -> float:
+    return max(np.abs(leaf).max() for leaf in jax.tree.leaves(tree))
+
+
 def assert_equal(tree, other) -> None:
     jax.tree.map(np.testing.assert_array_equal, tree, other)
 
@@ -53,9 +57,11 @@ def test_frozen_parts_stay_as_they_are_and_take_no_memory(plain):
     assert set(last.ema) == set(last.optimizer[0].mu) == set(last.optimizer[0].nu) == trained
     assert_equal(last.weights("ema")["encoder"], first.params["encoder"])
     assert_equal(last.weights("ema")["decoder"], last.ema["decoder"])
-    # The decoder's first gradient does not depend on what else is trained.
-    moments = (state[1].optimizer[0].mu["decoder"] for state in (states, plain[0]))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(b).max()), *moments)
+    # The decoder's first gradient does not depend on what else is trained. Biases before a norm of one channel have a
+    # gradient of zero, of which only rounding errors are left.
+    moments, expected = (state[1].optimizer[0].mu["decoder"] for state in (states, plain[0]))
+    within = 1e-6 * largest(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=within), moments, expected)
     assert logs[0]["loss/total"] == pytest.approx(plain[1][0]["loss/total"], rel=1e-5)
 
 
@@ -84,7 +90,12 @@ def test_a_part_has_a_rate_of_its_own(plain):
         moved, expected = (
             jax.tree.map(np.subtract, run[1].params[module], run[0].params[module]) for run in (states, plain[0])
         )
-        for ours, theirs in zip(jax.tree.leaves(moved), jax.tree.leaves(expected), strict=True):
+        gradient = plain[0][1].optimizer[0].mu[module]
+        noise = 1e-6 * largest(gradient)  # a gradient that is zero but for rounding errors, which Adam would magnify
+        leaves = zip(*map(jax.tree.leaves, (moved, expected, gradient)), strict=True)
+        compared = [(ours, theirs) for ours, theirs, slope in leaves if np.abs(slope).max() > noise]
+        assert len(compared) > len(jax.tree.leaves(moved)) / 2
+        for ours, theirs in compared:
             # The difference of parameters near 1 after steps of 1e-5 has the rounding error of the parameters.
             np.testing.assert_allclose(ours, rate * theirs, rtol=0, atol=5e-7)
 
