@@ -1,7 +1,11 @@
 """python -m ibq_jax convert: reads weights from PyTorch, writes weights for PyTorch, and resizes codebooks."""
 
+import json
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 from ibq_jax.base.config import PREFIX
 from ibq_jax.base.errors import Failed, UsageError
@@ -39,7 +43,7 @@ def main(argv: list[str]) -> None:
     source = download_if_hub(flags.input)
     if flags.codebook_size or flags.prune:
         _resize(flags, source)
-    elif flags.out is not None and (flags.hub or flags.out.suffix in FILES):
+    elif flags.out is not None and (flags.hub or flags.graphs or flags.out.suffix in FILES):
         _export(flags, source)
     elif flags.out is not None and holds_weights(source):
         words = import_file(source, flags.out, flags.config, overrides, flags.tokenizer)
@@ -47,7 +51,7 @@ def main(argv: list[str]) -> None:
     elif flags.out is not None:
         raise UsageError(
             f"--out={flags.out}: a run becomes a file ({', '.join(FILES)}), with --hub a folder for the hub, with "
-            "--codebook-size or --prune another run"
+            "--graphs one of graphs, with --codebook-size or --prune another run"
         )
     if flags.verify:
         _verify(flags, source)
@@ -57,11 +61,22 @@ def _export(flags: Namespace, source: Path) -> None:
     tensors, about = export(source, flags.weights)
     if flags.hub:
         write_hub_folder(flags.out, tensors, about)
-        print(f"wrote {flags.out}/: model.safetensors, config.json, README.md (the model card) and torch_model.py")
+        print(f"wrote {flags.out}/: model.safetensors, config.json, README.md (the model card) and code for PyTorch")
+    elif flags.graphs:
+        _write_graphs(flags.out, tensors, about, flags.graphs)
     else:
         write_tensors(flags.out, tensors, about)
         size = sum(tensor.nbytes for tensor in tensors.values())
         print(f"wrote {flags.out}: {about['description']}; {len(tensors):,} tensors, {size / 1e6:,.1f} MB")
+
+
+def _write_graphs(out: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, str], suffix: str) -> None:
+    try:
+        from ibq_jax.interop import graphs
+    except ImportError as error:
+        raise UsageError("--graphs needs PyTorch: pip install -r requirements-torch.txt") from error
+    files = graphs.write_graphs(out, tensors, json.loads(about["architecture"]), suffix)
+    print(f"wrote {out}/: {', '.join(files)}, for batches and sides of any size")
 
 
 def _resize(flags: Namespace, source: Path) -> None:
@@ -115,6 +130,7 @@ def parser() -> Parser:
             "--in=hf://BAAI/Emu3.5-VisionTokenizer --out=runs/emu35",
             "--in=runs/tokenizer --out=tokenizer.safetensors --verify",
             "--in=runs/tokenizer --out=hub --hub",
+            "--in=runs/tokenizer --out=graphs --graphs=onnx",
             "--in=runs/codes1024 --out=runs/codes8192 --codebook-size=8192",
         ],
         notes=(
@@ -148,7 +164,14 @@ def parser() -> Parser:
     parser.add_argument(
         "--hub",
         action="store_true",
-        help="Write --out as a folder for the Hugging Face hub, with a model card.",
+        help="Write --out as a folder for the Hugging Face hub: the weights that a model computes with, a model card, "
+        "and code for PyTorch and for AutoModel of transformers.",
+    )
+    parser.add_argument(
+        "--graphs",
+        choices=("onnx", "pt2"),
+        help="Write --out as a folder with a tokenizer's encode and decode as ONNX, or as programs of torch.export "
+        "(pt2). Default: neither.",
     )
     parser.add_argument(
         "--verify",

@@ -105,9 +105,9 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        query, key, value = (layer(normed).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return x + self.proj_out(attended.transpose(1, 2).reshape(x.shape))
+        query, key, value = (layer(normed).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(query, key, value)  # [B, 1, h w, C]: ONNX knows it with heads only
+        return x + self.proj_out(attended.mT.reshape(x.shape))
 
 
 class Middle(nn.Module):

@@ -107,7 +107,7 @@ def test_a_difference_is_exit_code_one(files, capsys, monkeypatch):
 def test_the_hubs_layout(files, tmp_path):
     assert main(["convert", f"--in={files / 'ar'}", f"--out={tmp_path / 'hub'}", "--hub"]) == 0
     names = {path.name for path in (tmp_path / "hub").iterdir()}
-    assert names == {"model.safetensors", "config.json", "README.md", "torch_model.py"}
+    assert names == {"model.safetensors", "config.json", "README.md", "torch_model.py", "modeling_ibq.py"}
     told = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert told["architecture"]["n_layer"] == 2 and told["config"]["model"]["grid"] == [4, 4]
     card = (tmp_path / "hub" / "README.md").read_text()

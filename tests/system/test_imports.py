@@ -15,7 +15,7 @@ DOORS = {
     "orbax": {"base/checkpoint.py"},
     "clu": {"training/fit.py"},
     "apache_beam": {"data/beam_map.py"},
-    "torch": {"pretrained/tensor_files.py", "interop/torch_model.py", "interop/verify.py"},
+    "torch": {"pretrained/tensor_files.py", "interop/torch_model.py", "interop/verify.py", "interop/graphs.py"},
     "huggingface_hub": {"interop/hub.py"},
 }
 TO_COPY = "interop/torch_model.py"  # PyTorch users take it as one file, so it may be longer, and needs nothing of ours
