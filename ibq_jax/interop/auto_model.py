@@ -55,7 +55,7 @@ class IbqGenerator(PreTrainedModel):
     def from_pretrained(cls, *args, **kwargs):
         """Loads the weights; the table of rotary angles, which no file holds, is computed again."""
         loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
         model.table = rotary_table(model.grid, model.head_channels).to(next(model.parameters()).device)
         return loaded
 
