@@ -20,11 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from support.image_files import noise_file, write_tar
-from support.token_caches import make_version_1, write_cache
+from support.token_caches import make_version_1, write_cache, write_mixed_cache
 from support.token_caches import settings as cache_settings
 
 from ibq_jax.base.config import read_config
 from ibq_jax.base.errors import UsageError
+from ibq_jax.data.mixed_cache import MixedCache
 from ibq_jax.data.pipeline import open_split
 from ibq_jax.data.preprocess import UnreadableImage, decode_image
 from ibq_jax.data.store import write_dataset
@@ -132,6 +133,12 @@ def _all_codes(folder: Path) -> None:
             assert source[index]["codes"].max() < source.codebook_size
 
 
+def _all_mixed(folder: Path) -> None:
+    cache = MixedCache(folder)
+    for image in cache:
+        assert image.codes.max() < cache.codebook_size and isinstance(image.name, str)
+
+
 def _picture(path: Path) -> np.ndarray:
     try:
         return decode_image(path.read_bytes())
@@ -173,6 +180,10 @@ READERS = {
     "codes": Reader(
         lambda folder: write_cache(folder, cache_settings()), "train/00000-of-00008.array_record", _all_codes
     ),
+}
+READERS |= {
+    f"mixed {name}": Reader(lambda folder: write_mixed_cache(folder), name, _all_mixed)
+    for name in ("token_cache.json", "images/00000-of-00002.array_record")
 }
 WITH_JSON = [name for name in READERS if name.endswith(".json")]
 
