@@ -15,6 +15,7 @@ from ibq_jax.base.precision import PRECISIONS
 from ibq_jax.base.processes import barrier, joined
 from ibq_jax.base.saved_run import SavedRun
 from ibq_jax.commands.arguments import Parser, positive
+from ibq_jax.commands.export import add_format_flags, check_format_flags, export
 from ibq_jax.data.any_size import MAX_PIXELS, MIN_PIXELS
 from ibq_jax.data.mixed_cache import read_mixed_manifest
 from ibq_jax.data.pipeline import open_split
@@ -75,10 +76,13 @@ def main(argv: list[str]) -> None:
         print(f"{flags.out}: this process is done; the last process to finish completes the cache")
     else:
         (_describe_mixed if flags.images else _describe)(flags.out, manifest)
+        if flags.format:
+            export(flags.out, flags.out / flags.format, flags)
 
 
 def _check_together(flags: Namespace) -> None:
-    """Raises UsageError for flags of the one kind of cache with the other."""
+    """Raises UsageError for flags of the one kind of cache with the other, or of files that are not asked for."""
+    check_format_flags(flags)
     others = SQUARE_FLAGS if flags.images else MIXED_FLAGS
     given = [f"--{name.replace('_', '-')}" for name in others if getattr(flags, name) is not None]
     if given:
@@ -242,6 +246,7 @@ def parser() -> Parser:
     )
     add("--overwrite", action="store_true", help="Replace the token cache if it exists.")
     _add_mixed_flags(parser)
+    add_format_flags(parser, required=False)
     return parser
 
 
