@@ -175,7 +175,7 @@ def export_codes(
                 with partial.open("wb") as file:
                     np.save(file, old_to_new)
     file_settings = FileSettings(layout, settings["vocab_size"], codes.texts, codes.grid)
-    total = sum(part.images for part in codes.parts)
+    total, jobs = sum(part.images for part in codes.parts), []
     with tqdm(total=total, unit=" images", disable=None, dynamic_ncols=True) as bar:
         for part in codes.parts:
             path = out / f"{part.name}{FORMATS[form].suffix}"
@@ -183,8 +183,13 @@ def export_codes(
             def write(partial: Path, part=part, path=path) -> None:
                 FORMATS[form].write(path, partial, _compact(part.read(), old_to_new, codes.path), file_settings)
 
-            write_part(path, write)
-            bar.update(part.images)
+            jobs.append((path, write))
+            if write_part(path, write) or path.exists():
+                bar.update(part.images)
+        for path, write in jobs:  # another process may still be writing some, or have died at it
+            with atomic_file(path, wait=True) as partial:
+                if partial is not None:
+                    write(partial)
     return settings
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
+from tqdm import tqdm
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import atomic_file
@@ -76,7 +77,8 @@ def survey(
     count = settings["images"]["parts"]
     (folder / "survey").mkdir(exist_ok=True)
     paths = [folder / "survey" / f"{number:05}-of-{count:05}.json" for number in range(count)]
-    for number in dict.fromkeys([*own, *range(count)]):
+    order = dict.fromkeys([*own, *range(count)])
+    for number in tqdm(order, "reading sizes", unit=" parts", disable=None, dynamic_ncols=True):
         with atomic_file(paths[number], wait=True) as partial:
             if partial is not None:
                 images, sizes = sizes_of(number)

@@ -25,7 +25,8 @@ from ibq_jax.data.sources import IMAGE_SUFFIXES, MAX_ENCODED_BYTES, read_bounded
 from ibq_jax.data.tar_reader import BrokenTar, Member, members, open_stream
 from ibq_jax.data.tar_shards import key_and_suffix
 
-IMAGES_PER_PART = 4096  # of a folder; of shards, each is a part
+IMAGES_PER_PART = 4096  # at most, of a folder; of shards, each is a part
+MIN_PARTS, FEWEST_IMAGES = 8, 256  # so that a few processes can share a small folder, but not in parts below this
 MAX_FIELD_BYTES = 2**20  # of a caption or metadata; longer ones, and those that are no text, are left out
 FIELD_NAME = re.compile(r"[a-z0-9_.-]{1,32}")
 HEAD_BYTES = 2**16  # of a member, which state its size in nearly every file
@@ -52,7 +53,7 @@ class FolderPart:
     def images_with_texts(self) -> Iterator[RawImage]:
         """Yields the images in order."""
         for path, texts in self.images:
-            yield RawImage(path, _file(self.root / path), self._texts(texts))
+            yield RawImage(printable(path), _file(self.root / path), self._texts(texts))
 
     def _texts(self, paths: Mapping[str, str]) -> Texts:
         read = {suffix: _file(self.root / path, MAX_FIELD_BYTES) for suffix, path in paths.items()}
@@ -90,9 +91,11 @@ class TarPart:
                         texts[suffix] = text
                 texts = {suffix: text for suffix, text in texts.items() if FIELD_NAME.fullmatch(suffix)}
                 for suffix, content in itertools.islice(found.items(), 1):
-                    yield RawImage(f"{self.path.name}:{key}.{suffix}", _bounded(content), texts)
+                    yield RawImage(printable(f"{self.path.name}:{key}.{suffix}"), _bounded(content), texts)
         except BrokenTar as error:
-            yield RawImage(self.path.name, UnreadableImage(f"the rest of the shard is unreadable: {error}"), {})
+            yield RawImage(
+                printable(self.path.name), UnreadableImage(f"the rest of the shard is unreadable: {error}"), {}
+            )
 
     def sizes(self) -> Iterator[tuple[int, int] | None]:
         """Yields (width, height) of each image as its head states them; None if it does not."""
@@ -154,8 +157,10 @@ def find_images(where: str) -> ImageParts:
     files = sorted(_files_below(root))
     images = _with_texts(files)
     if images:
-        cut = range(0, len(images), IMAGES_PER_PART)
-        return ImageParts(where, tuple(FolderPart(root, tuple(images[at : at + IMAGES_PER_PART])) for at in cut))
+        count = max(-(-len(images) // IMAGES_PER_PART), min(MIN_PARTS, -(-len(images) // FEWEST_IMAGES)))
+        bounds = [len(images) * number // count for number in range(count + 1)]
+        pairs = itertools.pairwise(bounds)
+        return ImageParts(where, tuple(FolderPart(root, tuple(images[start:stop])) for start, stop in pairs))
     shards = [root / file for file in files if ".tar" in file.rpartition("/")[2]]
     if not shards:
         suffixes = ", ".join(f".{suffix}" for suffix in sorted(IMAGE_SUFFIXES))

@@ -7,7 +7,6 @@ images are never padded; the last batch of each shape in a part is filled up wit
 
 import functools
 import os
-import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.parts import write_part
@@ -30,6 +28,7 @@ from ibq_jax.data.sized_images import AreaBounds, SizedImage, load_ahead
 from ibq_jax.data.token_cache import MIXED_VERSION, find_manifest
 from ibq_jax.data.token_cache_writer import locked_cache
 from ibq_jax.tokenizer.model import TokenizerModel
+from ibq_jax.tokenizer.progress import Progress
 from ibq_jax.tokenizer.tokenize import encode_crops, fingerprint
 
 IN_FLIGHT = 2  # batches on the devices; the next ones are loaded meanwhile
@@ -212,39 +211,39 @@ def _write_parts(
     total, left = (sum(counts[number] for number in numbers) for numbers in (own, missing))
     if left < total:
         print(f"continuing: {total - left:,} of {total:,} images are encoded")
-    with tqdm(total=total, initial=total - left, unit=" images", disable=None, dynamic_ncols=True) as bar:
-        start, tokens = time.monotonic(), 0
+    with Progress(total, total - left) as progress:
         for number in missing:
-            part = _Part(images.parts[number].images_with_texts(), load, batches, bar)
+            part = _Part(images.parts[number].images_with_texts(), load, batches, progress)
             if not write_part(paths[number], functools.partial(part.write, paths[number], np.dtype(settings["dtype"]))):
-                bar.update(counts[number])
-            tokens += part.tokens
-            bar.set_postfix_str(f"{tokens / (time.monotonic() - start):,.0f} tokens/s")
+                progress.add(counts[number], 0)
 
 
 class _Part:
-    """One part while it is encoded: its summary and its number of tokens."""
+    """One part while it is encoded."""
 
     def __init__(
-        self, raw: Iterator[RawImage], load: Callable[..., Iterator[SizedImage]], batches: ShapedBatches, bar: tqdm
+        self,
+        raw: Iterator[RawImage],
+        load: Callable[..., Iterator[SizedImage]],
+        batches: ShapedBatches,
+        progress: Progress,
     ):
-        self._raw, self._load, self._batches, self._bar = raw, load, batches, bar
-        self.summary, self.tokens = PartSummary(), 0
+        self._raw, self._load, self._batches, self._progress = raw, load, batches, progress
+        self._summary = PartSummary()
 
     def write(self, path: Path, dtype: np.dtype, partial: Path) -> None:
         """Encodes the images and writes them to `partial`, in their order."""
-        encoded = {position: image for position, image in self._encoded()}
-        write_part_file(path, partial, (encoded[position] for position in sorted(encoded)), dtype, self.summary)
+        encoded = dict(self._encoded())
+        write_part_file(path, partial, (encoded[position] for position in sorted(encoded)), dtype, self._summary)
 
     def _encoded(self) -> Iterator[tuple[int, MixedImage]]:
         for position, image, codes in self._batches.encoded(self._load(self._raw, skip=self._skip)):
-            self.tokens += codes.size
-            self.summary.own_size += image.shape == image.own
+            self._summary.own_size += image.shape == image.own
             change = aspect_change(image.own, image.shape)
-            self.summary.aspect_change = max(self.summary.aspect_change, change)
-            self._bar.update()
+            self._summary.aspect_change = max(self._summary.aspect_change, change)
+            self._progress.add(1, codes.size)
             yield position, MixedImage(image.name, codes, image.texts)
 
     def _skip(self, line: str) -> None:
-        self.summary.skipped.append(line)
-        self._bar.update()
+        self._summary.skipped.append(line)
+        self._progress.add(1, 0)

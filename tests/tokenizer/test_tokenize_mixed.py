@@ -17,6 +17,7 @@ from ibq_jax.data import raw_images
 from ibq_jax.data.any_size import read_upright, resize_to
 from ibq_jax.data.mixed_cache import MixedCache, is_mixed
 from ibq_jax.data.token_cache import open_token_cache
+from ibq_jax.tokenizer import progress
 from ibq_jax.tokenizer import tokenize_mixed as library
 from ibq_jax.tokenizer.tokenize_mixed import MixedJob, tokenize_mixed
 
@@ -128,7 +129,7 @@ def test_killed_twice_and_continued_it_ends_the_same_to_the_byte(
         MixedCache(tmp_path / "codes")
     capsys.readouterr()
     tokenized(tokenizer, job(where), tmp_path / "codes")
-    assert f"continuing: {4 * at} of 13 images are encoded" in capsys.readouterr().out or at == 0
+    assert f"continuing: {13 * at // 4} of 13 images are encoded" in capsys.readouterr().out or at == 0
     assert files(tmp_path / "codes") == files(tmp_path / "whole")
     before = files(tmp_path / "whole")
     tokenized(tokenizer, job(where), tmp_path / "whole")
@@ -207,3 +208,15 @@ def test_the_number_of_programs_is_that_of_the_shapes(tokenizer, photographs, tm
     assert len(seen) == len(manifest["shapes"]) == 2
     assert all(len(jax.local_devices()) <= shape[0] for shape in seen)
     assert json.loads((tmp_path / "codes" / "shapes.json").read_text())["shapes"] == manifest["shapes"]
+
+
+def test_without_a_terminal_lines_say_the_rate_and_the_time_left(monkeypatch, capsys):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    with progress.Progress(total=1000, done=400) as shown:
+        for _ in range(7):
+            shown.add(5, 300)
+    assert capsys.readouterr().out.splitlines() == [
+        "415 of 1,000 images, 0.5 images/s, 30 tokens/s, 0:19:30 left",
+        "430 of 1,000 images, 0.5 images/s, 30 tokens/s, 0:19:00 left",
+    ]
