@@ -217,6 +217,6 @@ def test_without_a_terminal_lines_say_the_rate_and_the_time_left(monkeypatch, ca
         for _ in range(7):
             shown.add(5, 300)
     assert capsys.readouterr().out.splitlines() == [
-        "415 of 1,000 images, 0.5 images/s, 30 tokens/s, 0:19:30 left",
-        "430 of 1,000 images, 0.5 images/s, 30 tokens/s, 0:19:00 left",
+        "420 of 1,000 images, 0.5 images/s, 30 tokens/s, 0:19:20 left",
+        "435 of 1,000 images, 0.5 images/s, 30 tokens/s, 0:18:50 left",
     ]
