@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ibq_jax.base.config import flatten
 from ibq_jax.base.errors import UsageError, one_line, shorten
-from ibq_jax.base.files import atomic_file
+from ibq_jax.base.files import PARTIAL, atomic_file
 from ibq_jax.base.json_files import parse_json, read_json
 from ibq_jax.base.parts import SETTINGS, claim_folder, write_part
 from ibq_jax.data.batches import NO_LABEL
@@ -156,18 +156,7 @@ def export_codes(
         )
     counts = codes.counts()
     old_to_new = None if compact is None else _old_to_new(counts, compact)
-    size = codes.codebook_size if old_to_new is None else int(old_to_new.max()) + 1
-    settings = {
-        "format": form,
-        "layout": layout.fields() if form == "megatron" else None,
-        "codebook_size": size,
-        "vocab_size": layout.vocab_size(size) if form == "megatron" else size,
-        "compact": old_to_new is not None,
-        "grid": list(codes.grid) if codes.grid else None,
-        "cache": str(codes.path),
-        "counts": hashlib.sha256(counts.tobytes()).hexdigest(),  # tells a cache from what may replace it
-        "tokenizer": {name: value for name, value in codes.tokenizer.items() if name != "config"},
-    }
+    settings = _settings(codes, counts, form, layout, old_to_new)
     _claim(out, settings)
     if old_to_new is not None:
         with atomic_file(out / OLD_TO_NEW) as partial:
@@ -193,9 +182,26 @@ def export_codes(
     return settings
 
 
+def _settings(
+    codes: CachedCodes, counts: np.ndarray, form: str, layout: CodeLayout, old_to_new: np.ndarray | None
+) -> dict:
+    size = codes.codebook_size if old_to_new is None else int(old_to_new.max()) + 1
+    return {
+        "format": form,
+        "layout": layout.fields() if form == "megatron" else None,
+        "codebook_size": size,
+        "vocab_size": layout.vocab_size(size) if form == "megatron" else size,
+        "compact": None if old_to_new is None else hashlib.sha256(old_to_new.tobytes()).hexdigest(),
+        "grid": list(codes.grid) if codes.grid else None,
+        "cache": str(codes.path),
+        "counts": hashlib.sha256(counts.tobytes()).hexdigest(),  # tells a cache from what may replace it
+        "tokenizer": {name: value for name, value in codes.tokenizer.items() if name != "config"},
+    }
+
+
 def _claim(out: Path, settings: Mapping) -> None:
     """Writes the settings unless `out` has some, then checks that they agree. Raises UsageError if not."""
-    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    names = sorted(path.name for path in out.iterdir() if path.suffix != PARTIAL) if out.is_dir() else []
     if out.exists() and (not out.is_dir() or (names and SETTINGS not in names)):
         raise UsageError(
             f"{out} is no export, it is a file or holds {names[0] if names else 'nothing'}: name a new folder"

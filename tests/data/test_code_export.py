@@ -213,6 +213,8 @@ def test_an_export_of_other_settings_or_codes_is_not_continued(mixed_cache, grid
     exported(mixed_cache, out, "jsonl")
     with pytest.raises(UsageError, match="holds an export with format jsonl, not parquet: name a new folder"):
         exported(mixed_cache, out, "parquet")
+    with pytest.raises(UsageError, match="holds an export with compact None, not "):
+        exported(mixed_cache, out, "jsonl", compact=_identity(tmp_path / "map.npy"))
     with pytest.raises(UsageError, match=r"holds an export with grid None, not \(2, 3\)"):
         exported(grid_cache, out, "jsonl")
     (tmp_path / "busy").mkdir()
@@ -221,6 +223,11 @@ def test_an_export_of_other_settings_or_codes_is_not_continued(mixed_cache, grid
         exported(mixed_cache, tmp_path / "busy", "jsonl")
     with pytest.raises(UsageError, match="this layout states no rows, and the images are of mixed sizes"):
         exported(mixed_cache, tmp_path / "new", "megatron")
+
+
+def _identity(path) -> str:
+    np.save(path, np.arange(CODEBOOK_SIZE))
+    return str(path)
 
 
 @pytest.mark.parametrize(
