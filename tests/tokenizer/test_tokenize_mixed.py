@@ -61,7 +61,10 @@ def files(folder: Path) -> dict:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_codes_are_those_of_one_image_at_a_time(tokenizer, photographs, tmp_path):
+def test_codes_are_those_of_one_image_at_a_time(tokenizer, photographs, tmp_path, monkeypatch):
+    """In batches of 7; on several devices, tests/commands/test_tokenize_mixed.py has the same."""
+    [first, *_] = jax.devices()
+    monkeypatch.setattr(jax, "local_devices", lambda: [first])
     manifest = tokenized(tokenizer, job(str(photographs), max_pixels=600, batch_tokens=1500), tmp_path / "codes")
     cache = MixedCache(tmp_path / "codes")
     assert [image.name for image in cache] == sorted(path.name for path in photographs.iterdir())
