@@ -5,9 +5,9 @@ from pathlib import Path
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.commands.arguments import Parser, count
-from ibq_jax.data.code_export import USED, export_codes, open_codes
+from ibq_jax.data.code_export import USED, check_states_shape, export_codes, open_codes, read_map
 from ibq_jax.data.code_files import FORMATS
-from ibq_jax.data.code_layouts import LAYOUTS, find_layout
+from ibq_jax.data.code_layouts import LAYOUTS, CodeLayout, find_layout
 
 
 def main(argv: list[str]) -> None:
@@ -25,8 +25,7 @@ def main(argv: list[str]) -> None:
 
 def export(cache: Path, out: Path, flags: Namespace) -> None:
     """Converts `cache` to files in `out` as the flags of `add_format_flags` say, and describes them."""
-    check_format_flags(flags)
-    layout = find_layout(flags.layout or "codes", flags.offset)
+    layout = check_format_flags(flags)
     codes = open_codes(cache)
     settings = export_codes(codes, out, flags.format, layout, flags.compact)
     images = sum(part.images for part in codes.parts)
@@ -37,13 +36,27 @@ def export(cache: Path, out: Path, flags: Namespace) -> None:
         print(f"  tokens are below {settings['vocab_size']:,}; settings.json has the layout")
 
 
-def check_format_flags(flags: Namespace) -> None:
-    """Raises UsageError for flags that do not go together."""
+def check_format_flags(flags: Namespace, mixed: bool = False) -> CodeLayout:
+    """Returns the layout that the flags name, after all checks that need no token cache.
+
+    Args:
+        flags: those of `add_format_flags`.
+        mixed: whether the images are known to be of mixed sizes.
+
+    Raises:
+        UsageError: the flags do not go together, or name a layout or a map that is none.
+    """
     for name in ("layout", "offset"):
         if getattr(flags, name) is not None and flags.format != "megatron":
             raise UsageError(f"--{name} goes with --format=megatron")
     if flags.compact is not None and flags.format is None:
         raise UsageError("--compact goes with --format: a token cache keeps the tokenizer's own codes")
+    if flags.compact not in (None, USED):
+        read_map(Path(flags.compact))
+    layout = find_layout(flags.layout or "codes", flags.offset)
+    if mixed and flags.format == "megatron":
+        check_states_shape(layout)
+    return layout
 
 
 def add_format_flags(parser: Parser, required: bool) -> None:

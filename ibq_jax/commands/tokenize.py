@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
 
 def _check_together(flags: Namespace) -> None:
     """Raises UsageError for flags of the one kind of cache with the other, or of files that are not asked for."""
-    check_format_flags(flags)
+    check_format_flags(flags, mixed=bool(flags.images))
     others = SQUARE_FLAGS if flags.images else MIXED_FLAGS
     given = [f"--{name.replace('_', '-')}" for name in others if getattr(flags, name) is not None]
     if given:

@@ -150,10 +150,8 @@ def export_codes(
         UsageError: `out` holds files of other settings, the layout does not state sizes that differ, the map does not
             fit, or an image has a code that the map left out.
     """
-    if codes.grid is None and form == "megatron" and not layout.states_shape:
-        raise UsageError(
-            "this layout states no rows, and the images are of mixed sizes: give --layout=emu35, for example"
-        )
+    if codes.grid is None and form == "megatron":
+        check_states_shape(layout)
     counts = codes.counts()
     old_to_new = None if compact is None else _old_to_new(counts, compact)
     settings = _settings(codes, counts, form, layout, old_to_new)
@@ -180,6 +178,14 @@ def export_codes(
                 if partial is not None:
                     write(partial)
     return settings
+
+
+def check_states_shape(layout: CodeLayout) -> None:
+    """Raises UsageError for a layout that cannot hold images of mixed sizes."""
+    if not layout.states_shape:
+        raise UsageError(
+            "this layout states no rows, and the images are of mixed sizes: give --layout=emu35, for example"
+        )
 
 
 def _settings(

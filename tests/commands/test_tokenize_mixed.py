@@ -44,6 +44,8 @@ def test_a_folder_is_tokenized_and_a_generator_refuses_it(images, tokenizer, tmp
     ("flags", "words"),
     [
         (("--images=IN", "--views=flip", "--data=x"), "--views, --data cannot go with --images: "),
+        (("--images=IN", "--format=megatron"), "this layout states no rows, and the images are of mixed sizes"),
+        (("--images=IN", "--format=jsonl", "--compact=lost.npy"), "lost.npy: "),
         (("--max-shapes=3",), "--max-shapes needs --images: "),
         (("--images=IN", "--min-pixels=500", "--max-pixels=300"), "min_pixels=500 and max_pixels=300"),
         (("--images=/nowhere",), "--images=/nowhere: no folder, and no file matches it"),
