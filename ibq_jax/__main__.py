@@ -21,7 +21,9 @@ from ibq_jax.base.supervise import supervised
 COMMANDS = {
     "prepare": "Makes a data set from openmoji, a folder of images, tar shards or ImageNet.",
     "train": "Trains a tokenizer or a generator from a config, or continues its run.",
-    "tokenize": "Writes a token cache: the codes of a data set's images, to train a generator on.",
+    "tokenize": "Writes a token cache: the codes of a data set's images, or of images at their own sizes.",
+    "export": "Converts a token cache to Megatron's IndexedDataset, JSON lines or Parquet.",
+    "detokenize": "Decodes the codes of a token cache, or of such files, to images.",
     "sample": "Draws samples from a trained generator: a contact sheet, or a set to evaluate.",
     "evaluate": "Measures a tokenizer's reconstructions, a generator's likelihood, or a set of samples.",
     "report": "Writes one HTML page about a run, or about several side by side.",

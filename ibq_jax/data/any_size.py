@@ -2,15 +2,18 @@
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from ibq_jax.base.errors import UsageError, one_line
 from ibq_jax.data.preprocess import FORMATS, UnreadableImage, check_aspect, to_rgb
 
 MIN_PIXELS, MAX_PIXELS = 256**2, 1024**2
+QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 WITHOUT_RANGE = ("I", "F")  # Pillow's modes of 32-bit numbers, which convert("RGB") would clip at 255
 
 
@@ -24,20 +27,43 @@ def read_upright(source: Image.Image | str | os.PathLike) -> Image.Image:
         UsageError: no such file, broken or unknown bytes, too many pixels, one side over 100 times as long as the
             other, or 32-bit pixels, whose range is not known.
     """
-    where = "the image" if isinstance(source, Image.Image) else str(source)
+    if isinstance(source, Image.Image):
+        return _or_usage_error("the image", _upright, source)
     try:
-        if isinstance(source, Image.Image):
-            return _upright(source)
-        with Image.open(io.BytesIO(Path(source).read_bytes()), formats=FORMATS) as image:
-            return _upright(image)
-    except UsageError:
-        raise
-    except UnreadableImage as error:
-        raise UsageError(f"{where}: {error}") from error
-    except Image.UnidentifiedImageError as error:
-        raise UsageError(f"{where}: no image of a known format ({', '.join(FORMATS)})") from error
-    except Exception as error:  # of the file system; and Pillow's parsers may raise anything
+        encoded = Path(source).read_bytes()
+    except OSError as error:
+        raise UsageError(f"{source}: {one_line(error)}") from error
+    return _or_usage_error(str(source), decode_upright, encoded)
+
+
+def _or_usage_error(where: str, read: Callable[[Any], Image.Image], source: object) -> Image.Image:
+    try:
+        return read(source)
+    except Exception as error:  # Pillow's parsers may raise anything
         raise UsageError(f"{where}: {one_line(error)}") from error
+
+
+def decode_upright(encoded: bytes) -> Image.Image:
+    """Returns the image of a file's bytes as `read_upright` does. Raises UnreadableImage if that cannot be read."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            return _upright(image)
+    except UnreadableImage:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise UnreadableImage(f"no image of a known format ({', '.join(FORMATS)})") from error
+    except Exception as error:  # Pillow's parsers may raise anything
+        raise UnreadableImage(one_line(error)) from error
+
+
+def stated_size(file: BinaryIO) -> tuple[int, int]:
+    """Returns (width, height) of an upright image as the head of its file states them, without decoding pixels.
+
+    Raises whatever Pillow's parsers raise for a head that they cannot read.
+    """
+    with Image.open(file, formats=FORMATS) as image:
+        turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in QUARTER_TURNS  # PNG's own would decode
+        return (image.height, image.width) if turned else image.size
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -74,5 +100,9 @@ def size_within(width: int, height: int, multiple: int, min_pixels: int, max_pix
 
 def resize_within(image: Image.Image, multiple: int, min_pixels: int, max_pixels: int) -> np.ndarray:
     """Resizes an RGB image bicubically to `size_within` its area: uint8 [H, W, 3]."""
-    size = size_within(*image.size, multiple, min_pixels, max_pixels)
+    return resize_to(image, size_within(*image.size, multiple, min_pixels, max_pixels))
+
+
+def resize_to(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Resizes an RGB image bicubically to (width, height): uint8 [height, width, 3]."""
     return np.asarray(image.resize(size, Image.Resampling.BICUBIC))

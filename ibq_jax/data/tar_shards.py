@@ -152,7 +152,7 @@ def _samples(shard: Path, wanted: frozenset[str]) -> Iterator[tuple[str, dict[st
     As in `sources.read_bounded`, an extra byte marks an oversized member.
     """
     with open_stream(shard) as stream:
-        named = ((*_key_and_suffix(member.name), member) for member in members(stream))
+        named = ((*key_and_suffix(member.name), member) for member in members(stream))
         for key, parts in itertools.groupby(named, key=lambda entry: entry[0]):
             sample = {}
             for _, suffix, member in parts:
@@ -162,7 +162,8 @@ def _samples(shard: Path, wanted: frozenset[str]) -> Iterator[tuple[str, dict[st
             yield key, sample
 
 
-def _key_and_suffix(member: str) -> tuple[str, str]:
+def key_and_suffix(member: str) -> tuple[str, str]:
+    """Returns the part of a name up to the first dot behind its folders, and the rest in lower case."""
     folder, slash, file = member.rpartition("/")
     stem, _, suffix = file.partition(".")
     return folder + slash + stem, suffix.lower()

@@ -44,6 +44,7 @@ from ibq_jax.data.batches import (
 )
 
 VERSION = 2
+MIXED_VERSION = 3  # of caches of mixed sizes, which `mixed_cache` reads
 MANIFEST = "token_cache.json"
 SHEET = "decoded.png"
 MANIFEST_V1, RUN_MANIFEST_V1 = "manifest.json", "codes.json"
@@ -216,10 +217,11 @@ def _is_count(value: object, most: int) -> bool:
     return type(value) is int and 1 <= value <= most
 
 
-def read_fields(file: Path) -> dict:
+def read_fields(file: Path, mixed: bool = False) -> dict:
     """Returns the fields of a manifest or settings file, under today's names.
 
-    Raises UsageError if it is not a JSON object, or is of an unknown format version.
+    Raises UsageError if it is not a JSON object, is of an unknown format version, or of a cache of mixed sizes unless
+    these are welcome (`mixed`).
     """
     try:
         fields = read_json(file)
@@ -228,9 +230,14 @@ def read_fields(file: Path) -> dict:
     if not isinstance(fields, dict):
         raise damaged(file, "not a JSON object")
     version = fields.get("version")
-    if version not in (1, VERSION):
+    if type(version) is not int or version not in (1, VERSION, MIXED_VERSION):
         raise UsageError(
-            f"{file} is of format version {_shown(version)}, this reads 1 to {VERSION}: tokenize with --overwrite"
+            f"{file} is of format version {_shown(version)}, this reads 1 to {MIXED_VERSION}: tokenize with --overwrite"
+        )
+    if version == MIXED_VERSION and not mixed:
+        raise UsageError(
+            f"token cache {file.parent} holds images of mixed sizes; this needs codes of one grid, which tokenize "
+            "writes without --images"
         )
     return _upgraded(fields) if version == 1 else fields
 

@@ -44,7 +44,7 @@ from ibq_jax.data.token_cache import (
 IMAGES_PER_SHARD = 4096
 MIN_SHARDS = 8  # so that a few processes can share a small split
 # These may differ when a job continues: the fingerprint decides whether it is the same tokenizer.
-FREE_FIELDS = ("tokenizer.path", "tokenizer.config.", "machine.device_kind")
+FREE_FIELDS = ("tokenizer.path", "tokenizer.config.", "machine.device_kind", "images.source")
 
 # (folder, settings) of a cache whose shards are whole -> further fields of its manifest
 Check = Callable[[Path, Mapping], Mapping]
@@ -122,7 +122,7 @@ def _lock_alone(lock: int, folder: Path) -> None:
 
 def _clear(folder: Path) -> None:
     """Removes the manifest first and the settings last, so that a kill in between leaves an unfinished cache."""
-    made = ("*/*-of-*.array_record*", "*_histogram.npy*", SHEET, f"*{PARTIAL}")
+    made = ("*/*-of-*.array_record*", "*/*-of-*.json*", "*histogram.npy*", "shapes.json*", SHEET, f"*{PARTIAL}")
     for pattern in (MANIFEST, MANIFEST_V1, *made, SETTINGS):
         for path in folder.glob(pattern):
             path.unlink()
@@ -131,7 +131,7 @@ def _clear(folder: Path) -> None:
 def _claim(folder: Path, settings: Mapping) -> None:
     """Writes the settings unless the cache has some, then checks that they agree. Raises UsageError if not."""
     manifest = find_manifest(folder)
-    fields = read_fields(manifest or claim_folder(folder, settings))
+    fields = read_fields(manifest or claim_folder(folder, settings), mixed=True)
     if manifest is None and "machine" not in fields:
         raise UsageError(
             f"token cache {folder} was begun by an earlier version, which did not note the machine; its codes may be "

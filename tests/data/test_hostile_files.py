@@ -5,6 +5,7 @@ In CI the examples are few and always the same ones; IBQ_FUZZ_EXAMPLES=N tries N
     IBQ_FUZZ_EXAMPLES=100 python -m pytest tests/data/test_hostile_files.py --hypothesis-show-statistics
 """
 
+import functools
 import json
 import os
 import shutil
@@ -20,14 +21,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from support.image_files import noise_file, write_tar
-from support.token_caches import make_version_1, write_cache
+from support.token_caches import make_version_1, write_cache, write_mixed_cache
 from support.token_caches import settings as cache_settings
 
 from ibq_jax.base.config import read_config
 from ibq_jax.base.errors import UsageError
+from ibq_jax.data.code_export import export_codes, open_codes
+from ibq_jax.data.code_layouts import LAYOUTS
+from ibq_jax.data.mixed_cache import MixedCache
 from ibq_jax.data.pipeline import open_split
 from ibq_jax.data.preprocess import UnreadableImage, decode_image
 from ibq_jax.data.store import write_dataset
+from ibq_jax.data.stored_codes import open_stored
 from ibq_jax.data.tar_shards import tar_shards
 from ibq_jax.data.token_cache import open_token_cache
 from ibq_jax.evaluate.statistics import FeatureStatistics
@@ -132,6 +137,22 @@ def _all_codes(folder: Path) -> None:
             assert source[index]["codes"].max() < source.codebook_size
 
 
+def _all_mixed(folder: Path) -> None:
+    cache = MixedCache(folder)
+    for image in cache:
+        assert image.codes.max() < cache.codebook_size and isinstance(image.name, str)
+
+
+def _export(folder: Path, form: str) -> None:
+    write_mixed_cache(folder / "cache")
+    export_codes(open_codes(folder / "cache"), folder / "out", form, LAYOUTS["emu35"])
+
+
+def _all_exported(folder: Path) -> None:
+    for image in open_stored(folder / "out").of(300):
+        assert image.codes.max() < 300 and isinstance(image.name, str)
+
+
 def _picture(path: Path) -> np.ndarray:
     try:
         return decode_image(path.read_bytes())
@@ -173,6 +194,20 @@ READERS = {
     "codes": Reader(
         lambda folder: write_cache(folder, cache_settings()), "train/00000-of-00008.array_record", _all_codes
     ),
+}
+READERS |= {
+    f"mixed {name}": Reader(lambda folder: write_mixed_cache(folder), name, _all_mixed)
+    for name in ("token_cache.json", "images/00000-of-00002.array_record")
+}
+READERS |= {
+    f"export {name}": Reader(functools.partial(_export, form=form), f"out/{name}", _all_exported)
+    for form, name in (
+        ("jsonl", "train-00000-of-00002.jsonl"),
+        ("parquet", "train-00000-of-00002.parquet"),
+        ("megatron", "train-00000-of-00002.idx"),
+        ("megatron", "train-00000-of-00002.bin"),
+        ("jsonl", "settings.json"),
+    )
 }
 WITH_JSON = [name for name in READERS if name.endswith(".json")]
 

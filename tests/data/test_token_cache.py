@@ -337,8 +337,8 @@ def test_a_shard_of_another_place_or_cache_does_not_complete_a_cache(codebook_si
 def test_an_unknown_format_version_is_refused(tmp_path):
     write_cache(tmp_path, settings())
     manifest = tmp_path / "token_cache.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 3}))
-    with pytest.raises(UsageError, match=r"token_cache.json is of format version 3, this reads 1 to 2: tokenize with"):
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 4}))
+    with pytest.raises(UsageError, match=r"token_cache.json is of format version 4, this reads 1 to 3: tokenize with"):
         open_token_cache(tmp_path, "train")
 
 

@@ -2,11 +2,14 @@
 
 import functools
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from ibq_jax.base.parts import write_part
+from ibq_jax.data.mixed_cache import MixedImage, part_paths
+from ibq_jax.data.mixed_cache_writer import PartSummary, finish_mixed, settle_shapes, survey, write_part_file
 from ibq_jax.data.token_cache import record_type
 from ibq_jax.data.token_cache_writer import Shard, finish, list_shards, locked_cache, shard_count, write_records
 
@@ -70,3 +73,34 @@ def make_version_1(folder: Path) -> None:
                 counts["codes"] = counts.pop("num_tokens")
             (folder / name).unlink()
             (folder / old_name).write_text(json.dumps(fields, indent=2) + "\n")
+
+
+MIXED = [MixedImage(f"{i}.png", codes_of(i)[0][:, : 2 + i % 2], {"txt": f"number {i}"} if i else {}) for i in range(5)]
+
+
+def mixed_settings(codebook_size: int = CODEBOOK_SIZE) -> dict:
+    """Returns the settings of a cache of mixed sizes with two parts."""
+    return {
+        "version": 3,
+        "tokenizer": {"fingerprint": "f", "path": "/runs/tok", "step": 3},
+        "images": {"source": "/photos", "names": "n", "parts": 2},
+        "precision": "float32",
+        "machine": {"platform": "cpu", "device_kind": "cpu"},
+        "codebook_size": codebook_size,
+        "dtype": np.min_scalar_type(codebook_size - 1).name,
+    }
+
+
+def write_mixed_cache(folder: Path) -> dict:
+    """Writes a complete cache of the images MIXED, of 2x2 and 2x3 codes, and returns its manifest."""
+    fields = mixed_settings()
+    with locked_cache(folder, fields, overwrite=False):
+        found = survey(folder, fields, lambda number: (2 + number, Counter({(2, 2): 1, (2, 3): 1})), range(2))
+        settle_shapes(folder, found.sizes, 2)
+        for path, images in zip(part_paths(folder, fields), (MIXED[:2], MIXED[2:]), strict=True):
+
+            def write(partial: Path, path=path, images=images) -> None:
+                write_part_file(path, partial, images, np.dtype(fields["dtype"]), PartSummary(own_size=len(images)))
+
+            write_part(path, write)
+        return finish_mixed(folder, fields)
