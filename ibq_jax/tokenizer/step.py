@@ -281,7 +281,7 @@ class TokenizerTrainer:
             return *self.model.apply({"params": params}, images), {}
         (reconstructions, quantized), kept = self.model.apply({"params": params}, images, mutable=[SEEN])
         (latents,), decoder = kept[SEEN]["latent"], kept[SEEN]["decoder"]
-        seen = {"latents": latents, "decoder": decoder["middle"][0], "last": decoder["last"][0]}
+        seen = {"latents": latents, "decoder": decoder["lowest_map"][0], "last": decoder["last_input"][0]}
         return reconstructions, quantized, seen
 
     def reconstruction_loss(

@@ -1,6 +1,5 @@
 """The discriminators by name: a training step of each against PyTorch in float64, on meshes, stopped and continued."""
 
-import dataclasses
 import functools
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 import torch
 from support import released
 from support import torch_discriminators as theirs
+from support.small_nets import small_net
 from support.small_runs import SMALL, SMALL_TOKENIZER
 
 from ibq_jax.base.checkpoint import Checkpoints
@@ -17,7 +17,7 @@ from ibq_jax.base.config import load_config
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import abstract_state, batch_sharding, create_sharded, make_mesh, replicated
 from ibq_jax.base.state import adam
-from ibq_jax.pretrained.frozen_nets import NETS, FrozenNet
+from ibq_jax.pretrained.frozen_nets import NETS
 from ibq_jax.tokenizer import diff_augment, losses, spectral_norm
 from ibq_jax.tokenizer.check import check_config
 from ibq_jax.tokenizer.discriminators import DISCRIMINATORS, DiscriminatorTrainer
@@ -27,7 +27,6 @@ from ibq_jax.tokenizer.style_discriminator import StyleDiscriminator
 
 TOLERANCE = 1e-5  # of a tensor's largest value; float32 gradients of these networks are measured to be within 4e-6
 GROUP, BETA1 = 2, 0.5
-NHWC = ("NHWC", "HWIO", "NHWC")
 TINY = ("data.image_size=8", "discriminator.channels=4")  # as compiling takes the longest
 ALL = ("discriminator.r1_weight=0.5", "discriminator.r1_every=4", "discriminator.spectral_norm=True")
 AUGMENTED = "discriminator.augment=color,translation,cutout"
@@ -43,23 +42,6 @@ def trainer_with(*overrides: str, devices: int = 1) -> DiscriminatorTrainer:
 def batches(number: int = 8, side: int = 16) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(0)
     return tuple(random.uniform(-1, 1, (number, side, side, 3)).astype(np.float32) for _ in range(2))
-
-
-def small_net() -> tuple[FrozenNet, dict]:
-    """A frozen network of two convolutions, whose outputs are its hidden maps, and its weights."""
-    random = np.random.default_rng(0)
-    weights = [jnp.asarray(random.normal(size=shape).astype(np.float32)) for shape in ((3, 3, 3, 4), (3, 3, 4, 5))]
-
-    def maps(weights: list, images: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
-        found = [images.astype(dtype)]
-        for kernel in weights:
-            convolved = jax.lax.conv_general_dilated(found[-1], kernel, (2, 2), "SAME", dimension_numbers=NHWC)
-            found.append(jnp.tanh(convolved))
-        return found[1:]
-
-    shapes = [jax.ShapeDtypeStruct(kernel.shape, kernel.dtype) for kernel in weights]
-    net = dataclasses.replace(NETS["efficientnet"], maps=maps, weight_shapes=lambda: shapes, channels=(4, 5))
-    return net, weights
 
 
 def first_state(trainer: DiscriminatorTrainer):
