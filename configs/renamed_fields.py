@@ -87,6 +87,8 @@ ADDED = {
         "nets.dinov2_vits14": "",
         "nets.dinov2_vitb14": "",
         "nets.dinov2_vitl14": "",
+        "optimizer.weight_decay": 0.0,
+        "optimizer.moment_dtype": "float32",
     },
-    "autoregressive": {},
+    "autoregressive": {"optimizer.moment_dtype": "float32"},
 }

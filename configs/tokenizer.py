@@ -159,6 +159,8 @@ def _add_training(config: ConfigDict, drop_epochs: tuple[int, ...]) -> None:
     config.optimizer.drop_epochs = drop_epochs  # after each, the learning rate is multiplied by drop_factor
     config.optimizer.drop_factor = 0.1
     config.optimizer.gradient_clip = 0.0  # global norm; 0: no clipping
+    config.optimizer.weight_decay = 0.0  # AdamW's, of the kernels of all layers; 0: Adam
+    config.optimizer.moment_dtype = "float32"  # or "bfloat16": half the memory of both moments, rounded at every step
     config.optimizer.ema_decay = 0.999  # per step, of the averaged weights
 
     config.evaluate = ConfigDict()

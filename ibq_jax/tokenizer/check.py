@@ -7,6 +7,7 @@ from ibq_jax.base.config import check_choices, check_positive, check_seed_and_le
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import PRECISIONS
 from ibq_jax.base.sharding import check_batch
+from ibq_jax.base.state import check_moments
 from ibq_jax.pretrained.frozen_nets import CLASSIFIERS, NETS
 from ibq_jax.tokenizer.autoencoder import NORM_GROUPS
 from ibq_jax.tokenizer.diff_augment import augmentations
@@ -28,6 +29,7 @@ CHOICES = {
     "discriminator.name": (*DISCRIMINATORS, NONE),
     "discriminator.loss": tuple(DISCRIMINATOR_LOSSES),
     "discriminator.net": tuple(NETS),
+    "optimizer.moment_dtype": ("float32", "bfloat16"),
     "loss.adversarial": tuple(ADVERSARIAL_LOSSES),
     "loss.features_net": tuple(NETS),
     "loss.logits_net": CLASSIFIERS,
@@ -55,6 +57,7 @@ NOT_NEGATIVE = (
     "loss.logits_weight",
     "loss.adaptive_limit",
     "alignment.weight",
+    "optimizer.weight_decay",
 )
 
 
@@ -68,6 +71,7 @@ def check_config(config: ConfigDict, mesh: Mesh) -> None:
     _check_batch(config, mesh)
     _check_codebook(config, mesh)
     _check_finetuning(config)
+    check_moments(config.optimizer.beta1, config.optimizer.beta2, config.optimizer.moment_dtype)
     augmentations(config.discriminator.augment)  # raises UsageError for an unknown one
     _check_alignment(config)
 

@@ -31,6 +31,7 @@ and images (a count), see `ibq_jax.evaluate.reconstruction`.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -48,7 +49,7 @@ from ibq_jax.base.sharding import (
     replicated,
     with_sharding,
 )
-from ibq_jax.base.state import AveragedWeights, adam, apply_gradient, drop_schedule, moving_average
+from ibq_jax.base.state import AveragedWeights, adam, adamw, apply_gradient, drop_schedule, moving_average
 from ibq_jax.data.preprocess import to_float
 from ibq_jax.pretrained.lpips import lpips
 from ibq_jax.tokenizer import losses
@@ -130,13 +131,17 @@ class TokenizerTrainer:
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        """Adam, for the tokenizer and, with a separate state, for the discriminator."""
+        """Adam or AdamW, for the tokenizer and, with a separate state, for the discriminator."""
         config = self.config.optimizer
-        return adam(self.learning_rate, beta1=config.beta1, beta2=config.beta2, gradient_clip=config.gradient_clip)
+        names = ("beta1", "beta2", "gradient_clip", "moment_dtype")
+        fields: Any = {name: config[name] for name in names}
+        if not config.weight_decay:
+            return adam(self.learning_rate, **fields)
+        return adamw(self.learning_rate, config.weight_decay, decays=lambda name: name.endswith("/kernel"), **fields)
 
     @cached_property
     def tokenizer_optimizer(self) -> optax.GradientTransformation:
-        """The tokenizer's Adam, at the rates of its parts."""
+        """The tokenizer's optimizer, at the rates of its parts."""
         rates = learning_rates(self.config)
         return self.optimizer if set(rates.values()) == {1.0} else at_rates(self.optimizer, rates)
 

@@ -45,7 +45,7 @@ def test_a_loss_without_its_network_is_off_and_the_run_says_so(mesh, capsys):
 
 def test_a_discriminator_needs_its_network(mesh):
     config = config_with("discriminator.name=dino", "discriminator.net=dino_vits16")
-    with pytest.raises(UsageError, match="discriminator.net=dino_vits16 is needed, but DINO's dino_deitsmall16_pretr"):
+    with pytest.raises(UsageError, match=r"discriminator.net=dino_vits16 is needed, but DINO's dino_deitsmall16_pretr"):
         load_nets(config, mesh)
     assert not load_nets(config_with("loss.perceptual_weight=0.0"), mesh)
 
