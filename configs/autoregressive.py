@@ -93,6 +93,7 @@ def _add_training(config: ConfigDict, end_lr_factor: float) -> None:
     config.optimizer.weight_decay_end = 0.05  # at the last step, reached along half a cosine
     config.optimizer.decay_all = False  # True: norms and biases decay too, as released
     config.optimizer.gradient_clip = 1.0  # global norm; 0: no clipping
+    config.optimizer.moment_dtype = "float32"  # or "bfloat16": half the memory of both moments, rounded at every step
     config.optimizer.ema_decay = 0.0  # per step, of the averaged weights; 0: none are kept
 
     config.evaluate = ConfigDict()

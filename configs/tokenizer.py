@@ -71,11 +71,24 @@ def _add_data_and_networks(config: ConfigDict) -> None:
     config.model.z_channels = 256  # encoder outputs, before they are projected to the codes' dimension
     config.model.remat = "none"  # "blocks": the backward pass computes residual blocks again, to save memory
 
-    config.discriminator = ConfigDict()
-    config.discriminator.channels = 64  # of the first layer
-    config.discriminator.num_layers = 3  # that halve the resolution
-    config.discriminator.norm_group = 4  # images that a batch norm sees together; 0: the whole batch
+    _add_discriminator(config)
+
+
+def _add_discriminator(config: ConfigDict) -> None:
+    config.discriminator = ConfigDict()  # docs/losses.md has the sources and formulas
+    config.discriminator.name = "patch"  # or "stylegan", "dino" (heads on a frozen network), "none"
+    config.discriminator.channels = 64  # of the first layer; dino: of each head
+    config.discriminator.num_layers = 3  # patch: layers that halve the resolution
+    config.discriminator.norm_group = 4  # images that a batch norm or deviation sees together; 0: the whole batch
     config.discriminator.start_step = 0  # steps before the adversarial losses of both networks set in
+    config.discriminator.ramp_steps = 0  # steps after that in which loss.adversarial_weight rises from 0
+    config.discriminator.loss = "hinge"  # or "non_saturating", "lsgan"
+    config.discriminator.r1_weight = 0.0  # of the penalty on its gradients at images; 0: off
+    config.discriminator.r1_every = 16  # steps between penalties, which then weigh as many times as much
+    config.discriminator.spectral_norm = False  # True: kernels are divided by their largest singular value
+    config.discriminator.augment = ""  # of all it sees: any of "color,translation,cutout" (DiffAugment)
+    config.discriminator.net = "efficientnet"  # dino: or "convnext_small", "dino_vits16", "dinov2_vits14", ...
+    config.discriminator.net_side = 224  # dino: pixels to which images are resized for the network; 0: none
 
 
 def _add_quantizer(config: ConfigDict, codebook_size: int) -> None:
@@ -113,9 +126,30 @@ def _add_training(config: ConfigDict, drop_epochs: tuple[int, ...]) -> None:
     config.loss.entropy_weight = 0.05
     config.loss.perceptual_weight = 1.0  # of LPIPS; 0: off
     config.loss.perceptual_file = ""  # torchvision's VGG16; empty: $IBQ_VGG16, then ~/.cache/ibq_jax
+    config.loss.features_weight = 0.0  # of the distance of the hidden maps of a frozen network; 0: off
+    config.loss.features_net = "efficientnet"  # as discriminator.net
+    config.loss.logits_weight = 0.0  # of the squared difference of the class logits of a frozen network; 0: off
+    config.loss.logits_net = "convnext_small"  # or "efficientnet"
     config.loss.adversarial_weight = 0.1  # 0: no discriminator
+    config.loss.adversarial = "non_saturating"  # the tokenizer's loss against it; or "hinge", "lsgan"
+    config.loss.adaptive_limit = 0.0  # largest factor of VQGAN's adaptive weight, there 10,000; 0: no such factor
     config.loss.lecam_weight = 0.05  # regularises the discriminator
     config.loss.lecam_decay = 0.999  # per step, of the averages that LeCAM uses
+
+    config.alignment = ConfigDict()  # of latents with a frozen network's features (VA-VAE's VF loss)
+    config.alignment.weight = 0.0  # there 0.1; 0: off
+    config.alignment.net = "dinov2_vits14"  # as discriminator.net
+    config.alignment.of = "latents"  # or "decoder": its hidden map at the lowest resolution
+    config.alignment.cosine_margin = 0.5  # positions whose cosine is within this of 1 cost nothing
+    config.alignment.distance_margin = 0.25  # pairs of positions whose cosines differ by less cost nothing
+
+    config.nets = ConfigDict()  # files of frozen networks; empty: $IBQ_NAME, then ~/.cache/ibq_jax
+    config.nets.efficientnet = ""  # empty: in the package that is installed with this one
+    config.nets.convnext_small = ""  # torchvision's or timm's
+    config.nets.dino_vits16 = ""  # the authors' or timm's, as the next ones
+    config.nets.dinov2_vits14 = ""
+    config.nets.dinov2_vitb14 = ""
+    config.nets.dinov2_vitl14 = ""
 
     config.optimizer = ConfigDict()  # Adam, for the tokenizer and for the discriminator
     config.optimizer.learning_rate = 1e-4
@@ -125,6 +159,8 @@ def _add_training(config: ConfigDict, drop_epochs: tuple[int, ...]) -> None:
     config.optimizer.drop_epochs = drop_epochs  # after each, the learning rate is multiplied by drop_factor
     config.optimizer.drop_factor = 0.1
     config.optimizer.gradient_clip = 0.0  # global norm; 0: no clipping
+    config.optimizer.weight_decay = 0.0  # AdamW's, of the kernels of all layers; 0: Adam
+    config.optimizer.moment_dtype = "float32"  # or "bfloat16": half the memory of both moments, rounded at every step
     config.optimizer.ema_decay = 0.999  # per step, of the averaged weights
 
     config.evaluate = ConfigDict()

@@ -8,6 +8,7 @@ minutes on two CPU cores; make its data set first with `python -m ibq_jax prepar
 """
 
 import argparse
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,9 @@ EDGE_WEIGHT = 0.5
 class EdgeTrainer(TokenizerTrainer):
     """The tokenizer's trainer with a loss that asks for sharp edges."""
 
-    def reconstruction_loss(self, images: jax.Array, reconstructions: jax.Array, perceptual: dict | None):
+    def reconstruction_loss(self, images: jax.Array, reconstructions: jax.Array, nets: Mapping):
         """Adds the mean absolute error of vertical and horizontal differences; logged as loss/edges."""
-        loss, terms = super().reconstruction_loss(images, reconstructions, perceptual)
+        loss, terms = super().reconstruction_loss(images, reconstructions, nets)
         errors = reconstructions - images  # [B, H, W, 3]
         edges = jnp.mean(jnp.abs(jnp.diff(errors, axis=1))) + jnp.mean(jnp.abs(jnp.diff(errors, axis=2)))
         return loss + EDGE_WEIGHT * edges, terms | {"edges": edges}

@@ -9,12 +9,14 @@ from ibq_jax.autoregressive.sample_codes import Guidance
 from ibq_jax.base.config import check_choices, check_positive, check_seed_and_length, flatten
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import check_batch
+from ibq_jax.base.state import check_moments
 
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "model.attention": ("xla", "cudnn"),
     "model.remat": tuple(REMAT),
     "loss.implementation": ("streamed", "dense"),
+    "optimizer.moment_dtype": ("float32", "bfloat16"),
 }
 POSITIVE = (
     "model.vocab_size",
@@ -54,6 +56,7 @@ def check_config(config: ConfigDict, mesh: Mesh) -> None:
     for name in NOT_NEGATIVE:
         if fields[name] < 0:
             raise UsageError(f"{name}={fields[name]} is negative")
+    check_moments(config.optimizer.beta1, config.optimizer.beta2, config.optimizer.moment_dtype)
     _check_model(config.model, mesh)
     if config.model.attention == "cudnn" and (mesh.devices.flat[0].platform != "gpu" or config.dtype != "bfloat16"):
         raise UsageError("model.attention=cudnn is for NVIDIA GPUs and dtype=bfloat16; use xla otherwise")

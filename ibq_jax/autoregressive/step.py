@@ -107,6 +107,7 @@ class GeneratorTrainer:
             beta2=config.beta2,
             gradient_clip=config.gradient_clip,
             decays=decays,
+            moment_dtype=config.moment_dtype,
         )
 
     @cached_property

@@ -9,6 +9,8 @@ import optax
 
 from ibq_jax.base.errors import UsageError
 
+SLOWEST_IN_BFLOAT16 = 0.99  # decay of a moment: 1 - it has to be above the type's half step, 1 / 256 at most
+
 
 class AveragedWeights:
     """A training state's choice between its raw weights `params` and their average `ema` (None if none is kept)."""
@@ -89,22 +91,28 @@ def apply_gradient(
     return optax.apply_updates(params, updates), state
 
 
-def adam(schedule: optax.Schedule, *, beta1: float, beta2: float, gradient_clip: float) -> optax.GradientTransformation:
-    """Returns Adam without weight decay, after clipping to the global norm `gradient_clip` (0: no clipping)."""
-    optimizer = optax.adam(schedule, b1=beta1, b2=beta2)
+def adam(
+    schedule: optax.Schedule, *, beta1: float, beta2: float, gradient_clip: float, moment_dtype: str = "float32"
+) -> optax.GradientTransformation:
+    """Returns Adam without weight decay, after clipping to the global norm `gradient_clip` (0: no clipping).
+
+    Its two moments are kept in `moment_dtype`, "float32" or "bfloat16".
+    """
+    optimizer = with_moments(optax.adam(schedule, b1=beta1, b2=beta2), moment_dtype)
     return optax.chain(clip_by_global_norm(gradient_clip), optimizer) if gradient_clip else optimizer
 
 
 def adamw(
     schedule: optax.Schedule,
-    weight_decay: optax.Schedule,
+    weight_decay: optax.Schedule | float,
     *,
     beta1: float,
     beta2: float,
     gradient_clip: float,
     decays: Callable[[str], bool],
+    moment_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """Returns AdamW, after clipping to the global norm `gradient_clip` (0: no clipping).
+    """Returns AdamW, after clipping to the global norm `gradient_clip` (0: no clipping); moments as in `adam`.
 
     Parameters for whose name `a/b/c` `decays` returns True shrink by rate * weight_decay at every step.
     """
@@ -114,8 +122,43 @@ def adamw(
             lambda path, _: decays(jax.tree_util.keystr(path, simple=True, separator="/")), params
         )
 
-    optimizer = optax.adamw(schedule, beta1, beta2, weight_decay=weight_decay, mask=mask)
+    optimizer = with_moments(optax.adamw(schedule, beta1, beta2, weight_decay=weight_decay, mask=mask), moment_dtype)
     return optax.chain(clip_by_global_norm(gradient_clip), optimizer) if gradient_clip else optimizer
+
+
+def check_moments(beta1: float, beta2: float, moment_dtype: str) -> None:
+    """Raises UsageError for moments in bfloat16 that would never fall, because a step's fall is rounded away."""
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if moment_dtype == "bfloat16" and beta > SLOWEST_IN_BFLOAT16:
+            raise UsageError(
+                f"optimizer.moment_dtype=bfloat16 rounds away what optimizer.{name}={beta} changes in a step; "
+                f"use at most {SLOWEST_IN_BFLOAT16}, or float32"
+            )
+
+
+def with_moments(optimizer: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """Returns an Adam whose two moments are kept in `dtype` between steps; each step computes in float32.
+
+    They are rounded to the nearest, so that in bfloat16, of 8 bits, a moment that should change by less than a 256th of
+    itself may stay as it is; see `check_moments`.
+    """
+    if dtype == "float32":
+        return optimizer
+
+    def cast(state, dtype):
+        def of_adam(part):
+            if not isinstance(part, optax.ScaleByAdamState):
+                return part
+            mu, nu = jax.tree.map(lambda moment: moment.astype(dtype), (part.mu, part.nu))
+            return part._replace(mu=mu, nu=nu)
+
+        return jax.tree.map(of_adam, state, is_leaf=lambda part: isinstance(part, optax.ScaleByAdamState))
+
+    def update(updates, state, params=None):
+        updates, state = optimizer.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(optimizer.init(params), dtype), update)
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:

@@ -126,7 +126,8 @@ def _state(read: ReadTensor, shapes: Mapping, contents: Contents, trainer) -> di
     if trainer.frozen:  # what stays as it is has no average of its own
         params, averaged = averaged, without(averaged, trainer.frozen)
     state = {"step": np.int32(0), "params": params, "ema": averaged}
-    if tokenizer_names.has_discriminator(shapes) and like.discriminator is not None:
+    published_kind = tokenizer_names.has_published_discriminator(trainer.config)
+    if tokenizer_names.has_discriminator(shapes) and like.discriminator is not None and published_kind:
         variables = {"params": like.discriminator.params, "batch_stats": like.discriminator.batch_stats}
         state["discriminator"] = tokenizer_names.read_discriminator(read, published, place=_placing(variables))
     return state

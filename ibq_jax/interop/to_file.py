@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from ibq_jax.autoregressive.restore import restore_run as restore_generator
 from ibq_jax.base.checkpoint import Restored
@@ -45,7 +46,7 @@ def export_run(run: Path, weights: str = "all") -> tuple[dict[str, np.ndarray], 
         trainer, restored = restore_tokenizer(run)
         tokenizer_names.check_quantizer(trainer.model.quantizer)
         as_found = origin if restored.step == 0 else {}
-        tensors = _tokenizer_tensors(restored, trainer.config.optimizer.ema_decay, weights, as_found)
+        tensors = _tokenizer_tensors(restored, trainer.config, weights, as_found)
     else:
         trainer, restored, _ = restore_generator(run)
         params = restored.state.weights("raw" if weights == "raw" else "ema")
@@ -88,8 +89,10 @@ def _metadata(contents: Contents) -> dict[str, str]:
     }
 
 
-def _tokenizer_tensors(restored: Restored, decay: float, weights: str, as_found: Mapping) -> dict[str, np.ndarray]:
-    """Returns a tokenizer's tensors under their published names.
+def _tokenizer_tensors(
+    restored: Restored, config: ConfigDict, weights: str, as_found: Mapping
+) -> dict[str, np.ndarray]:
+    """Returns a tokenizer's tensors under their published names, with the discriminator if it is of the published kind.
 
     `as_found` is the origin of an imported run that was not trained since, {} otherwise: its tensors are then the
     file's, without additions.
@@ -98,7 +101,8 @@ def _tokenizer_tensors(restored: Restored, decay: float, weights: str, as_found:
     if weights != "all":
         return tokenizer_names.tokenizer_to_torch(state.weights(weights))
     discriminator = None
-    if state.discriminator is not None and jax.tree.leaves(state.discriminator.params):
+    published_kind = tokenizer_names.has_published_discriminator(config)
+    if state.discriminator is not None and jax.tree.leaves(state.discriminator.params) and published_kind:
         discriminator = {"params": state.discriminator.params, "batch_stats": state.discriminator.batch_stats}
     if as_found:
         ema = state.weights("ema") if as_found["averages"] else None
@@ -108,7 +112,7 @@ def _tokenizer_tensors(restored: Restored, decay: float, weights: str, as_found:
     return tokenizer_names.to_torch_arrays(
         tokenizer_names.published_tensors(state.params, state.weights("ema"), discriminator)
     ) | {
-        "model_ema.decay": np.array(decay, np.float32),
+        "model_ema.decay": np.array(config.optimizer.ema_decay, np.float32),
         "model_ema.num_updates": np.array(restored.step, np.int32),
     }
 

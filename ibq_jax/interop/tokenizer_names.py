@@ -22,11 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.pretrained.lpips import TRUNKS
 from ibq_jax.tokenizer.discriminator import PatchDiscriminator
-from ibq_jax.tokenizer.model import TokenizerModel
+from ibq_jax.tokenizer.model import PROJECTION, TokenizerModel
+from ibq_jax.tokenizer.parts import without
 
 Path = tuple[str, ...]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -157,9 +159,9 @@ def published_tensors(
         stand_in: together with `ema`, also write the discriminator's weights under the names of its averages. No such
             averages are kept here, but PyTorch's strict loading looks for them.
     """
-    tensors = _renamed(params, published_name)
+    tensors = _renamed(without(params, (PROJECTION,)), published_name)
     if ema is not None:
-        tensors |= _renamed(ema, lambda path: _ema_name(published_name(path)))
+        tensors |= _renamed(without(ema, (PROJECTION,)), lambda path: _ema_name(published_name(path)))
     if discriminator is not None:
         tensors |= _renamed(discriminator, _discriminator_name)
         if ema is not None and stand_in:
@@ -216,6 +218,11 @@ def check_tokenizer(shapes: Shapes, published: Mapping, wanted: str = "autoencod
 def has_averages(names: Iterable[str]) -> bool:
     """Returns whether a file with these tensors holds averaged weights."""
     return any(name.startswith("model_ema.") for name in names)
+
+
+def has_published_discriminator(config: ConfigDict) -> bool:
+    """Returns whether a config's discriminator, if it has one, is of the kind that published files hold."""
+    return config.discriminator.name == "patch" and not config.discriminator.spectral_norm
 
 
 def has_discriminator(names: Iterable[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Frozen pretrained networks (LPIPS, the FID Inception, EfficientNet-Lite0), and readers of weight files.
+"""Frozen pretrained networks (LPIPS, Inception, EfficientNet, ConvNeXt, DINO), and readers of weight files.
 
 Untrusted inputs: weight files (.pth, .pt, .ckpt, .safetensors, .npz), .npz files of samples or statistics, images, and
 tar shards come from elsewhere. Reading them must never run their code, and must fail with a one-line UsageError instead

@@ -37,6 +37,8 @@ STAGES = (  # number of blocks, side of the depthwise kernel, stride of the firs
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
+MAPS = (1, 2, 4, 6)  # stages whose outputs `maps` returns
+CHANNELS = tuple(STAGES[number][-1] for number in MAPS)
 
 
 class _Block(NamedTuple):
@@ -106,6 +108,27 @@ def _float32(kernel: np.ndarray, bias: np.ndarray) -> dict:
     return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
 
 
+def weight_shapes() -> dict:
+    """Returns the shapes and types of the result of `load_weights`, without a file."""
+
+    def convolution(outputs: int, inputs: int, side: int) -> dict:
+        return _shapes((side, side, inputs, outputs))
+
+    blocks = []
+    for block in _blocks():
+        layers = {"expand": convolution(block.expanded, block.inputs, 1)} if block.expanded != block.inputs else {}
+        layers["depthwise"] = convolution(block.expanded, 1, block.kernel)
+        blocks.append(layers | {"project": convolution(block.outputs, block.expanded, 1)})
+    head, classifier = convolution(FEATURES, STAGES[-1][-1], 1), _shapes((FEATURES, CLASSES))
+    return {"stem": convolution(STEM, 3, 3), "blocks": blocks, "head": head, "classifier": classifier}
+
+
+def _shapes(kernel: tuple[int, ...]) -> dict:
+    """Returns the shapes of a layer's kernel and bias."""
+    arrays = {"kernel": kernel, "bias": kernel[-1:]}
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in arrays.items()}
+
+
 def features(weights: dict, images: jax.Array) -> jax.Array:
     """Computes the last feature map averaged over positions: float32 [B, 1280], in [0, 6].
 
@@ -115,16 +138,34 @@ def features(weights: dict, images: jax.Array) -> jax.Array:
     if images.ndim != 4 or images.shape[-1] != 3 or not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images must be [B, H, W, 3] floats in [0, 1], not {images.shape} {images.dtype}")
     h = jax.image.resize(images.astype(jnp.float32), (images.shape[0], SIDE, SIDE, 3), "bilinear")
-    h = jax.nn.relu6(_convolve(weights["stem"], (255.0 * h - MEAN) / DEVIATION, stride=2))
-    for block, layers in zip(_blocks(), weights["blocks"], strict=True):
-        inputs = h
-        if "expand" in layers:
-            h = jax.nn.relu6(_convolve(layers["expand"], h))
-        h = jax.nn.relu6(_convolve_by_channel(layers["depthwise"], h, block.stride))
-        h = _convolve(layers["project"], h)
-        if block.stride == 1 and block.inputs == block.outputs:
-            h += inputs
-    return jnp.mean(jax.nn.relu6(_convolve(weights["head"], h)), axis=(1, 2))
+    *_, last = _stages(weights, h)
+    return jnp.mean(jax.nn.relu6(_convolve(weights["head"], last)), axis=(1, 2))
+
+
+def maps(weights: dict, images: jax.Array, dtype: jnp.dtype = jnp.float32) -> list[jax.Array]:
+    """Computes hidden maps of images as they are, at a 4th, 8th, 16th and 32nd of their size: [B, h, w, C] in `dtype`.
+
+    `images` are float [B, H, W, 3] in [0, 1] of any size; the network was trained at 224x224. C is one of `CHANNELS`.
+    """
+    stages = list(_stages(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), weights), images.astype(jnp.float32)))
+    return [stages[number] for number in MAPS]
+
+
+def _stages(weights: dict, images: jax.Array) -> Iterator[jax.Array]:
+    """Yields the output of each of `STAGES` for float32 images in [0, 1], in the type of the weights."""
+    h = ((255.0 * images - MEAN) / DEVIATION).astype(weights["stem"]["kernel"].dtype)
+    h = jax.nn.relu6(_convolve(weights["stem"], h, stride=2))
+    layers_of_blocks = zip(_blocks(), weights["blocks"], strict=True)
+    for repeats, *_ in STAGES:
+        for block, layers in itertools.islice(layers_of_blocks, repeats):
+            inputs = h
+            if "expand" in layers:
+                h = jax.nn.relu6(_convolve(layers["expand"], h))
+            h = jax.nn.relu6(_convolve_by_channel(layers["depthwise"], h, block.stride))
+            h = _convolve(layers["project"], h)
+            if block.stride == 1 and block.inputs == block.outputs:
+                h += inputs
+        yield h
 
 
 def logits(weights: dict, images: jax.Array) -> jax.Array:

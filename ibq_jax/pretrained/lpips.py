@@ -16,6 +16,7 @@ import numpy as np
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import FULL
+from ibq_jax.pretrained.normalisation import unit_channels
 from ibq_jax.pretrained.tensor_files import read_tensors
 from ibq_jax.pretrained.weight_files import WEIGHT_FILES
 
@@ -155,7 +156,7 @@ def _terms(weights: dict, x: jax.Array, y: jax.Array, dtype: jnp.dtype, net: str
         raise UsageError(f"LPIPS on {name} needs images of at least {min_side}x{min_side} pixels, not {height}x{width}")
     taps = (_taps(weights, images, dtype, net) for images in (x, y))
     for head, tap_x, tap_y in zip(weights["heads"], *taps, strict=True):
-        difference = (_unit(tap_x) - _unit(tap_y)) ** 2
+        difference = (unit_channels(tap_x) - unit_channels(tap_y)) ** 2
         yield jnp.mean(jnp.einsum("bhwc,c->bhw", difference, head, precision=FULL), axis=(1, 2))
 
 
@@ -177,11 +178,3 @@ def _taps(weights: dict, images: jax.Array, dtype: jnp.dtype, net: str) -> list[
             h = jax.nn.relu(h + bias.reshape(1, 1, 1, -1))
         taps.append(h.astype(jnp.float32))
     return taps
-
-
-def _unit(features: jax.Array) -> jax.Array:
-    """Scales each position's channels to length 1; if all are 0, they and their gradient stay 0."""
-    squared = jnp.sum(features**2, axis=-1, keepdims=True)
-    active = squared > 0
-    length = jnp.sqrt(jnp.where(active, squared, 1.0))
-    return jnp.where(active, features / (length + 1e-10), 0.0)

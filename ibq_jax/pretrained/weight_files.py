@@ -42,6 +42,20 @@ WEIGHT_FILES = {
         "IBQ_INCEPTION",
         page="github.com/mseitzer/pytorch-fid, release fid_weights",
     ),
+    "convnext_small": WeightFile("convnext_small-0c510722", "torchvision", "ConvNeXt-Small", "IBQ_CONVNEXT_SMALL"),
+    "dino_vits16": WeightFile(
+        "dino_deitsmall16_pretrain", "DINO", "ViT-S/16", "IBQ_DINO_VITS16", page="github.com/facebookresearch/dino"
+    ),
+    **{
+        f"dinov2_vit{size}14": WeightFile(
+            f"dinov2_vit{size}14_pretrain",
+            "DINOv2",
+            f"ViT-{size.upper()}/14",
+            f"IBQ_DINOV2_VIT{size.upper()}14",
+            page="github.com/facebookresearch/dinov2",
+        )
+        for size in ("s", "b", "l")
+    },
 }
 
 

@@ -27,6 +27,7 @@ NORM_GROUPS = 32
 NORM_EPSILON = 1e-6
 MOST_POSITIONS = 4096  # that attention takes at once, an image of 1,024 pixels with 16 per code; of more, by blocks
 QUERY_BLOCK = 1024  # positions
+SEEN = "intermediates"  # the collection of values that losses may ask for; otherwise nothing is kept
 
 
 class Computing(NamedTuple):
@@ -253,7 +254,11 @@ class Encoder(Layout):
 
 
 class Decoder(Layout):
-    """[B, h, w, Z] -> images float32 [B, H, W, 3], not clipped; mirrors the encoder, with one more block per level."""
+    """[B, h, w, Z] -> images float32 [B, H, W, 3], not clipped; mirrors the encoder, with one more block per level.
+
+    Losses that ask for the collection `SEEN` get "lowest_map", the hidden map at the lowest resolution, and
+    "last_input", what the last convolution gets.
+    """
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
@@ -261,6 +266,7 @@ class Decoder(Layout):
         conv = partial(Conv, computing=self.computing)
         x = conv(c, name="conv_in")(z)
         x = Middle(self.computing, name="middle")(x)
+        self.sow(SEEN, "lowest_map", x)
         for i in reversed(range(len(self.channel_multipliers))):
             c = self.channels * self.channel_multipliers[i]
             attend = self.resolution // 2**i in self.attention_resolutions
@@ -268,4 +274,5 @@ class Decoder(Layout):
             if i > 0:
                 x = conv(c, doubled=True, name=f"upsample_{i}")(x)
         x = GroupNorm(True, self.computing, name="norm_out")(x)
+        self.sow(SEEN, "last_input", x)
         return conv(3, name="conv_out")(x).astype(jnp.float32)

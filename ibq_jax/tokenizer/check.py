@@ -3,11 +3,16 @@
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ibq_jax.base.config import check_choices, check_positive, check_seed_and_length
+from ibq_jax.base.config import check_choices, check_positive, check_seed_and_length, flatten
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import PRECISIONS
 from ibq_jax.base.sharding import check_batch
+from ibq_jax.base.state import check_moments
+from ibq_jax.pretrained.frozen_nets import CLASSIFIERS, NETS
 from ibq_jax.tokenizer.autoencoder import NORM_GROUPS
+from ibq_jax.tokenizer.diff_augment import augmentations
+from ibq_jax.tokenizer.discriminators import DISCRIMINATORS, NONE, has_discriminator
+from ibq_jax.tokenizer.losses import ADVERSARIAL_LOSSES, DISCRIMINATOR_LOSSES
 from ibq_jax.tokenizer.model import downsampling, latent_dim
 from ibq_jax.tokenizer.parts import PARTS, frozen_parts
 from ibq_jax.tokenizer.quantizers import QUANTIZERS, WITH_ENTROPY, check_settings
@@ -21,6 +26,15 @@ CHOICES = {
     "quantizer.precision": PRECISIONS,
     "quantizer.gradient_precision": PRECISIONS,
     "encode.precision": PRECISIONS,
+    "discriminator.name": (*DISCRIMINATORS, NONE),
+    "discriminator.loss": tuple(DISCRIMINATOR_LOSSES),
+    "discriminator.net": tuple(NETS),
+    "optimizer.moment_dtype": ("float32", "bfloat16"),
+    "loss.adversarial": tuple(ADVERSARIAL_LOSSES),
+    "loss.features_net": tuple(NETS),
+    "loss.logits_net": CLASSIFIERS,
+    "alignment.net": tuple(NETS),
+    "alignment.of": ("latents", "decoder"),
 }
 POSITIVE = (
     "data.image_size",
@@ -32,6 +46,18 @@ POSITIVE = (
     "codebook.init_scale",
     "quantizer.entropy_temperature",
     "quantizer.logit_temperature",
+    "discriminator.channels",
+    "discriminator.r1_every",
+)
+NOT_NEGATIVE = (
+    "discriminator.ramp_steps",
+    "discriminator.r1_weight",
+    "discriminator.net_side",
+    "loss.features_weight",
+    "loss.logits_weight",
+    "loss.adaptive_limit",
+    "alignment.weight",
+    "optimizer.weight_decay",
 )
 
 
@@ -39,11 +65,22 @@ def check_config(config: ConfigDict, mesh: Mesh) -> None:
     """Raises UsageError for values out of range, and for fields that contradict each other or the mesh."""
     check_choices(config, CHOICES)
     check_positive(config, POSITIVE)
+    _check_not_negative(config)
     check_seed_and_length(config)
     _check_images(config)
     _check_batch(config, mesh)
     _check_codebook(config, mesh)
     _check_finetuning(config)
+    check_moments(config.optimizer.beta1, config.optimizer.beta2, config.optimizer.moment_dtype)
+    augmentations(config.discriminator.augment)  # raises UsageError for an unknown one
+    _check_alignment(config)
+
+
+def _check_not_negative(config: ConfigDict) -> None:
+    fields = flatten(config)
+    for name in NOT_NEGATIVE:
+        if fields[name] < 0:
+            raise UsageError(f"{name}={fields[name]} is negative; 0 switches it off")
 
 
 def _check_images(config: ConfigDict) -> None:
@@ -68,7 +105,7 @@ def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
         raise UsageError(
             f"quantizer.entropy_group_tokens={entropy_group} does not divide the {tokens} tokens of a micro-batch"
         )
-    if config.loss.adversarial_weight and norm_group and micro % norm_group:
+    if has_discriminator(config) and norm_group and micro % norm_group:
         raise UsageError(f"discriminator.norm_group={norm_group} does not divide the micro-batch of {micro} images")
 
 
@@ -88,9 +125,19 @@ def _check_finetuning(config: ConfigDict) -> None:
     frozen, finetune = frozen_parts(config), config.finetune
     if finetune.discriminator_warmup_steps < 0:
         raise UsageError(f"finetune.discriminator_warmup_steps={finetune.discriminator_warmup_steps} is negative")
-    if finetune.discriminator_warmup_steps and not config.loss.adversarial_weight:
-        raise UsageError("finetune.discriminator_warmup_steps needs a discriminator, and loss.adversarial_weight is 0")
+    if finetune.discriminator_warmup_steps and not has_discriminator(config):
+        why = "discriminator.name is none" if config.loss.adversarial_weight else "loss.adversarial_weight is 0"
+        raise UsageError(f"finetune.discriminator_warmup_steps needs a discriminator, and {why}")
     for part in PARTS:
         rate = finetune[f"{part}_rate"]
         if rate < 0 or (not rate and part not in frozen):
             raise UsageError(f"finetune.{part}_rate={rate} is not positive; finetune.freeze={part} leaves it as it is")
+
+
+def _check_alignment(config: ConfigDict) -> None:
+    part = {"latents": "encoder", "decoder": "decoder"}[config.alignment.of]
+    if config.alignment.weight and part in frozen_parts(config):
+        raise UsageError(
+            f"alignment.of={config.alignment.of} trains the {part}, which finetune.freeze={config.finetune.freeze} "
+            "leaves as it is; set alignment.weight=0"
+        )

@@ -14,9 +14,12 @@ from ml_collections import ConfigDict
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import check_precision, compute_dtype
 from ibq_jax.base.sharding import platform
-from ibq_jax.tokenizer.autoencoder import Conv, Decoder, Encoder, Layout
+from ibq_jax.tokenizer.autoencoder import SEEN, Conv, Decoder, Encoder, Layout
 from ibq_jax.tokenizer.quantizer import Quantized
 from ibq_jax.tokenizer.quantizers import build_quantizer
+
+# A module of the parameters next to the model's own, which a loss trains (`net_losses.py`); it is never exported.
+PROJECTION = "alignment"
 
 
 class TokenizerModel(Layout, kw_only=True):
@@ -56,7 +59,9 @@ class TokenizerModel(Layout, kw_only=True):
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, Quantized]:
         """Images -> (reconstructions float32 [B, H, W, 3], the quantizer's output)."""
-        quantized = self.quantize(self.latent(images))
+        latent = self.latent(images)
+        self.sow(SEEN, "latent", latent)
+        quantized = self.quantize(latent)
         return self._decode_latent(quantized.z_q), quantized
 
     def initialize(self, images: jax.Array) -> jax.Array:
@@ -91,7 +96,7 @@ class TokenizerModel(Layout, kw_only=True):
 
 def used_in_model_type(path: tuple[str, ...]) -> bool:
     """Returns whether the parameter at a path is used in the model's `dtype` only, unlike the quantizer's."""
-    return path[-1] == "kernel" and not set(path) & {"quant_conv", "post_quant_conv", "quantize"}
+    return path[-1] == "kernel" and not set(path) & {"quant_conv", "post_quant_conv", "quantize", PROJECTION}
 
 
 def downsampling(config: ConfigDict) -> int:

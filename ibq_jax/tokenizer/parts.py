@@ -51,7 +51,7 @@ def only(params: Mapping, modules: tuple[str, ...]) -> dict:
 
 
 def learning_rates(config: ConfigDict) -> dict[str, float]:
-    """Returns what multiplies the learning rate of each module."""
+    """Returns what multiplies the learning rate of each module of a part; that of others is not multiplied."""
     return {module: config.finetune[f"{part}_rate"] for part, modules in PARTS.items() for module in modules}
 
 
@@ -59,7 +59,7 @@ def at_rates(optimizer: optax.GradientTransformation, rates: Mapping[str, float]
     """Returns an optimizer whose steps are multiplied by a number for each module; its state is that of `optimizer`."""
 
     def scaled(path, leaf: jax.Array) -> jax.Array:
-        return rates[jax.tree_util.keystr(path[:1], simple=True)] * leaf
+        return rates.get(jax.tree_util.keystr(path[:1], simple=True), 1.0) * leaf
 
     def update(updates, state, params=None):
         updates, state = optimizer.update(updates, state, params)

@@ -10,15 +10,16 @@ Metrics of a step; those of a part that is switched off, or that the quantizer l
 
 | name | meaning |
 |---|---|
-| loss/total | what the tokenizer minimises: loss/nll + loss/codebook + weighted loss/adversarial |
-| loss/nll, loss/l1, loss/lpips | l1 + weighted lpips; mean absolute error of values in [-1, 1]; LPIPS (0 if off) |
-| loss/adversarial | non-saturating loss against the discriminator |
+| loss/total | what is minimised: loss/nll + loss/codebook + weighted loss/adversarial and loss/alignment |
+| loss/nll, loss/l1, loss/lpips | all distances, weighted; mean absolute error in [-1, 1]; LPIPS (0 if off) |
+| loss/features, loss/logits, loss/alignment | of frozen networks, see `net_losses` |
+| loss/adversarial, loss/adaptive_weight | loss.adversarial against the discriminator; VQGAN's weight of it |
 | loss/codebook, loss/quantizer, loss/entropy | weighted sum of the quantizer's loss and of its entropy loss |
 | codebook/sample_entropy, codebook/batch_entropy | nats |
 | codebook/max_probability, codebook/max_logit | mean over tokens of the chosen code's probability; largest logit |
 | codebook/max_norm | largest length of a code |
 | codebook/usage, codebook/dead_codes, codebook/perplexity | over the last `codebook_monitor.window_tokens` |
-| discriminator/loss, discriminator/hinge, discriminator/lecam | hinge + weighted lecam |
+| discriminator/loss, discriminator/hinge, discriminator/lecam, discriminator/r1 | hinge + weighted lecam and r1 |
 | discriminator/logits_real, discriminator/logits_fake | mean logits of images and of reconstructions |
 | discriminator/gradient_norm | global norm, before clipping |
 | optimizer/gradient_norm, optimizer/learning_rate | of the tokenizer; the discriminator has the same rate |
@@ -28,19 +29,19 @@ and images (a count), see `ibq_jax.evaluate.reconstruction`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ibq_jax.base.sharding import (
-    AXES,
     WeightPlacement,
     abstract_state,
     batch_sharding,
@@ -48,30 +49,32 @@ from ibq_jax.base.sharding import (
     replicated,
     with_sharding,
 )
-from ibq_jax.base.state import AveragedWeights, adam, apply_gradient, drop_schedule, moving_average
+from ibq_jax.base.state import AveragedWeights, adam, adamw, apply_gradient, drop_schedule, moving_average
 from ibq_jax.data.preprocess import to_float
-from ibq_jax.pretrained.lpips import lpips, weight_shapes
+from ibq_jax.pretrained.lpips import lpips
 from ibq_jax.tokenizer import losses
+from ibq_jax.tokenizer.autoencoder import SEEN, Conv
 from ibq_jax.tokenizer.codebook_monitor import CodebookWindow
-from ibq_jax.tokenizer.discriminator import PatchDiscriminator
-from ibq_jax.tokenizer.model import TokenizerModel, build_model, downsampling, used_in_model_type
+from ibq_jax.tokenizer.discriminators import DiscriminatorState, DiscriminatorTrainer, has_discriminator
+from ibq_jax.tokenizer.micro_batches import MicroBatches, merge
+from ibq_jax.tokenizer.model import PROJECTION, TokenizerModel, build_model, downsampling, used_in_model_type
+from ibq_jax.tokenizer.net_losses import (
+    LPIPS_NET,
+    Nets,
+    aligned_channels,
+    initial_projection,
+    measure_alignment,
+    measure_features,
+    measure_logits,
+    weight_shapes,
+)
 from ibq_jax.tokenizer.parts import at_rates, frozen_parts, learning_rates, modules_of, only, without
 from ibq_jax.tokenizer.quantizers import WITH_TRAINED_ROWS
 
 
 @flax.struct.dataclass
-class DiscriminatorState:
-    """The discriminator's part of the train state."""
-
-    params: dict
-    optimizer: optax.OptState
-    batch_stats: dict
-    lecam: losses.LecamAverages
-
-
-@flax.struct.dataclass
 class TokenizerState(AveragedWeights):
-    """Everything that a step changes. `discriminator` is None if loss.adversarial_weight is 0.
+    """Everything that a step changes. `discriminator` is None if nothing is trained against one.
 
     `optimizer` and `ema` hold nothing of parameters that finetune.freeze leaves as they are.
     """
@@ -88,8 +91,8 @@ class TokenizerState(AveragedWeights):
 class TokenizerTrainer:
     """The tokenizer's model, optimizer and step functions for one config on one mesh.
 
-    Its methods are pure functions of their arguments. An argument `perceptual` is VGG16's weights for LPIPS, or None to
-    switch the perceptual loss off.
+    Its methods are pure functions of their arguments. An argument `nets` is the frozen networks' weights by name
+    (`net_losses.wanted_nets`), or None; the losses of those that it lacks are off.
     """
 
     config: ConfigDict
@@ -106,24 +109,18 @@ class TokenizerTrainer:
         return self.model.for_encoding(self.config.encode.precision)
 
     @cached_property
-    def discriminator(self) -> PatchDiscriminator:
-        config = self.config.discriminator
-        return PatchDiscriminator(
-            channels=config.channels,
-            num_layers=config.num_layers,
-            norm_group=config.norm_group,
-            dtype=jnp.dtype(self.config.dtype),
-        )
+    def adversarial(self) -> DiscriminatorTrainer:
+        """The training of the discriminator, and its loss for the tokenizer."""
+        return DiscriminatorTrainer(self.config, self.mesh, self.optimizer)
+
+    @cached_property
+    def discriminator(self) -> nn.Module:
+        return self.adversarial.module
 
     @cached_property
     def placement(self) -> WeightPlacement:
         """The places of the parameters: in the state, and where the model computes with them."""
         return WeightPlacement.of(lambda: self.create_state(0).params, self.mesh)
-
-    @cached_property
-    def discriminator_placement(self) -> WeightPlacement:
-        """The places of the discriminator's parameters."""
-        return WeightPlacement.of(lambda: self._create_discriminator(jax.random.key(0)).params, self.mesh)
 
     @cached_property
     def learning_rate(self) -> optax.Schedule:
@@ -134,13 +131,17 @@ class TokenizerTrainer:
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        """Adam, for the tokenizer and, with a separate state, for the discriminator."""
+        """Adam or AdamW, for the tokenizer and, with a separate state, for the discriminator."""
         config = self.config.optimizer
-        return adam(self.learning_rate, beta1=config.beta1, beta2=config.beta2, gradient_clip=config.gradient_clip)
+        names = ("beta1", "beta2", "gradient_clip", "moment_dtype")
+        fields: Any = {name: config[name] for name in names}
+        if not config.weight_decay:
+            return adam(self.learning_rate, **fields)
+        return adamw(self.learning_rate, config.weight_decay, decays=lambda name: name.endswith("/kernel"), **fields)
 
     @cached_property
     def tokenizer_optimizer(self) -> optax.GradientTransformation:
-        """The tokenizer's Adam, at the rates of its parts."""
+        """The tokenizer's optimizer, at the rates of its parts."""
         rates = learning_rates(self.config)
         return self.optimizer if set(rates.values()) == {1.0} else at_rates(self.optimizer, rates)
 
@@ -168,30 +169,20 @@ class TokenizerTrainer:
         autoencoder_key, discriminator_key = jax.random.split(jax.random.key(seed))
         size = self.config.data.image_size
         params = self.model.init(autoencoder_key, jnp.zeros((1, size, size, 3)), method="initialize")["params"]
+        if self.config.alignment.weight:
+            key, channels = jax.random.fold_in(autoencoder_key, 1), aligned_channels(self.config)
+            params = {**params, PROJECTION: initial_projection(self.config, key, channels)}
         window, trained = CodebookWindow.empty(self.config.codebook.size), without(params, self.frozen)
         return TokenizerState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             optimizer=self.tokenizer_optimizer.init(trained),
             ema=jax.tree.map(jnp.copy, trained),
-            discriminator=self._create_discriminator(discriminator_key)
-            if self.config.loss.adversarial_weight
-            else None,
+            discriminator=self.adversarial.create(discriminator_key) if has_discriminator(self.config) else None,
             window=jax.tree.map(lambda leaf: nn.LogicallyPartitioned(leaf, ("codes",)), window),
         )
 
-    def _create_discriminator(self, key: jax.Array) -> DiscriminatorState:
-        size = self.config.data.image_size
-        images = jnp.zeros((max(1, self.config.discriminator.norm_group), size, size, 3))
-        variables = self.discriminator.init(key, images)
-        return DiscriminatorState(
-            params=variables["params"],
-            optimizer=self.optimizer.init(variables["params"]),
-            batch_stats=variables["batch_stats"],
-            lecam=losses.LecamAverages.zeros(),
-        )
-
-    def train_step(self, state: TokenizerState, perceptual: dict | None, images: jax.Array):
+    def train_step(self, state: TokenizerState, nets: Nets | None, images: jax.Array):
         """Takes one step on images [B, H, W, 3], uint8 or float.
 
         Returns:
@@ -199,18 +190,27 @@ class TokenizerTrainer:
         """
         images = to_float(images)
         weights = self.placement.gather(state.params, jnp.dtype(self.config.dtype), used_in_model_type)
-        frozen = only(weights, self.frozen)
-        (reconstructions, codebook_loss), pull_back, (indices, metrics) = jax.vjp(
-            lambda trained: self._reconstruct(trained | frozen, images), without(weights, self.frozen), has_aux=True
+        frozen, nets = only(weights, self.frozen), nets or {}
+        (reconstructions, latent_loss), pull_back, (indices, metrics, last_input) = jax.vjp(
+            lambda trained: self._reconstruct(trained | frozen, images, nets),
+            without(weights, self.frozen),
+            has_aux=True,
         )
         discriminator = state.discriminator
         if discriminator is not None:
-            discriminator, scalars = self._train_discriminator(discriminator, images, reconstructions, state.step)
+            net = nets.get(self.config.discriminator.net)
+            discriminator, scalars = self.adversarial.train(discriminator, images, reconstructions, state.step, net)
             metrics |= scalars
-        (image_loss, (discriminator, scalars)), cotangent = jax.value_and_grad(self._image_loss, has_aux=True)(
-            reconstructions, discriminator, perceptual, images, state.step
-        )
-        (gradient,) = pull_back((cotangent, jnp.ones_like(codebook_loss)))
+        if last_input is None or discriminator is None:
+            (image_loss, (discriminator, scalars)), cotangent = jax.value_and_grad(self._image_loss, has_aux=True)(
+                reconstructions, discriminator, nets, images, state.step
+            )
+        else:
+            at_last_layer = partial(self._at_last_layer, weights["decoder"]["conv_out"], last_input)
+            image_loss, (discriminator, scalars), cotangent = self._weighed_image_loss(
+                reconstructions, discriminator, nets, images, state.step, at_last_layer
+            )
+        (gradient,) = pull_back((cotangent, jnp.ones_like(latent_loss)))
         gradient = self.placement.scatter(gradient)
         params, optimizer, ema = self._update(gradient, state)
         step, warmup = state.step + 1, self.config.finetune.discriminator_warmup_steps
@@ -223,7 +223,7 @@ class TokenizerTrainer:
             window=state.window.update(indices, step, self.window_steps),
         )
         metrics |= scalars | {
-            "loss/total": image_loss + codebook_loss,
+            "loss/total": image_loss + latent_loss,
             "optimizer/gradient_norm": optax.tree.norm(gradient),
             "optimizer/learning_rate": self.learning_rate(jnp.maximum(0, step - 1 - warmup) if warmup else step - 1),
         }
@@ -249,11 +249,13 @@ class TokenizerTrainer:
         indices = self.encoding_model.apply(variables, to_float(images), method="encode")
         return jnp.clip(self.encoding_model.apply(variables, indices, method="decode"), -1.0, 1.0), indices
 
-    def _reconstruct(self, params: dict, images: jax.Array):
-        """Returns ((reconstructions, codebook loss), (codes, metrics))."""
+    def _reconstruct(self, params: dict, images: jax.Array, nets: Nets):
+        """Returns ((reconstructions, loss of latents), (codes, metrics, the last layer's input or None))."""
+        config = self.config
+        aligns, adapts = config.alignment.weight and config.alignment.net in nets, config.loss.adaptive_limit > 0
 
         def reconstruct(micro_batch):
-            reconstruction, quantized = self.model.apply({"params": params}, micro_batch)
+            reconstruction, quantized, seen = self._forward(params, micro_batch, bool(aligns or adapts))
             scalars = {
                 "loss/quantizer": quantized.quant_loss,
                 "loss/entropy": quantized.entropy_loss,
@@ -262,112 +264,107 @@ class TokenizerTrainer:
                 "codebook/max_probability": quantized.max_probability,
             }
             scalars = {name: value for name, value in scalars.items() if value is not None}
+            if aligns:
+                aligned = seen[config.alignment.of]
+                scalars["loss/alignment"] = measure_alignment(config, nets, params[PROJECTION], micro_batch, aligned)
             maxima = {} if quantized.max_logit is None else {"codebook/max_logit": quantized.max_logit}
-            return reconstruction, quantized.indices, scalars, maxima
+            return reconstruction, quantized.indices, scalars, maxima, seen["last"] if adapts else None
 
-        reconstructions, indices, scalars, maxima = self._map_micro_batches(reconstruct, images)
+        reconstructions, indices, scalars, maxima, last_input = self._micro_batches.map(reconstruct, images)
         scalars = jax.tree.map(jnp.mean, scalars)
-        weights = self.config.loss
+        weights = config.loss
         loss = weights.quantizer_weight * scalars["loss/quantizer"] + weights.entropy_weight * scalars["loss/entropy"]
         metrics = scalars | {"loss/codebook": loss} | jax.tree.map(jnp.max, maxima)
-        return (_merge(reconstructions), loss), (_merge(indices), jax.lax.stop_gradient(metrics))
+        if aligns:
+            loss += config.alignment.weight * scalars["loss/alignment"]
+        aux = merge(indices), metrics, None if last_input is None else merge(last_input)
+        return (merge(reconstructions), loss), jax.lax.stop_gradient(aux)
 
-    def _train_discriminator(self, old: DiscriminatorState, images: jax.Array, reconstructions: jax.Array, step):
-        """Returns (the discriminator updated on images and reconstructions, metrics)."""
-        config = self.config.loss
-        started = (step >= self.config.discriminator.start_step).astype(jnp.float32)
-
-        def loss(params):
-            real, batch_stats = self._discriminate(params, old.batch_stats, images)
-            fake, batch_stats = self._discriminate(params, batch_stats, jax.lax.stop_gradient(reconstructions))
-            averages = old.lecam.update(jnp.mean(real), jnp.mean(fake), 1.0 - started * (1.0 - config.lecam_decay))
-            total, scalars = losses.discriminator_loss(real, fake, averages, config.lecam_weight)
-            return started * total, (batch_stats, averages, scalars)
-
-        gradient, (batch_stats, averages, scalars) = jax.grad(loss, has_aux=True)(self._discriminator_weights(old))
-        gradient = self.discriminator_placement.scatter(gradient)
-        params, optimizer = apply_gradient(self.optimizer, gradient, old.optimizer, old.params)
-        metrics = {f"discriminator/{name}": value for name, value in scalars.items()}
-        metrics["discriminator/gradient_norm"] = optax.tree.norm(gradient)
-        return DiscriminatorState(params=params, optimizer=optimizer, batch_stats=batch_stats, lecam=averages), metrics
+    def _forward(self, params: dict, images: jax.Array, look: bool) -> tuple:
+        """Returns (reconstructions, the quantizer's output, {} or with `look` what losses may look at, by name)."""
+        if not look:
+            return *self.model.apply({"params": params}, images), {}
+        (reconstructions, quantized), kept = self.model.apply({"params": params}, images, mutable=[SEEN])
+        (latents,), decoder = kept[SEEN]["latent"], kept[SEEN]["decoder"]
+        seen = {"latents": latents, "decoder": decoder["lowest_map"][0], "last": decoder["last_input"][0]}
+        return reconstructions, quantized, seen
 
     def reconstruction_loss(
-        self, images: jax.Array, reconstructions: jax.Array, perceptual: dict | None
+        self, images: jax.Array, reconstructions: jax.Array, nets: Nets
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the loss of reconstructions [B, H, W, 3] without its adversarial part, and its terms by name.
 
         A subclass may replace it (see examples/train_with_another_loss.py); "l1" has to stay among the terms.
         """
-        distance = jnp.zeros((images.shape[0],))
-        if perceptual is not None:
-            measure = partial(lpips, perceptual, dtype=jnp.dtype(self.config.dtype))
-            distance = _merge(self._map_micro_batches(measure, images, reconstructions))
-        return losses.reconstruction_nll(images, reconstructions, distance, self.config.loss.perceptual_weight)
+        config, distance = self.config.loss, jnp.zeros((images.shape[0],))
+        if LPIPS_NET in nets:
+            measure = partial(lpips, nets[LPIPS_NET], dtype=jnp.dtype(self.config.dtype))
+            distance = merge(self._micro_batches.map(measure, images, reconstructions))
+        loss, terms = losses.reconstruction_nll(images, reconstructions, distance, config.perceptual_weight)
+        for name, weight, net, measure in (
+            ("features", config.features_weight, config.features_net, measure_features),
+            ("logits", config.logits_weight, config.logits_net, measure_logits),
+        ):
+            if weight and net in nets:
+                measure = partial(measure, self.config, nets)
+                terms[name] = jnp.mean(self._micro_batches.map(measure, images, reconstructions))
+                loss += weight * terms[name]
+        return loss, terms | {"nll": loss}
 
-    def _image_loss(
-        self, reconstructions, discriminator: DiscriminatorState | None, perceptual: dict | None, images, step
-    ):
+    def _image_loss(self, reconstructions, discriminator: DiscriminatorState | None, nets: Nets, images, step):
         """Returns the loss of the reconstructions: (loss, (discriminator with updated statistics, metrics))."""
-        config = self.config.loss
-        loss, scalars = self.reconstruction_loss(images, reconstructions, perceptual)
+        loss, scalars = self.reconstruction_loss(images, reconstructions, nets)
         metrics = {f"loss/{name}": value for name, value in scalars.items()}
         if discriminator is not None:
-            weights = self._discriminator_weights(discriminator)
-            fake, batch_stats = self._discriminate(weights, discriminator.batch_stats, reconstructions)
-            discriminator = replace(discriminator, batch_stats=batch_stats)
-            metrics["loss/adversarial"] = losses.non_saturating(fake)
-            started = (step >= self.config.discriminator.start_step).astype(jnp.float32)
-            loss += config.adversarial_weight * started * metrics["loss/adversarial"]
+            net = nets.get(self.config.discriminator.net)
+            adversarial, discriminator = self.adversarial.loss_of(discriminator, reconstructions, step, net)
+            metrics["loss/adversarial"] = adversarial
+            loss += self.config.loss.adversarial_weight * self.adversarial.share(step) * adversarial
         return loss, (discriminator, metrics)
 
-    def _discriminator_weights(self, discriminator: DiscriminatorState) -> dict:
-        dtype = jnp.dtype(self.config.dtype)
-        return self.discriminator_placement.gather(discriminator.params, dtype, used_in_model_type)
+    def _weighed_image_loss(
+        self, reconstructions, discriminator: DiscriminatorState, nets: Nets, images, step, at_last_layer: Callable
+    ):
+        """Returns what `_image_loss` does, with VQGAN's adaptive weight, and the gradient of the loss."""
+        config, net = self.config.loss, nets.get(self.config.discriminator.net)
+        (loss, scalars), gradient = jax.value_and_grad(self.reconstruction_loss, argnums=1, has_aux=True)(
+            images, reconstructions, nets
+        )
+        (adversarial, discriminator), adversarial_gradient = jax.value_and_grad(
+            lambda images: self.adversarial.loss_of(discriminator, images, step, net), has_aux=True
+        )(reconstructions)
+        weight = losses.adaptive_weight(
+            at_last_layer(gradient), at_last_layer(adversarial_gradient), config.adaptive_limit
+        )
+        metrics = {f"loss/{name}": value for name, value in scalars.items()}
+        metrics |= {"loss/adversarial": adversarial, "loss/adaptive_weight": weight}
+        weight *= config.adversarial_weight * self.adversarial.share(step)
+        return loss + weight * adversarial, (discriminator, metrics), gradient + weight * adversarial_gradient
 
-    def _discriminate(self, params: dict, batch_stats: dict, images: jax.Array):
-        """Returns (logits, batch statistics updated by this call)."""
+    def _at_last_layer(self, layer: dict, inputs: jax.Array, gradient: jax.Array) -> jax.Array:
+        """Returns a loss's gradient with respect to the decoder's last kernel, from that to reconstructions."""
 
-        def discriminate(micro_batch):
-            variables = {"params": params, "batch_stats": batch_stats}
-            logits, updated = self.discriminator.apply(variables, micro_batch, mutable=["batch_stats"])
-            return logits, updated["batch_stats"]
+        def reconstruct(kernel: jax.Array) -> jax.Array:
+            conv = Conv(3, computing=self.model.computing)
+            return conv.apply({"params": {**layer, "kernel": kernel}}, inputs).astype(jnp.float32)
 
-        logits, updated = self._map_micro_batches(discriminate, images)
-        # Each micro-batch updates the same statistics, linearly in its own: the mean is the update by the whole batch.
-        batch_stats = jax.tree.map(lambda new, old: jnp.mean(new, axis=0).astype(old.dtype), updated, batch_stats)
-        return _merge(logits), batch_stats
+        return jax.vjp(reconstruct, layer["kernel"])[1](gradient)[0].astype(jnp.float32)
 
-    def _map_micro_batches(self, function: Callable, *arrays: jax.Array):
-        """Applies `function` to A micro-batches of arrays [B, ...] in turn; every output gets a leading axis A.
-
-        It is differentiable. The backward pass computes each micro-batch again, so that the activations of only one
-        are held in memory.
-        """
-        count = self.config.train.grad_accum_steps
-        if count == 1:
-            return jax.tree.map(lambda leaf: leaf[None], function(*arrays))
-        sharding = NamedSharding(self.mesh, PartitionSpec(None, AXES))
-        batches = tuple(jax.lax.with_sharding_constraint(x.reshape(count, -1, *x.shape[1:]), sharding) for x in arrays)
-        return jax.lax.map(lambda batch: jax.checkpoint(function)(*batch), batches)
-
-
-def _merge(micro_batches: jax.Array) -> jax.Array:
-    """Micro-batches [A, b, ...] -> the whole batch [B, ...]."""
-    return micro_batches.reshape(-1, *micro_batches.shape[2:])
+    @property
+    def _micro_batches(self) -> MicroBatches:
+        return MicroBatches(self.config.train.grad_accum_steps, self.mesh)
 
 
 def jit_train_step(trainer: TokenizerTrainer):
-    """Returns `trainer.train_step(state, perceptual, images)`, jitted and sharded over its mesh; donates the state."""
+    """Returns `trainer.train_step(state, nets, images)`, jitted and sharded over its mesh; donates the state."""
     mesh, changes = trainer.mesh, trainer.config.train.compiler_options
     return jit_step(trainer.train_step, trainer.create_state, mesh, (replicated(mesh), batch_sharding(mesh)), changes)
 
 
 def abstract_arguments(trainer: TokenizerTrainer) -> tuple:
-    """Returns shapes, types and shardings of the step's arguments, with VGG16 if loss.perceptual_weight is not 0."""
+    """Returns shapes, types and shardings of the step's arguments, with all frozen networks that the config wants."""
     mesh, data = trainer.mesh, trainer.config.data
     state, _ = abstract_state(trainer.create_state, mesh, 0)
-    perceptual = None
-    if trainer.config.loss.perceptual_weight:
-        perceptual = with_sharding(weight_shapes(), replicated(mesh))
+    nets = with_sharding(weight_shapes(trainer.config), replicated(mesh)) or None
     shape = (data.batch_size, data.image_size, data.image_size, 3)
-    return state, perceptual, jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh))
+    return state, nets, jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh))

@@ -8,12 +8,16 @@ import jax
 import numpy as np
 
 from ibq_jax.base.errors import UsageError
+from ibq_jax.tokenizer.model import PROJECTION
+from ibq_jax.tokenizer.parts import without
 
 SHOWN = 3  # differing weights that an error names
 
 
 def with_weights(state: Any, weights: Mapping) -> Any:
     """Returns a new training state with other weights, raw and averaged, in the same placement.
+
+    The projection that an alignment loss trains stays as it is in the state.
 
     Args:
         state: a state before its first step.
@@ -22,7 +26,8 @@ def with_weights(state: Any, weights: Mapping) -> Any:
     Raises:
         UsageError: a weight is missing, unknown or of another size than the config's; the message names them.
     """
-    ours, theirs = (_shapes(tree) for tree in (state.params, weights))
+    weights = without(weights, (PROJECTION,))
+    ours, theirs = (_shapes(tree) for tree in (without(state.params, (PROJECTION,)), weights))
     differing = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
     if differing:
         words = [f"{name} is {_size(theirs.get(name))}, here {_size(ours.get(name))}" for name in differing[:SHOWN]]
@@ -32,8 +37,11 @@ def with_weights(state: Any, weights: Mapping) -> Any:
     def place(old, new):
         return jax.device_put(np.asarray(new, old.dtype), old.sharding)
 
-    ema = None if state.ema is None else jax.tree.map(place, state.ema, {name: weights[name] for name in state.ema})
-    return dataclasses.replace(state, params=jax.tree.map(place, state.params, dict(weights)), ema=ema)
+    def placed(tree: dict) -> dict:
+        others = without(tree, (PROJECTION,))
+        return {**tree, **jax.tree.map(place, others, {name: weights[name] for name in others})}
+
+    return dataclasses.replace(state, params=placed(state.params), ema=state.ema and placed(state.ema))
 
 
 def _shapes(tree: Mapping) -> dict[str, tuple[int, ...]]:

@@ -15,15 +15,18 @@ from ibq_jax.data.pipeline import open_split, training_batches
 from ibq_jax.evaluate.feature_nets import find_feature_nets
 from ibq_jax.evaluate.protocols import find_protocol
 from ibq_jax.evaluate.validation import validation_evaluator
-from ibq_jax.pretrained.lpips import load_weights
-from ibq_jax.pretrained.weight_files import explain_absence, find_weights
+from ibq_jax.pretrained.frozen_nets import NETS
 from ibq_jax.tokenizer.check import check_config
 from ibq_jax.tokenizer.codebook_monitor import check_collapse
+from ibq_jax.tokenizer.net_losses import LPIPS_NET
 from ibq_jax.tokenizer.parts import keeps_codes
 from ibq_jax.tokenizer.step import TokenizerState, TokenizerTrainer, jit_train_step
 from ibq_jax.training.fit import FieldRoles, check_same_run, fit
+from ibq_jax.training.frozen import load_nets
 from ibq_jax.training.initial import with_weights
 from ibq_jax.training.kept_codes import check_codes, note_codes
+
+NET_FILES = tuple(f"nets.{name}" for name in NETS)  # fields
 
 FIELD_ROLES = FieldRoles(
     free=(
@@ -46,8 +49,9 @@ FIELD_ROLES = FieldRoles(
         "train.epochs",
         "train.compiler_options",
         "loss.perceptual_file",
+        "nets.",
     ),
-    location=("data.dir", "data.num_workers", "data.num_threads", "loss.perceptual_file"),
+    location=("data.dir", "data.num_workers", "data.num_threads", "loss.perceptual_file", *NET_FILES),
     network=("stage:", "model.", "codebook.", "quantizer.name:", "quantizer.l2_normalize:", "finetune.freeze:"),
     not_structural=("model.remat", "codebook.implementation", "codebook.init_scale"),
 )
@@ -59,10 +63,10 @@ COMPARED = 1_000  # images whose codes are compared before and after training th
 class TokenizerStage:
     """The tokenizer's part of the training loop (`ibq_jax.base.loop.Stage`)."""
 
-    def __init__(self, trainer: TokenizerTrainer, perceptual: dict | None):
+    def __init__(self, trainer: TokenizerTrainer, nets: Mapping[str, dict]):
         config = trainer.config
         kinds = [kind for kind in config.evaluate.feature_nets.split(",") if kind]
-        self._trainer, self._perceptual = trainer, perceptual
+        self._trainer, self._nets = trainer, nets
         self._evaluator = validation_evaluator(
             trainer, config.evaluate.examples, find_protocol(config.evaluate.protocol), find_feature_nets(kinds, {})
         )
@@ -72,7 +76,7 @@ class TokenizerStage:
         return jit_train_step(self._trainer)
 
     def step(self, state: TokenizerState, batch: Mapping[str, jax.Array]):
-        return self._compiled_step(state, self._perceptual, batch["image"])
+        return self._compiled_step(state, self._nets, batch["image"])
 
     def examine(self, step: int, metrics: Mapping[str, float]) -> None:
         monitor = self._trainer.config.codebook_monitor
@@ -80,7 +84,7 @@ class TokenizerStage:
 
     def describe(self, metrics: Mapping[str, float]) -> str:
         words = [f"loss {metrics['loss/total']:.4f}", f"l1 {metrics['loss/l1']:.4f}"]
-        if self._perceptual is not None:
+        if LPIPS_NET in self._nets:
             words.append(f"lpips {metrics['loss/lpips']:.4f}")
         if "discriminator/loss" in metrics:
             words.append(f"D {metrics['discriminator/loss']:.3f}")
@@ -132,8 +136,7 @@ def train_tokenizer(
             f"data.batch_size={config.data.batch_size} is more than the {len(source)} images of the data set"
         )
     trainer = trainer_class(config, mesh, steps_per_epoch)
-    perceptual = _perceptual_weights(config)
-    stage = TokenizerStage(trainer, perceptual)
+    stage = TokenizerStage(trainer, load_nets(config, mesh))
     check_same_run(workdir, config, FIELD_ROLES)
 
     def batches_from(step: int):
@@ -174,14 +177,3 @@ def _batch_fields(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
         num_workers=data.num_workers,
         num_threads=data.num_threads,
     )
-
-
-def _perceptual_weights(config: ConfigDict) -> dict | None:
-    if not config.loss.perceptual_weight:
-        return None
-    path = find_weights("vgg16", config.loss.perceptual_file, "loss.perceptual_file")
-    if path is None:
-        print(f"perceptual loss: OFF, because {explain_absence('vgg16', 'loss.perceptual_file')}")
-        return None
-    print(f"perceptual loss: LPIPS with VGG16 from {path}")
-    return load_weights(path)

@@ -136,16 +136,16 @@ def our_step(preset: str, batch: int) -> Callable[[], object]:
     config = load_config(f"{ROOT}/configs/tokenizer.py:{preset}", overrides)
     trainer = TokenizerTrainer(config, make_mesh({}, jax.devices()[:1]), steps_per_epoch=1)
     state = create_sharded(trainer.create_state, trainer.mesh, 0)
-    compiled, perceptual = jit_train_step(trainer), None
+    compiled, nets = jit_train_step(trainer), None
     random = np.random.default_rng(0)
     if config.loss.perceptual_weight:
-        perceptual = jax.tree.map(lambda leaf: jnp.float32(random.normal(0, 0.02, leaf.shape)), weight_shapes())
+        nets = {"vgg16": jax.tree.map(lambda leaf: jnp.float32(random.normal(0, 0.02, leaf.shape)), weight_shapes())}
     size = config.data.image_size
     images = random.integers(0, 256, (batch, size, size, 3), np.uint8)
 
     def step():
         nonlocal state
-        state, metrics = compiled(state, perceptual, images)
+        state, metrics = compiled(state, nets, images)
         jax.block_until_ready(metrics)
 
     return step

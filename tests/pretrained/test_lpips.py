@@ -12,6 +12,7 @@ from support import released
 from ibq_jax.base.errors import UsageError
 from ibq_jax.pretrained import lpips as lpips_module
 from ibq_jax.pretrained.lpips import load_weights, lpips, weight_shapes
+from ibq_jax.pretrained.normalisation import unit_channels
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_equal_images_have_distance_0_and_a_finite_gradient(weights):
 
 
 def test_a_position_without_any_active_channel_has_a_gradient_of_0():
-    gradient = jax.grad(lambda features: lpips_module._unit(features).sum())(jnp.zeros((1, 1, 1, 4)))
+    gradient = jax.grad(lambda features: unit_channels(features).sum())(jnp.zeros((1, 1, 1, 4)))
     assert not gradient.any()
 
 

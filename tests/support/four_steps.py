@@ -97,9 +97,9 @@ def take(steps: int = 4) -> tuple[list[dict], dict[str, np.ndarray], dict[str, n
     floats = (np.float32, np.float64)
     state = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) if x.dtype in floats else x, state)
     state = jax.device_put(state, abstract_state(trainer.create_state, trainer.mesh, 0)[1])  # as a step returns it
-    step, perceptual, logs, gradients = jax.jit(trainer.train_step), vgg16(), [], None
+    step, nets, logs, gradients = jax.jit(trainer.train_step), {"vgg16": vgg16()}, [], None
     for images in recorded["images"][:steps]:
-        state, metrics = step(state, perceptual, jnp.asarray(released.nhwc(images), jnp.float32))
+        state, metrics = step(state, nets, jnp.asarray(released.nhwc(images), jnp.float32))
         logs.append({name: float(value) for name, value in metrics.items()})
         if gradients is None:  # Adam's first moment after one step is (1 - beta1) times the gradient
             first_moments = jax.tree.map(lambda moment: moment / (1 - config.optimizer.beta1), state.optimizer[0].mu)

@@ -22,7 +22,12 @@ from ibq_jax.evaluate.protocols import PROTOCOLS, for_inception
 from ibq_jax.interop.generator_names import abstract_params
 from ibq_jax.ops import cross_entropy, weighted_cross_entropy
 from ibq_jax.pretrained import efficientnet, inception, lpips
+from ibq_jax.pretrained.frozen_nets import NETS
+from ibq_jax.tokenizer.diff_augment import DRAWS, augment
 from ibq_jax.tokenizer.discriminator import PatchDiscriminator
+from ibq_jax.tokenizer.losses import input_gradients
+from ibq_jax.tokenizer.net_losses import alignment_losses
+from ibq_jax.tokenizer.style_discriminator import StyleDiscriminator
 
 CONFIG = Path(__file__).parents[2] / "configs" / "autoregressive.py"
 FULL = (jax.lax.Precision.HIGHEST,) * 2
@@ -187,6 +192,34 @@ def test_the_discriminator_is_float32():
 
     found = products(jax.value_and_grad(loss, (0, 1)), variables["params"], images, variables["batch_stats"])
     assert_full(found, at_least=3 * 4)  # of each layer: forward, and backward to both operands
+
+
+def test_the_style_discriminator_is_float32_with_its_penalty():
+    model, images = StyleDiscriminator(channels=8, norm_group=2), array(4, 8, 8, 3)
+    params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), images))["params"]
+
+    def loss(params, images):
+        return jnp.sum(input_gradients(lambda images: model.apply({"params": params}, images), images))
+
+    assert_full(products(jax.value_and_grad(loss, (0, 1)), params, images), at_least=4 * 7)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_frozen_networks_are_float32(name):
+    net, images = NETS[name], array(2, NETS[name].multiple * 2, NETS[name].multiple * 2, 3)
+
+    def loss(weights, images):
+        logits = 0.0 if net.logits is None else jnp.sum(net.logits(weights, images, jnp.float32))
+        return sum((jnp.sum(hidden) for hidden in net.maps(weights, images, jnp.float32)), logits)
+
+    assert_full(products(jax.value_and_grad(loss, 1), net.weight_shapes(), images), at_least=30)
+
+
+def test_alignment_and_augmentations_are_float32():
+    draws = {name: array(2) for names in DRAWS.values() for name in names}
+    assert_full(products(jax.grad(lambda x, draws: jnp.sum(augment(x, draws))), array(2, 8, 8, 3), draws), at_least=2)
+    both = array(2, 3, 3, 5), array(2, 3, 3, 5)
+    assert_full(products(jax.grad(lambda x, y: sum(alignment_losses(x, y, 0.5, 0.25))), *both), at_least=4)
 
 
 @pytest.mark.parametrize("net", ["vgg16", "alexnet"])

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
-from support import released
+from support import released, torch_discriminators
 from support.published_names import discriminator_from_torch
 
 from ibq_jax.interop.tokenizer_names import (
@@ -46,6 +47,24 @@ def test_hinge_is_patch_by_patch(logits):
     real, fake = logits
     expected = 0.5 * (np.maximum(1 - real, 0).mean() + np.maximum(1 + fake, 0).mean())
     assert float(losses.hinge(real, fake)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", losses.DISCRIMINATOR_LOSSES)
+def test_both_sides_losses_have_pytorchs_values_and_gradients(name, logits):
+    real, fake = (torch.tensor(part, requires_grad=True) for part in logits)
+    torch_discriminators.discriminator_loss(name, real, fake).backward()
+    for number, expected in enumerate((real.grad, fake.grad)):
+        gradient = jax.grad(losses.DISCRIMINATOR_LOSSES[name], number)(*map(jnp.float32, logits))
+        released.assert_close(gradient, expected.numpy(), 1e-6)
+    fake.grad = None
+    ours, gradient = jax.value_and_grad(losses.ADVERSARIAL_LOSSES[name])(jnp.float32(logits[1]))
+    theirs = torch_discriminators.adversarial_loss(name, fake)
+    theirs.backward()
+    assert float(ours) == pytest.approx(theirs.item(), rel=1e-6)
+    released.assert_close(gradient, fake.grad.numpy(), 1e-6)
+    total, scalars = losses.discriminator_loss(*logits, losses.LecamAverages.zeros(), 0.0, name)
+    theirs = torch_discriminators.discriminator_loss(name, real, fake).item()
+    assert float(total) == float(scalars[name]) == pytest.approx(theirs, rel=1e-6)
 
 
 def test_lecam_averages_start_at_zero_and_move_without_gradient(logits):

@@ -1,0 +1,63 @@
+"""Reads the frozen networks of a config's losses, and says in a run's first lines which losses are off without one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ibq_jax.base.errors import UsageError
+from ibq_jax.base.sharding import replicated
+from ibq_jax.pretrained import lpips
+from ibq_jax.pretrained.frozen_nets import NETS, explain_missing_net, find_net
+from ibq_jax.pretrained.weight_files import explain_absence, find_weights
+from ibq_jax.tokenizer.net_losses import LPIPS_NET, wanted_nets
+
+LOSSES = {  # field of a loss's weight -> its name
+    "loss.perceptual_weight": "perceptual loss",
+    "loss.features_weight": "feature loss",
+    "loss.logits_weight": "logit loss",
+    "alignment.weight": "alignment",
+    "discriminator.name": "discriminator",
+}
+
+
+def load_nets(config: ConfigDict, mesh: Mesh) -> Mapping[str, dict]:
+    """Reads the weights of all frozen networks that a config wants and that are on this machine, onto all devices.
+
+    Says for each loss which file it uses, or that it is off and why.
+
+    Raises:
+        UsageError: a file that is named does not exist or holds another network, or the discriminator's is absent.
+    """
+    nets = {}
+    for name, fields in wanted_nets(config).items():
+        path, title, absence = _lpips(config) if name == LPIPS_NET else _frozen(config, name)
+        uses = " and ".join(LOSSES[field] for field in fields)
+        if path is not None:
+            nets[name] = lpips.load_weights(path) if name == LPIPS_NET else NETS[name].load(path)
+            print(f"{uses}: {title} from {path}")
+        elif "discriminator.name" in fields:
+            raise UsageError(f"discriminator.net={name} is needed, but {absence}")
+        else:
+            print(f"{uses}: OFF, because {absence}")
+    everywhere = replicated(mesh)
+
+    def place(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, everywhere, lambda index: array[index])
+
+    return jax.tree.map(place, nets)
+
+
+def _lpips(config: ConfigDict) -> tuple[Path | None, str, str]:
+    """Returns (the weights' path if they are here, the network in words, a clause that explains their absence)."""
+    path = find_weights(LPIPS_NET, config.loss.perceptual_file, "loss.perceptual_file")
+    return path, "LPIPS with VGG16", explain_absence(LPIPS_NET, "loss.perceptual_file")
+
+
+def _frozen(config: ConfigDict, name: str) -> tuple[Path | None, str, str]:
+    """Returns the same for one of `NETS`."""
+    option = f"nets.{name}"
+    return find_net(name, config.nets[name], option), NETS[name].title, explain_missing_net(name, option)
