@@ -10,6 +10,7 @@ import numpy as np
 
 Shape = tuple[int, int]
 CANDIDATES = 1000  # the most frequent sizes, of which the shapes are chosen
+AREA_WEIGHT = 0.05  # an image is rather made larger or smaller than squeezed
 MOVES = 50  # rounds; a few are enough, and each lowers the sum
 
 
@@ -52,8 +53,8 @@ def nearest_shape(size: Shape, shapes: Iterable[Shape]) -> Shape:
 
 
 def stretch(size: Shape, shape: Shape) -> float:
-    """Returns how far an image changes when it is resized: twice the logarithm by which its aspect ratio changes, plus
-    the one by which its area does.
+    """Returns how far an image changes when it is resized: the squared logarithm by which its aspect ratio changes,
+    plus AREA_WEIGHT times the one by which its area does. Squares keep rare, far sizes from being squeezed most.
     """
     return float(_stretches([size], [shape])[0, 0])
 
@@ -69,4 +70,4 @@ def _stretches(sizes: list[Shape], shapes: list[Shape]) -> np.ndarray:
         np.log([shape[axis] for shape in shapes])[None] - np.log([size[axis] for size in sizes])[:, None]
         for axis in (0, 1)
     )
-    return 2 * np.abs(rows - columns) + np.abs(rows + columns)
+    return (rows - columns) ** 2 + AREA_WEIGHT * (rows + columns) ** 2
