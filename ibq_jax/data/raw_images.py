@@ -28,6 +28,7 @@ from ibq_jax.data.tar_shards import key_and_suffix
 IMAGES_PER_PART = 4096  # at most, of a folder; of shards, each is a part
 MIN_PARTS, FEWEST_IMAGES = 8, 256  # so that a few processes can share a small folder, but not in parts below this
 MAX_FIELD_BYTES = 2**20  # of a caption or metadata; longer ones, and those that are no text, are left out
+MAX_FIELDS = 64  # of an image in a shard
 FIELD_NAME = re.compile(r"[a-z0-9_.-]{1,32}")
 HEAD_BYTES = 2**16  # of a member, which state its size in nearly every file
 
@@ -83,15 +84,15 @@ class TarPart:
         """Yields the images in order; a break in the shard is one more, unreadable image at its end."""
         try:
             for key, group in self._groups():
-                found, texts = {}, {}
+                image, texts = None, {}
                 for _, suffix, member in group:
-                    if suffix in IMAGE_SUFFIXES:
-                        found[suffix] = member.read(MAX_ENCODED_BYTES + 1)
-                    elif member.size <= MAX_FIELD_BYTES and (text := _text(member.read(member.size))) is not None:
-                        texts[suffix] = text
-                texts = {suffix: text for suffix, text in texts.items() if FIELD_NAME.fullmatch(suffix)}
-                for suffix, content in itertools.islice(found.items(), 1):
-                    yield RawImage(printable(f"{self.path.name}:{key}.{suffix}"), _bounded(content), texts)
+                    if suffix in IMAGE_SUFFIXES and image is None:
+                        image = suffix, member.read(MAX_ENCODED_BYTES + 1)
+                    elif suffix not in IMAGE_SUFFIXES and len(texts) < MAX_FIELDS:
+                        texts |= _text_of_member(suffix, member)
+                if image is not None:
+                    name = printable(f"{self.path.name}:{key}.{image[0]}")
+                    yield RawImage(name, _bounded(image[1]), texts)
         except BrokenTar as error:
             yield RawImage(
                 printable(self.path.name), UnreadableImage(f"the rest of the shard is unreadable: {error}"), {}
@@ -214,6 +215,13 @@ def _text(content: bytes) -> str | None:
         return content.decode("utf-8")
     except UnicodeDecodeError:
         return None
+
+
+def _text_of_member(suffix: str, member: Member) -> Texts:
+    if not FIELD_NAME.fullmatch(suffix) or member.size > MAX_FIELD_BYTES:
+        return {}
+    text = _text(member.read(member.size))
+    return {} if text is None else {suffix: text}
 
 
 def _size_of_member(member: Member) -> tuple[int, int] | None:
