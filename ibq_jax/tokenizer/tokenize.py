@@ -48,7 +48,8 @@ from ibq_jax.data.token_cache_writer import (
     shard_count,
     write_records,
 )
-from ibq_jax.tokenizer.model import TokenizerModel
+from ibq_jax.tokenizer.model import PROJECTION, TokenizerModel
+from ibq_jax.tokenizer.parts import without
 from ibq_jax.tokenizer.quantizers import fingerprint_fields
 from ibq_jax.tokenizer.step import TokenizerTrainer
 
@@ -108,7 +109,7 @@ def fingerprint(model: TokenizerModel, params: Mapping) -> str:
         fields["precision"] = model.precision
     fields |= fingerprint_fields(model.quantizer, model.quantizer_settings)
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(without(params, (PROJECTION,)))
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     for name in sorted(named):
         array = np.asarray(named[name])
