@@ -241,7 +241,7 @@ def test_a_plan_for_nodes_of_gpus(capsys):
     assert "| all-reduce over data, codebook |" in table and "| all-gather over codebook |" in table
     assert "| cuDNN convolutions |" in table and "| transposes |" in table
     assert "XLA counts" not in table and "autotuning is off" in table
-    assert "JAX takes 75% of a card's memory (63.7 GB)" in table and "nvidia.com" in table
+    assert "The commands take 90% of a card's memory (76.4 GB)" in table and "nvidia.com" in table
 
 
 @needs_gpu_compiler
