@@ -68,17 +68,16 @@ def write_graphs(folder: Path, tensors: Mapping[str, np.ndarray], architecture: 
     tokenizer.load_state_dict(own_tensors(tokenizer, arrays))
     tokenizer.requires_grad_(False).eval()
     factor = 2 ** (len(architecture["ddconfig"]["ch_mult"]) - 1)
-    height, width = torch.export.Dim("h", min=2), torch.export.Dim("w", min=2)
-    batch = torch.export.Dim("batch")
+    h, w, batch = torch.export.Dim("h", min=2), torch.export.Dim("w", min=2), torch.export.Dim("batch")
+    images, codes = torch.zeros(2, 3, SIDE * factor, SIDE * factor), torch.zeros(2, SIDE, SIDE, dtype=torch.int64)
     graphs = {
-        ENCODE: (Encode(tokenizer), torch.zeros(2, 3, SIDE * factor, SIDE * factor), (factor * height, factor * width)),
-        DECODE: (Decode(tokenizer), torch.zeros(2, SIDE, SIDE, dtype=torch.int64), (height, width)),
+        ENCODE: (Encode(tokenizer), images, {0: batch, 2: factor * h, 3: factor * w}),
+        DECODE: (Decode(tokenizer), codes, {0: batch, 1: h, 2: w}),
     }
     with atomic_folder(folder) as partial:
-        for name, (module, example, (rows, columns)) in graphs.items():
-            sides = {0: batch, 2: rows, 3: columns} if name == ENCODE else {0: batch, 1: rows, 2: columns}
+        for name, (module, example, free) in graphs.items():
             with torch.no_grad():
-                program = torch.export.export(module, (example,), dynamic_shapes=(sides,))
+                program = torch.export.export(module, (example,), dynamic_shapes=(free,))
             WRITERS[suffix](program, partial / f"{name}.{suffix}")
         return sorted(path.name for path in partial.iterdir())
 

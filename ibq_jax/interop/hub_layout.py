@@ -19,13 +19,13 @@ from ibq_jax.base.files import atomic_folder
 from ibq_jax.interop import torch_model
 from ibq_jax.interop.generator_names import PREFIX, TOKENIZER_PREFIX
 from ibq_jax.interop.hub import OURS
+from ibq_jax.interop.tokenizer_names import ema_name
 from ibq_jax.pretrained.tensor_files import write_tensors
 
 HERE = Path(torch_model.__file__).parent
 PACKAGE, NEIGHBOUR = "from ibq_jax.interop.torch_model import", "from .torch_model import"
 CLASSES = {"tokenizer": "IbqTokenizer", "autoregressive": "IbqGenerator"}
-AVERAGES = "model_ema."
-OTHERS = ("loss.", AVERAGES, TOKENIZER_PREFIX)
+OTHERS = ("loss.", ema_name(""), TOKENIZER_PREFIX)
 STRUCTURED = ("architecture", "config", "metrics")  # JSON in a file's metadata
 
 # How the numbers on the card were measured.
@@ -117,7 +117,7 @@ def write_hub_folder(folder: Path, tensors: Mapping[str, np.ndarray], about: Map
 def own_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns those tensors of a published file that a model computes with, under the plain names."""
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OTHERS)}
-    averages = {name: AVERAGES + name.replace(".", "") for name in own}
+    averages = {name: ema_name(name) for name in own}
     if all(name in tensors for name in averages.values()):
         own = {name: tensors[average] for name, average in averages.items()}
     return {name.removeprefix(PREFIX): tensor for name, tensor in own.items()}

@@ -161,12 +161,12 @@ def published_tensors(
     """
     tensors = _renamed(without(params, (PROJECTION,)), published_name)
     if ema is not None:
-        tensors |= _renamed(without(ema, (PROJECTION,)), lambda path: _ema_name(published_name(path)))
+        tensors |= _renamed(without(ema, (PROJECTION,)), lambda path: ema_name(published_name(path)))
     if discriminator is not None:
         tensors |= _renamed(discriminator, _discriminator_name)
         if ema is not None and stand_in:
             weights = {"params": discriminator["params"]}
-            tensors |= _renamed(weights, lambda path: _ema_name(_discriminator_name(path)))
+            tensors |= _renamed(weights, lambda path: ema_name(_discriminator_name(path)))
     return tensors
 
 
@@ -234,7 +234,7 @@ def read_tokenizer(
     read: ReadTensor, published: Mapping, averaged: bool = False, place: PlaceLeaf = keep_on_host
 ) -> dict:
     """Reads the autoencoder's parameters from a checked file, one tensor at a time, and places each with `place`."""
-    rename = _ema_name if averaged else str
+    rename = ema_name if averaged else str
     return _read(read, _abstract_autoencoder(published), lambda path: rename(published_name(path)), place)
 
 
@@ -290,8 +290,8 @@ def _published_shapes(published: Mapping) -> dict[str, Shapes]:
         "autoencoder": autoencoder,
         "discriminator": shapes(discriminator, _discriminator_name),
         "perceptual": _perceptual_shapes(),
-        "averages": {_ema_name(name): shape for name, shape in autoencoder.items()},
-        "discriminator's averages": {_ema_name(name): shape for name, shape in weights.items()},
+        "averages": {ema_name(name): shape for name, shape in autoencoder.items()},
+        "discriminator's averages": {ema_name(name): shape for name, shape in weights.items()},
         "averages' settings": {"model_ema.decay": (), "model_ema.num_updates": ()},
     }
 
@@ -338,7 +338,8 @@ def _discriminator_name(path: Path) -> str:
     return f"loss.discriminator.main.{position}.{NAMES.get(leaf, leaf)}"
 
 
-def _ema_name(name: str) -> str:
+def ema_name(name: str) -> str:
+    """Returns the name under which a published file has the average of a tensor."""
     return "model_ema." + name.replace(".", "")
 
 

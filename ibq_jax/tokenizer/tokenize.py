@@ -151,10 +151,8 @@ def tokenize(
             image, or a full disk, with whole shards kept.
     """
     check_job(job)
-    mesh = make_mesh({"data": -1}, jax.local_devices())
-    model = model.clone(mesh=mesh).for_encoding(job.precision)
-    if overwrite and process_count > 1:
-        raise UsageError(f"--overwrite is for one process, not {process_count}: remove {folder} beforehand")
+    check_overwrite(overwrite, process_count, folder)
+    model, mesh = on_local_devices(model, job.precision)
     folder, params = Path(folder).resolve(), jax.device_get(params)
     settings = _settings(model, params, job, origin, mesh)
     with locked_cache(folder, settings, overwrite):
@@ -164,6 +162,21 @@ def tokenize(
         own = [shard for shard in list_shards(folder, settings) if shard.number % process_count == process_index]
         _write_shards(own, settings, job, _encoder(model, params, mesh))
         return finish(folder, settings, check)
+
+
+def on_local_devices(model: TokenizerModel, precision: str) -> tuple[TokenizerModel, jax.sharding.Mesh]:
+    """Returns the model for encoding at a precision on this process's devices, and their mesh.
+
+    Raises UsageError if the devices lack the precision.
+    """
+    mesh = make_mesh({"data": -1}, jax.local_devices())
+    return model.clone(mesh=mesh).for_encoding(precision), mesh
+
+
+def check_overwrite(overwrite: bool, process_count: int, folder: Path) -> None:
+    """Raises UsageError if several processes are to overwrite a token cache."""
+    if overwrite and process_count > 1:
+        raise UsageError(f"--overwrite is for one process, not {process_count}: remove {folder} beforehand")
 
 
 def check_job(job: TokenizeJob) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.parts import write_part
-from ibq_jax.base.sharding import batch_sharding, global_batch, make_mesh, replicated
+from ibq_jax.base.sharding import batch_sharding, global_batch, replicated
 from ibq_jax.data.any_size import size_within
 from ibq_jax.data.mixed_cache import MixedImage, part_paths, read_mixed_manifest
 from ibq_jax.data.mixed_cache_writer import PartSummary, finish_mixed, settle_shapes, survey, write_part_file
@@ -29,7 +29,7 @@ from ibq_jax.data.token_cache import MIXED_VERSION, find_manifest
 from ibq_jax.data.token_cache_writer import locked_cache
 from ibq_jax.tokenizer.model import TokenizerModel
 from ibq_jax.tokenizer.progress import Progress
-from ibq_jax.tokenizer.tokenize import encode_crops, fingerprint
+from ibq_jax.tokenizer.tokenize import check_overwrite, encode_crops, fingerprint, on_local_devices
 
 IN_FLIGHT = 2  # batches on the devices; the next ones are loaded meanwhile
 
@@ -81,10 +81,8 @@ def tokenize_mixed(
             a full disk, with whole parts kept.
     """
     check_mixed_job(job)
-    mesh = make_mesh({"data": -1}, jax.local_devices())
-    model = model.clone(mesh=mesh).for_encoding(job.precision)
-    if overwrite and process_count > 1:
-        raise UsageError(f"--overwrite is for one process, not {process_count}: remove {folder} beforehand")
+    check_overwrite(overwrite, process_count, folder)
+    model, mesh = on_local_devices(model, job.precision)
     folder, params = Path(folder).resolve(), jax.device_get(params)
     settings = _settings(model, params, job, origin, mesh)
     with locked_cache(folder, settings, overwrite):
