@@ -133,7 +133,7 @@ class Tokenizer:
             UsageError: the image cannot be read, is over 100 times as long one way as the other, or has 32-bit pixels;
                 or the bounds leave no image.
         """
-        factor = 2 ** (len(self.model.channel_multipliers) - 1)
+        factor = self.model.downsampling
         pixels = resize_within(read_upright(image), factor, min_pixels, max_pixels)
         return self.encode(pixels[None])[0]
 

@@ -345,7 +345,7 @@ def ema_name(name: str) -> str:
 
 def _abstract_autoencoder(published: Mapping) -> dict:
     model = TokenizerModel(**model_fields(published))
-    side = 2 ** (len(model.channel_multipliers) - 1)
+    side = model.downsampling
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     variables = jax.eval_shape(lambda key, x: model.init(key, x, method="initialize"), jax.random.key(0), image)
     return nn.meta.unbox(variables)["params"]

@@ -48,6 +48,11 @@ class TokenizerModel(Layout, kw_only=True):
         self.quant_conv = Conv(self.quantize.latent_dim, 1)
         self.post_quant_conv = Conv(self.z_channels, 1)
 
+    @property
+    def downsampling(self) -> int:
+        """The pixels per code along one side of an image."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
     def for_encoding(self, precision: str) -> "TokenizerModel":
         """Returns this model with all products between images and codes, both ways, at a precision from `PRECISIONS`.
 
@@ -71,7 +76,7 @@ class TokenizerModel(Layout, kw_only=True):
     def latent(self, images: jax.Array) -> jax.Array:
         """Images -> latents float32 [B, h, w, D]. Raises UsageError if the downsampling does not divide H and W."""
         height, width = images.shape[1:3]
-        factor = 2 ** (len(self.channel_multipliers) - 1)
+        factor = self.downsampling
         if height % factor or width % factor:
             raise UsageError(
                 f"images are {height}x{width} pixels; this tokenizer takes sides that are multiples of {factor}"

@@ -90,7 +90,7 @@ def tokenize_mixed(
             print(f"{folder} is complete already; --overwrite makes it again")
             return read_mixed_manifest(folder)
         own = range(process_index, len(job.images.parts), process_count)
-        bounds = AreaBounds(downsampling_of(model), job.min_pixels, job.max_pixels)
+        bounds = AreaBounds(model.downsampling, job.min_pixels, job.max_pixels)
         surveyed = survey(folder, settings, functools.partial(bounds.count_shapes, job.images), own)
         shapes = settle_shapes(folder, surveyed.sizes, job.max_shapes)
         print(f"{sum(surveyed.images):,} images of {len(surveyed.sizes)} sizes get {len(shapes)} shapes")
@@ -110,11 +110,6 @@ def check_mixed_job(job: MixedJob) -> None:
         )
 
 
-def downsampling_of(model: TokenizerModel) -> int:
-    """Returns the pixels per code along one side of an image."""
-    return 2 ** (len(model.channel_multipliers) - 1)
-
-
 def _settings(model: TokenizerModel, params: Mapping, job: MixedJob, origin: Mapping, mesh: jax.sharding.Mesh) -> dict:
     """Returns the cache's settings: its manifest without shapes, parts, texts and counts."""
     device = mesh.devices.flat[0]
@@ -130,7 +125,7 @@ def _settings(model: TokenizerModel, params: Mapping, job: MixedJob, origin: Map
             "min_pixels": job.min_pixels,
             "max_pixels": job.max_pixels,
             "max_shapes": job.max_shapes,
-            "pixels_per_code": downsampling_of(model),
+            "pixels_per_code": model.downsampling,
             "resize": "bicubic",
         },
         "precision": model.precision,
