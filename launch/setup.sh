@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the pinned packages and this one into .venv; returns at once unless a pin or pyproject.toml has changed.
-#   bash launch/setup.sh [EXTRA ...]      EXTRA: tests, torch, hub, beam, tpu, cuda, gcs (requirements-EXTRA.txt)
+#   bash launch/setup.sh [EXTRA ...]      EXTRA: tests, torch, hub, onnx, tpu, cuda, gcs, beam, pytest (requirements-EXTRA.txt)
 #   VENV=DIR bash launch/setup.sh ...     installs into another folder than .venv
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,5 +18,6 @@ command -v "$python" >/dev/null || python=python3
 echo "installing ${files[*]} into $venv ..."
 arguments=()
 for file in "${files[@]}"; do arguments+=(-r "$file"); done
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${arguments[@]}" --editable . 2> >(grep -v '^WARNING: Location' >&2)
+# Python compiles a module when it is first imported; all of them at once would take as long as the rest of the installation.
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "${arguments[@]}" --editable . 2> >(grep -v '^WARNING: Location' >&2)
 touch "$marker"

@@ -10,16 +10,14 @@ bash launch/setup.sh tests torch hub
 # The threads of one worker's linear algebra would only wait for those of the other's: a Frechet distance takes a third.
 export OPENBLAS_NUM_THREADS=1
 IBQ_FAULTS=few .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
-# Plans for TPUs need the TPU's compiler, in a venv of its own, because JAX looks for a TPU wherever it is installed.
+# Programs for TPUs and GPUs are compiled by XLA's own compilers, which need neither, in an environment of their own:
+# JAX looks for a TPU wherever libtpu is installed.
 if [ $# -eq 0 ] && [ "$(uname -sm)" = "Linux x86_64" ]; then
-  VENV=.venv-tpu bash launch/setup.sh tests tpu
+  VENV=.venv-compilers bash launch/setup.sh pytest tpu cuda
   export JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=0  # what users compile is what these tests read
-  COMPILED=(tests/commands/test_plan.py tests/plan tests/system/test_compiled_precision.py)
-  .venv-tpu/bin/python -m pytest -n 2 -m "compiler and not long" "${COMPILED[@]}"
-  # XLA's compiler for GPUs comes with the CUDA packages, which need no GPU.
-  VENV=.venv-cuda bash launch/setup.sh tests cuda
-  .venv-cuda/bin/python -m pytest -n 2 -m "compiler and not long" "${COMPILED[@]}" tests/system/test_compiled_kernels.py
+  .venv-compilers/bin/python -m pytest -n 2 -m "compiler and not long" tests/commands/test_plan.py tests/plan \
+    tests/system/test_compiled_precision.py tests/system/test_compiled_kernels.py
   # apache-beam needs older versions of protobuf and other packages.
-  VENV=.venv-beam bash launch/setup.sh tests beam
+  VENV=.venv-beam bash launch/setup.sh pytest beam
   .venv-beam/bin/python -m pytest tests/system/test_beam.py
 fi

@@ -14,7 +14,7 @@ from jax.experimental import topologies
 
 from ibq_jax.base.errors import UsageError
 
-INSTALL = "VENV=.venv-cuda bash launch/setup.sh tests cuda"
+INSTALL = "VENV=.venv-cuda bash launch/setup.sh cuda"
 HERE = "here"
 TOPOLOGY = re.compile(r"(?:([1-9]\d*)x)?([1-9]\d*)")
 FULL_FLOAT32, TF32, THREE_PASSES = 24, 11, 16  # significant bits of float32 operands that a product multiplies

@@ -4,7 +4,7 @@
     python tests/benchmarks/exact_search.py                      time on this machine, and of a plain float32 search
     python tests/benchmarks/exact_search.py --topology=v5e:2x2   time that XLA's compiler for TPUs expects (an estimate)
 
-The last one needs the environment of `VENV=.venv-tpu bash launch/setup.sh tests tpu`.
+The last one needs the environment of `VENV=.venv-tpu bash launch/setup.sh tpu`.
 """
 
 import argparse

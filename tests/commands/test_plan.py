@@ -178,7 +178,7 @@ def test_without_libtpu_the_command_that_installs_it_is_named(capsys):
 def test_without_the_gpu_compiler_the_command_that_installs_it_is_named(capsys):
     assert main(["plan", f"--config={CONFIG}", "--topology=h100:8"]) == 2
     error = capsys.readouterr().err
-    assert "VENV=.venv-cuda bash launch/setup.sh tests cuda" in error and error.count("\n") == 1
+    assert "VENV=.venv-cuda bash launch/setup.sh cuda" in error and error.count("\n") == 1
 
 
 def test_without_a_gpu_none_is_here(capsys):

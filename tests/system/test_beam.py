@@ -1,6 +1,6 @@
 """prepare --beam: the records and order of prepare without Beam, despite kills; every error is one line.
 
-Most of it needs apache-beam, in an environment of its own: VENV=.venv-beam bash launch/setup.sh tests beam.
+Most of it needs apache-beam, in an environment of its own: VENV=.venv-beam bash launch/setup.sh pytest beam.
 """
 
 import importlib.util

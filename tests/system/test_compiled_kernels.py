@@ -1,7 +1,7 @@
 """Every program of both stages compiles for GPUs, and launches what tests/golden/gpu_kernels_*.json say.
 
 A change that costs a GPU something is seen here: another convolution, product, transpose or copy a step. The golden
-files are this project's own: `pytest --update-golden` in .venv-cuda rewrites them, and the diff says what changed.
+files are this project's own: `pytest --update-golden` in .venv-compilers rewrites them, and the diff says what changed.
 """
 
 import functools
