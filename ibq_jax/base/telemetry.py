@@ -14,11 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from ibq_jax.base.files import is_remote, write_text
 from ibq_jax.base.timing import Timeline, goodput, shares
+from ibq_jax.base.unimported import unimported
+
+with unimported("torch"):  # tensorboardX imports it if it can, and needs it only for PyTorch's tensors
+    from tensorboardX import SummaryWriter
 
 METRICS, TIMING = APPENDED = ("metrics.jsonl", "timing.jsonl")
 GRID_PIXELS = 16  # side of the square that shows one value of a grid
