@@ -21,8 +21,9 @@ from ibq_jax.data.mixed_cache import read_mixed_manifest
 from ibq_jax.data.pipeline import open_split
 from ibq_jax.data.preprocess import VIEWS
 from ibq_jax.data.raw_images import find_images
-from ibq_jax.data.token_cache import SHEET, read_manifest
+from ibq_jax.data.token_cache import COMPARED, SHEET, read_manifest
 from ibq_jax.evaluate.check_cache import check_token_cache
+from ibq_jax.evaluate.check_mixed_cache import check_mixed_cache
 from ibq_jax.tokenizer.model import downsampling
 from ibq_jax.tokenizer.restore import restore_run
 from ibq_jax.tokenizer.tokenize import TokenizeJob, check_job, tokenize
@@ -65,7 +66,8 @@ def main(argv: list[str]) -> None:
         "process_count": jax.process_count(),
     }
     if isinstance(job, MixedJob):
-        manifest = tokenize_mixed(trainer.model, params, job, flags.out, origin, **how)
+        check = functools.partial(check_mixed_cache, model=trainer.model, params=params, job=job)
+        manifest = tokenize_mixed(trainer.model, params, job, flags.out, origin, check=check, **how)
     else:
         check = functools.partial(check_token_cache, model=trainer.model, params=params, job=job)
         manifest = tokenize(trainer.model, params, job, flags.out, origin, check=check, **how)
@@ -132,7 +134,7 @@ def _describe(out: Path, manifest: Mapping) -> None:
             f"{manifest['codebook_size']:,} codes used, perplexity {counts['perplexity']:.0f}, "
             f"entropy {counts['entropy']:.3f} nats"
         )
-    if "compared_with_float32" in manifest:  # caches of earlier versions were not checked
+    if COMPARED in manifest:  # caches of earlier versions were not checked
         print(f"  {_comparison(manifest)}")
         print(f"look at {out}/{SHEET}: stored crops, each above what its codes decode to")
     preset = "openmoji32" if manifest["preprocessing"]["image_size"] < 128 else "imagenet256_B"
@@ -159,11 +161,14 @@ def _describe_mixed(out: Path, manifest: Mapping) -> None:
         print(f"  skipped {counts['skipped']:,} images, listed in {out}/images/*.json:")
         for line in manifest["skipped"]:
             print(f"    {line}")
+    if COMPARED in manifest:  # caches of earlier versions were not checked
+        print(f"  {_comparison(manifest)}")
+        print(f"look at {out}/{SHEET}: images, each above what its codes decode to")
 
 
 def _comparison(manifest: Mapping) -> str:
     """Returns a sentence on the share of sampled codes that differ from full float32."""
-    sampled, differing = (manifest["compared_with_float32"][name] for name in ("sampled_codes", "differing_codes"))
+    sampled, differing = (manifest[COMPARED][name] for name in ("sampled_codes", "differing_codes"))
     if not differing:
         return f"0 of {sampled:,} sampled codes differ from full float32"
     words = f"{differing:,} of {sampled:,} sampled codes ({differing / sampled:.2%}) differ from full float32"

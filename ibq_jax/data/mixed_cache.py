@@ -7,6 +7,7 @@ FOLDER/shapes.json                         the shapes that were chosen from the 
 FOLDER/images/00000-of-00012.array_record  the codes of a part; has this name only once it is whole
 FOLDER/images/00000-of-00012.json          how many images those are, and which were skipped, and why
 FOLDER/histogram.npy                       int64 [K], how often each code occurs
+FOLDER/decoded.png                         some of the images, each above what its codes decode to
 
 A record is one image: h and w (uint32), its codes [h, w] (unsigned and as narrow as K allows), all little-endian, then
 {"name", "texts"} as JSON in UTF-8. Format version 3; the cache of one grid (`token_cache`) has versions 1 and 2.
@@ -26,7 +27,7 @@ from ibq_jax.base.json_files import parse_json
 from ibq_jax.base.parts import SETTINGS
 from ibq_jax.base.precision import PRECISIONS
 from ibq_jax.data.raw_images import Texts
-from ibq_jax.data.token_cache import MIXED_VERSION, TYPES, damaged, find_manifest, read_fields
+from ibq_jax.data.token_cache import COMPARED, MIXED_VERSION, TYPES, damaged, find_manifest, has_comparison, read_fields
 
 HISTOGRAM, SHAPES = "histogram.npy", "shapes.json"
 HEADER = np.dtype([("h", "<u4"), ("w", "<u4")])
@@ -159,6 +160,7 @@ def read_mixed_manifest(folder: Path) -> dict:
         "precision": fields.get("precision") in PRECISIONS,
         "texts": isinstance(fields.get("texts"), list) and all(type(name) is str for name in fields["texts"]),
         "counts": isinstance(fields.get("counts"), dict),
+        COMPARED: has_comparison(fields),
     }
     wrong = next((name for name, is_right in right.items() if not is_right), None)
     if wrong is not None:

@@ -32,6 +32,7 @@ from ibq_jax.data.mixed_cache import (
 )
 from ibq_jax.data.shapes import Shape, choose_shapes
 from ibq_jax.data.token_cache import MANIFEST, damaged
+from ibq_jax.data.token_cache_writer import Check
 
 SKIPPED_SHOWN = 20  # names of skipped images in the manifest; the parts have all
 
@@ -124,8 +125,13 @@ def write_part_file(
     replace_text(path.with_suffix(".json"), json.dumps(vars(summary) | {"texts": sorted(summary.texts)}) + "\n")
 
 
-def finish_mixed(folder: Path, settings: Mapping) -> dict | None:
-    """Counts the codes and writes the manifest, once all parts are whole.
+def finish_mixed(folder: Path, settings: Mapping, check: Check | None = None) -> dict | None:
+    """Counts the codes, checks them and writes the manifest, once all parts are whole.
+
+    Args:
+        folder: the cache's folder.
+        settings: its settings.
+        check: adds to the manifest, which it is given, what it finds out about the codes.
 
     Returns:
         the manifest; None while a part is missing, which another process writes.
@@ -134,13 +140,13 @@ def finish_mixed(folder: Path, settings: Mapping) -> dict | None:
         UsageError: a part is damaged, or no image could be encoded.
     """
     paths = part_paths(folder, settings)
-    if not join_parts(paths, folder / MANIFEST, functools.partial(_write_manifest, folder, settings, paths)):
+    if not join_parts(paths, folder / MANIFEST, functools.partial(_write_manifest, folder, settings, paths, check)):
         return None
     remove_partials(folder, "*/*")
     return read_mixed_manifest(folder)
 
 
-def _write_manifest(folder: Path, settings: Mapping, paths: list[Path], partial: Path) -> None:
+def _write_manifest(folder: Path, settings: Mapping, paths: list[Path], check: Check | None, partial: Path) -> None:
     summaries = [_read_summary(path.with_suffix(".json")) for path in paths]
     parts = [summary.images for summary in summaries]
     skipped = [line for summary in summaries for line in summary.skipped]
@@ -161,14 +167,15 @@ def _write_manifest(folder: Path, settings: Mapping, paths: list[Path], partial:
         "perplexity": float(perplexity(histogram)),
         "entropy": float(entropy(histogram)),  # nats
     }
-    found = {
+    manifest = {
+        **settings,
         "shapes": read_json(folder / SHAPES)["shapes"],
         "parts": parts,
         "texts": sorted(set().union(*(summary.texts for summary in summaries))),
         "skipped": skipped[:SKIPPED_SHOWN],
         "counts": counts,
     }
-    write_json(partial, {**settings, **found})
+    write_json(partial, {**manifest, **(check(folder, manifest) if check else {})})
 
 
 def _read_summary(path: Path) -> PartSummary:

@@ -47,6 +47,7 @@ VERSION = 2
 MIXED_VERSION = 3  # of caches of mixed sizes, which `mixed_cache` reads
 MANIFEST = "token_cache.json"
 SHEET = "decoded.png"
+COMPARED = "compared_with_float32"  # the manifest's field about it; absent in caches of earlier versions
 MANIFEST_V1, RUN_MANIFEST_V1 = "manifest.json", "codes.json"
 FIELDS_V1 = {"codes": "codebook_size"}  # version 1's name -> today's
 COUNTS_V1 = {"codes": "num_tokens"}  # the same for the counts of a split
@@ -173,8 +174,7 @@ def _check_complete(manifest: dict, file: Path) -> None:
         "dtype": manifest.get("dtype") in TYPES,
         "precision": manifest.get("precision") in PRECISIONS,
         "machine": "machine" not in manifest or _has(str, manifest["machine"], "platform", "device_kind"),
-        "compared_with_float32": "compared_with_float32" not in manifest
-        or _has(int, manifest["compared_with_float32"], "sampled_codes", "differing_codes"),
+        COMPARED: has_comparison(manifest),
     }
     wrong = next((name for name, is_right in right.items() if not is_right), None)
     if wrong is not None:
@@ -203,6 +203,11 @@ def _check_split(split: str, manifest: dict, file: Path) -> None:
         raise damaged(file, f"{wrong} of split {_shown(split)!r} is {value}")
     if fields["crops"] * math.prod(manifest["grid"]) > MAX_BYTES:
         raise damaged(file, f"a record of split {_shown(split)!r} would hold over {MAX_BYTES} codes")
+
+
+def has_comparison(manifest: Mapping) -> bool:
+    """Returns whether the field COMPARED is as it should be, or absent."""
+    return COMPARED not in manifest or _has(int, manifest[COMPARED], "sampled_codes", "differing_codes")
 
 
 def _has(kind: type, fields: object, *names: str) -> bool:

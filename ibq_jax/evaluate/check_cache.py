@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ibq_jax.data.preprocess import to_uint8
-from ibq_jax.data.token_cache import SHEET, TokenCacheSplit
+from ibq_jax.data.token_cache import COMPARED, SHEET, TokenCacheSplit
 from ibq_jax.evaluate.contact_sheet import contact_sheet
 from ibq_jax.tokenizer.model import TokenizerModel
 from ibq_jax.tokenizer.tokenize import TokenizeJob, encode_crops, padded_batches
@@ -23,7 +23,7 @@ from ibq_jax.tokenizer.tokenize import TokenizeJob, encode_crops, padded_batches
 SAMPLED_IMAGES = 64  # spread over the training split; of each, the first crop
 SHOWN_IMAGES, COLUMNS = 16, 8  # of the sheet
 
-_encode = jax.jit(encode_crops, static_argnums=0)
+encode = jax.jit(encode_crops, static_argnums=0)
 
 
 def check_token_cache(
@@ -46,24 +46,26 @@ def check_token_cache(
     """
     stored, model = TokenCacheSplit(folder, "train", settings), model.clone(mesh=None)
     params = jax.device_put(jax.device_get(params), jax.local_devices()[0])
-    indices = _evenly_spaced(len(stored), SAMPLED_IMAGES)
+    indices = evenly_spaced(len(stored), SAMPLED_IMAGES)
     crops = np.stack([job.load("train", index)["crops"][0] for index in indices])
     codes = np.stack([stored[index]["codes"][0] for index in indices]).astype(np.int32)
     in_batches = functools.partial(_in_batches, size=_other_batch_size(job))
-    again = in_batches(functools.partial(_encode, model.for_encoding("float32"), params), crops)
-    shown = _evenly_spaced(len(indices), SHOWN_IMAGES)
-    decoded = in_batches(functools.partial(_decode, model.for_encoding(job.precision), params), codes[shown])
-    Image.fromarray(_sheet(crops[shown], decoded)).save(folder / SHEET, "PNG")
+    again = in_batches(functools.partial(encode, model.for_encoding("float32"), params), crops)
+    shown = evenly_spaced(len(indices), SHOWN_IMAGES)
+    decoded = in_batches(functools.partial(decode_to_uint8, model.for_encoding(job.precision), params), codes[shown])
+    Image.fromarray(sheet(crops[shown], decoded)).save(folder / SHEET, "PNG")
     compared = {"sampled_codes": codes.size, "differing_codes": int(np.count_nonzero(again != codes))}
-    return {"compared_with_float32": compared}
+    return {COMPARED: compared}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode(model: TokenizerModel, params: Mapping, codes: jax.Array) -> jax.Array:
+def decode_to_uint8(model: TokenizerModel, params: Mapping, codes: jax.Array) -> jax.Array:
+    """Returns the images, uint8 [B, H, W, 3], of codes [B, h, w]."""
     return to_uint8(model.apply({"params": params}, codes, method="decode"))
 
 
-def _evenly_spaced(length: int, most: int) -> list[int]:
+def evenly_spaced(length: int, most: int) -> list[int]:
+    """Returns at most `most` positions, spread over `length` of them."""
     count = min(length, most)
     return [number * length // count for number in range(count)]
 
@@ -80,7 +82,7 @@ def _in_batches(function: Callable[[np.ndarray], jax.Array], rows: np.ndarray, s
     return np.concatenate(results)[: len(rows)]
 
 
-def _sheet(originals: np.ndarray, decoded: np.ndarray) -> np.ndarray:
+def sheet(originals: np.ndarray, decoded: np.ndarray) -> np.ndarray:
     """Lays out crops [N, S, S, 3] in rows, each above the row of its decoded ones; free places are white."""
     columns = min(COLUMNS, len(originals))
     rows = -(-len(originals) // columns)

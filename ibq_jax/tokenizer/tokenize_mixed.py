@@ -26,7 +26,7 @@ from ibq_jax.data.raw_images import ImageParts, RawImage
 from ibq_jax.data.shapes import Shape, aspect_change
 from ibq_jax.data.sized_images import AreaBounds, SizedImage, load_ahead
 from ibq_jax.data.token_cache import MIXED_VERSION, find_manifest
-from ibq_jax.data.token_cache_writer import locked_cache
+from ibq_jax.data.token_cache_writer import Check, locked_cache
 from ibq_jax.tokenizer.model import TokenizerModel
 from ibq_jax.tokenizer.progress import Progress
 from ibq_jax.tokenizer.tokenize import check_overwrite, encode_crops, fingerprint, on_local_devices
@@ -68,6 +68,7 @@ def tokenize_mixed(
     overwrite: bool,
     process_index: int,
     process_count: int,
+    check: Check | None = None,
 ) -> dict | None:
     """Encodes this process's parts into the token cache `folder`, except those that are there already.
 
@@ -98,7 +99,7 @@ def tokenize_mixed(
         with ThreadPoolExecutor(job.num_threads) as pool:
             load = functools.partial(load_ahead, bounds=bounds, shapes=shapes, pool=pool, num_threads=job.num_threads)
             _write_parts(own, folder, settings, job.images, surveyed.images, load, batches)
-        return finish_mixed(folder, settings)
+        return finish_mixed(folder, settings, check)
 
 
 def check_mixed_job(job: MixedJob) -> None:

@@ -1,13 +1,19 @@
 """The tokenize command on images of mixed sizes: what it prints, stores and refuses."""
 
+import jax
 import numpy as np
 import pytest
+from PIL import Image
 from support.mixed_images import COUNT, write_folder
+from support.mixed_images import job as mixed_job
 from support.small_runs import generator_arguments
 
 from ibq_jax import Tokenizer
 from ibq_jax.__main__ import main
 from ibq_jax.data.mixed_cache import MixedCache
+from ibq_jax.data.raw_images import find_images
+from ibq_jax.evaluate.check_mixed_cache import check_mixed_cache
+from ibq_jax.tokenizer.restore import restore_run
 
 pytestmark = pytest.mark.slow
 BOUNDS = ("--min-pixels=100", "--max-pixels=300", "--max-shapes=2")
@@ -28,10 +34,22 @@ def test_a_folder_is_tokenized_and_a_generator_refuses_it(images, tokenizer, tmp
     assert printed[3].endswith("the others changed their aspect ratio by at most 66.7% (--max-shapes)")
     assert printed[4] == "  texts: json, txt"
     assert printed[5] == f"  skipped 3 images, listed in {out}/images/*.json:"
-    assert len(printed) == 9
+    cache = MixedCache(out)
+    tokens = sum(image.codes.size for image in cache)
+    assert printed[9] == f"  0 of {tokens:,} sampled codes differ from full float32"
+    assert printed[10] == f"look at {out}/decoded.png: images, each above what its codes decode to"
+    assert len(printed) == 11
+    with Image.open(out / "decoded.png") as sheet:
+        assert sheet.size[0] > 8 * 64 and sheet.size[1] > 4 * 64  # ten images: two rows of originals, two of decoded
     api = Tokenizer.load(tokenizer)
-    [image] = [image for image in MixedCache(out) if image.name == "01.png"]
+    [image] = [image for image in cache if image.name == "01.png"]
     np.testing.assert_array_equal(image.codes, api.encode_image(f"{images}/01.png", 100, 300))
+
+    trainer, restored = restore_run(tokenizer)
+    other = jax.tree.map(lambda leaf: leaf[::-1], restored.state.weights("ema"))
+    job = mixed_job(find_images(images), min_pixels=100, max_pixels=300, max_shapes=2)
+    compared = check_mixed_cache(out, cache.manifest, trainer.model, other, job)["compared_with_float32"]
+    assert compared["sampled_codes"] == tokens and compared["differing_codes"] > tokens / 2
 
     assert main(generator_arguments(tmp_path / "ar", out)) == 2
     error = capsys.readouterr().err
