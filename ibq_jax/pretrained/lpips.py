@@ -16,7 +16,7 @@ import numpy as np
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import FULL
-from ibq_jax.pretrained.normalisation import unit_channels
+from ibq_jax.pretrained.normalisation import unit_channels, weighted_channels
 from ibq_jax.pretrained.tensor_files import read_tensors
 from ibq_jax.pretrained.weight_files import WEIGHT_FILES
 
@@ -139,7 +139,7 @@ def lpips(weights: dict, x: jax.Array, y: jax.Array, dtype: jnp.dtype = jnp.floa
         weights: from `load_weights` for the same `net`.
         x: images [B, H, W, 3] in [-1, 1].
         y: images of the same shape.
-        dtype: type in which convolutions compute; all else is float32, and float32 keeps every bit on every machine.
+        dtype: type of the activations and of what is summed; sums are float32. "float32" keeps every bit everywhere.
         net: "vgg16" or "alexnet"; static under jit.
 
     Raises:
@@ -157,11 +157,11 @@ def _terms(weights: dict, x: jax.Array, y: jax.Array, dtype: jnp.dtype, net: str
     taps = (_taps(weights, images, dtype, net) for images in (x, y))
     for head, tap_x, tap_y in zip(weights["heads"], *taps, strict=True):
         difference = (unit_channels(tap_x) - unit_channels(tap_y)) ** 2
-        yield jnp.mean(jnp.einsum("bhwc,c->bhw", difference, head, precision=FULL), axis=(1, 2))
+        yield jnp.mean(weighted_channels(difference.astype(dtype), head), axis=(1, 2))
 
 
 def _taps(weights: dict, images: jax.Array, dtype: jnp.dtype, net: str) -> list[jax.Array]:
-    """Returns the output of every stage, float32 [B, h_t, w_t, C_t]."""
+    """Returns the output of every stage, [B, h_t, w_t, C_t] in `dtype`."""
     shift, scale = (jnp.asarray(values).reshape(1, 1, 1, 3) for values in (SHIFT, SCALE))
     h = ((images - shift) / scale).astype(dtype)
     trunk, taps = TRUNKS[net], []
@@ -176,5 +176,5 @@ def _taps(weights: dict, images: jax.Array, dtype: jnp.dtype, net: str) -> list[
                 h, kernel, stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=FULL
             )
             h = jax.nn.relu(h + bias.reshape(1, 1, 1, -1))
-        taps.append(h.astype(jnp.float32))
+        taps.append(h)
     return taps
