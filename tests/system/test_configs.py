@@ -32,7 +32,7 @@ GENERATOR_PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("preset", ["openmoji32", "openmoji64", *TOKENIZER_PARAMETERS])
+@pytest.mark.parametrize("preset", ["openmoji32", "openmoji64", "photos32", "photos64", *TOKENIZER_PARAMETERS])
 def test_preset_builds_its_state(preset):
     config = load_config(f"{CONFIGS}/tokenizer.py:{preset}")
     mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
@@ -54,6 +54,13 @@ def test_the_larger_presets_differ_from_the_base_by_the_codebook_alone():
     assert base == large
 
 
+@pytest.mark.parametrize("size", [32, 64])
+def test_photographs_and_emojis_are_trained_alike(size):
+    emojis, photos = (load_config(f"{CONFIGS}/tokenizer.py:{data}{size}").to_dict() for data in ("openmoji", "photos"))
+    assert (emojis["data"].pop("name"), photos["data"].pop("name")) == ("openmoji", f"photos{size}")
+    assert emojis == photos
+
+
 def test_every_parameter_lies_where_the_golden_file_says_and_its_moments_beside_it(check_golden):
     config = load_config(f"{CONFIGS}/tokenizer.py:imagenet256_16384")
     mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
@@ -66,7 +73,7 @@ def test_every_parameter_lies_where_the_golden_file_says_and_its_moments_beside_
     assert shardings.discriminator.optimizer[0].nu == shardings.discriminator.params
 
 
-@pytest.mark.parametrize("preset", ["openmoji32", "openmoji64", *GENERATOR_PARAMETERS])
+@pytest.mark.parametrize("preset", ["openmoji32", "photos64", *GENERATOR_PARAMETERS])
 def test_generator_preset_builds_its_state(preset):
     config = load_preset(f"{CONFIGS}/autoregressive.py:{preset}")
     mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
