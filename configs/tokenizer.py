@@ -109,12 +109,15 @@ def _add_quantizer(config: ConfigDict, codebook_size: int) -> None:
     config.quantizer.l2_normalize = False  # ibq and vq; True: latents and codes are divided by their lengths
     config.quantizer.logit_temperature = 1.0  # ibq: divides all logits; bounded ones (l2_normalize) want less than 1
     config.quantizer.levels = ()  # fsq: their product is codebook.size, e.g. (8, 8, 8, 5); (): the usual ones
-    config.quantizer.precision = "bfloat16_3x"  # ibq and lfq: of the logits in training; see docs/precision.md
-    config.quantizer.gradient_precision = "bfloat16"  # ibq and lfq: of the products that only gradients come from
-    config.quantizer.entropy_temperature = 0.01  # ibq and lfq: divides the logits of the entropies
-    config.quantizer.entropy_group_tokens = 1024  # ibq and lfq: tokens per batch entropy; 0: the whole batch
-    config.quantizer.sample_entropy_weight = 1.0  # ibq and lfq: within loss.entropy_weight
-    config.quantizer.batch_entropy_weight = 1.0  # ibq and lfq: within loss.entropy_weight
+    # "own": vq and simvq have no entropy loss; "dot": ibq's, of the same logits; "distance": of those by which they
+    # choose. The fields below it are of quantizers with an entropy loss.
+    config.quantizer.entropy_logits = "own"
+    config.quantizer.precision = "bfloat16_3x"  # of the logits in training; see docs/precision.md
+    config.quantizer.gradient_precision = "bfloat16"  # of the products that only gradients come from
+    config.quantizer.entropy_temperature = 0.01  # divides the logits of the entropies
+    config.quantizer.entropy_group_tokens = 1024  # tokens per batch entropy; 0: the whole batch
+    config.quantizer.sample_entropy_weight = 1.0  # within loss.entropy_weight
+    config.quantizer.batch_entropy_weight = 1.0  # within loss.entropy_weight
 
     config.codebook_monitor = ConfigDict()
     config.codebook_monitor.window_tokens = 2**22  # a code counts as used if one of the last so many tokens chose it
