@@ -1,4 +1,4 @@
-"""What keeps codes in use: the quantizer, or the entropy term? Every quantizer with IBQ's entropy loss and without it.
+"""Quantizer or entropy term, which keeps codes in use: every quantizer with IBQ's entropy loss and without it.
 
 On emojis and on photographs. VQ and SimVQ get the same function of the same logits, z . e; entropy_logits.py compares
 that with the logits by which they choose. Which part was run, and what came out, is in docs/collapse.md.

@@ -1,4 +1,4 @@
-"""Of which logits VQ's entropy term should be: IBQ's dot products, or those by which VQ chooses. Not measured in full.
+"""Two kinds of logits for VQ's entropy term: IBQ's dot products, or those by which VQ chooses.
 
 Which part was run, and what came out, is in docs/collapse.md.
 

@@ -1,4 +1,4 @@
-"""What a large codebook in use buys: reconstructions at equal steps, at equal time and at several lengths.
+"""Gains by a large codebook in use: reconstructions at equal steps, at equal time and at several lengths.
 
 Not measured. For equal time, compare rows of equal "time" in the table. `evaluate --run=POINT` adds what it measures,
 LPIPS among it where its files are there.

@@ -62,8 +62,8 @@ def parser() -> Parser:
         "--baseline",
         type=Path,
         metavar="FILE",
-        help="Curves to draw behind those of the run, from --write-baseline. Default: the package's own, if it has those "
-        "of runs with the same settings.",
+        help="Curves to draw behind those of the run, from --write-baseline. Default: the package's own, if it has "
+        "those of runs with the same settings.",
     )
     baselines.add_argument(
         "--write-baseline",

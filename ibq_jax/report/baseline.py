@@ -51,6 +51,11 @@ class Baseline:
         on = any(name in history and history[name].values.any() for name in self.off)
         return not on and not _differences(self.config, config)
 
+    @property
+    def stage(self) -> str:
+        """ "tokenizer" or "autoregressive"."""
+        return str(self.config["stage"])
+
     def words(self) -> str:
         """Returns a sentence on what is drawn behind the curves."""
         return (
@@ -100,6 +105,8 @@ def read_baseline(path: Path) -> Baseline:
         }
         if any({len(array) for array in vars(band).values()} != {len(band.steps)} for band in bands.values()):
             raise ValueError("a band whose arrays differ in length")
+        if found["config"]["stage"] not in ROLES:
+            raise ValueError(f"of an unknown stage {found['config']['stage']!r}")
         return Baseline(found["config"], int(found["runs"]), int(found["steps"]), tuple(found["off"]), bands)
     except FileNotFoundError:
         raise UsageError(f"--baseline={path}: the file does not exist") from None
@@ -119,9 +126,7 @@ def _shipped() -> Iterator[Baseline]:
 def _differences(ours: Mapping, theirs: ConfigDict) -> list[str]:
     """Returns the fields that differ in what is computed, the seed and the places of files aside."""
     ours = upgraded(ConfigDict(ours).to_dict())
-    roles = ROLES.get(str(ours.get("stage")))
-    if roles is None or flatten(theirs).get("stage") != ours["stage"]:
-        return ["stage"]
+    roles = ROLES[ours["stage"]]
     differing = differences(ours, theirs, ignore=(*roles.free, *roles.location, "seed"))
     measured = [{name: fields.get(name) for name in MEASURING} for fields in (flatten(ours), flatten(theirs))]
     return differing + differences(*measured)

@@ -56,8 +56,6 @@ def _baseline(run: Run, path: Path | None) -> Baseline | None:
     if path is None:
         return shipped_baseline(run)
     found = read_baseline(path)
-    if found.config.get("stage") != run.stage:
-        raise UsageError(
-            f"--baseline={path} is of the stage {found.config.get('stage')}; {run.folder} is of {run.stage}"
-        )
+    if found.stage != run.stage:
+        raise UsageError(f"--baseline={path} is of the stage {found.stage}; {run.folder} is of {run.stage}")
     return found
