@@ -128,8 +128,8 @@ def _differences(ours: Mapping, theirs: ConfigDict) -> list[str]:
     ours = upgraded(ConfigDict(ours).to_dict())
     roles = ROLES[ours["stage"]]
     differing = differences(ours, theirs, ignore=(*roles.free, *roles.location, "seed"))
-    measured = [{name: fields.get(name) for name in MEASURING} for fields in (flatten(ours), flatten(theirs))]
-    return differing + differences(*measured)
+    old, new = ({name: fields.get(name) for name in MEASURING} for fields in (flatten(ours), flatten(theirs)))
+    return differing + differences(old, new)
 
 
 def _band(histories: Sequence[History], name: str) -> Band | None:
