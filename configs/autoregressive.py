@@ -1,4 +1,4 @@
-r"""Presets of the generator: the paper's four sizes on ImageNet, and two for a laptop.
+r"""Presets of the generator: the paper's four sizes on ImageNet, and four for a laptop.
 
     python -m ibq_jax tokenize --tokenizer=runs/tok --out=runs/codes
     python -m ibq_jax train --config=configs/autoregressive.py:imagenet256_B --config.token_cache=runs/codes \
@@ -11,6 +11,8 @@ command line, e.g. `--config.model.num_layers=8`. Vocabulary, grid and classes c
 |---|---|---|---|---|---|
 | openmoji32 | 6, 4, 128 | 2.5 M | 800 steps of 8 | - | README: 2 CPU cores |
 | openmoji64 | 6, 4, 128 | 2.5 M | 800 steps of 8 | - | not measured |
+| photos32 | 6, 4, 128 | 2.5 M | 800 steps of 8 | - | not measured |
+| photos64 | 6, 4, 128 | 2.5 M | 800 steps of 8 | - | not measured |
 | imagenet256_B | 16, 16, 1024 | 342,994,944 | 300 epochs | 2.88 / 254.73 | not measured |
 | imagenet256_L | 20, 20, 1280 | 649,640,960 | 350 epochs | 2.45 / 267.48 | not measured |
 | imagenet256_XL | 24, 24, 1536 | 1,076,103,168 | 400 epochs | 2.14 / 278.99 | not measured |
@@ -108,7 +110,7 @@ def _xxl() -> ConfigDict:
     return config
 
 
-def _openmoji() -> ConfigDict:
+def _for_a_laptop() -> ConfigDict:
     config = _imagenet256(6, gamma_init=1e-3, end_lr_factor=0.1, epochs=0, guidance=2.0, temperature=0.8)
     config.dtype = "float32"
     config.data.batch_size = 8
@@ -131,13 +133,14 @@ def _openmoji() -> ConfigDict:
     return config
 
 
-PRESETS = ("openmoji32", "openmoji64", "imagenet256_B", "imagenet256_L", "imagenet256_XL", "imagenet256_XXL")
+LAPTOP = ("openmoji32", "openmoji64", "photos32", "photos64")
+PRESETS = (*LAPTOP, "imagenet256_B", "imagenet256_L", "imagenet256_XL", "imagenet256_XXL")
 
 
 def get_config(preset: str) -> ConfigDict:
     """Returns the config of one of `PRESETS`."""
-    if preset.startswith("openmoji"):
-        return _openmoji()
+    if preset in LAPTOP:
+        return _for_a_laptop()
     if preset == "imagenet256_B":
         return _imagenet256(16, gamma_init=1e-3, end_lr_factor=0.1, epochs=300, guidance=2.25, temperature=1.1)
     if preset == "imagenet256_L":
@@ -149,6 +152,6 @@ def get_config(preset: str) -> ConfigDict:
 
 def expected_sizes(preset: str) -> dict[str, object]:
     """Returns the sizes of the token cache that the preset is meant for; `plan` takes them, for it needs no cache."""
-    if preset.startswith("openmoji"):
-        return {"vocab_size": 1_024, "grid": (16, 16), "num_classes": 9}
+    if preset in LAPTOP:
+        return {"vocab_size": 1_024, "grid": (16, 16), "num_classes": 9 if preset.startswith("openmoji") else 6}
     return {"vocab_size": 16_384, "grid": (16, 16), "num_classes": 1_000}

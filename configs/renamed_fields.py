@@ -52,6 +52,7 @@ ADDED = {
         "quantizer.l2_normalize": False,
         "quantizer.levels": (),
         "quantizer.logit_temperature": 1.0,
+        "quantizer.entropy_logits": "own",
         "codebook.init_scale": 1.0,
         "encode.precision": "float32",
         "quantizer.precision": "bfloat16_3x",  # on CPUs what it was, on accelerators more than JAX's default

@@ -1,4 +1,4 @@
-"""Presets of the image tokenizer: the paper's ImageNet models, its pretrained models, Emu3.5's, and two for a laptop.
+"""Presets of the image tokenizer: the paper's ImageNet models, its pretrained models, Emu3.5's, and four for a laptop.
 
     python -m ibq_jax train --config=configs/tokenizer.py:imagenet256_16384 --workdir=runs/tok
 
@@ -9,6 +9,8 @@ command line, e.g. `--config.codebook.size=8192`. All presets turn an image into
 |---|---|---|---|---|---|
 | openmoji32 | openmoji, 32 px | 1,024 x 32 | 1,000 steps of 16 | - | README: 2 CPU cores |
 | openmoji64 | openmoji, 64 px | 1,024 x 32 | 4,000 steps of 16 | - | not measured |
+| photos32 | photos32, 32 px | 1,024 x 32 | 1,000 steps of 16 | - | not measured |
+| photos64 | photos64, 64 px | 1,024 x 32 | 4,000 steps of 16 | - | not measured |
 | imagenet256_1024 | imagenet2012 | 1,024 x 256 | 330 epochs | rFID 2.24, usage 99% | not measured |
 | imagenet256_8192 | imagenet2012 | 8,192 x 256 | 280 epochs | rFID 1.87, usage 98% | not measured |
 | imagenet256_16384 | imagenet2012 | 16,384 x 256 | 330 epochs | rFID 1.37, usage 96% | not measured |
@@ -107,12 +109,15 @@ def _add_quantizer(config: ConfigDict, codebook_size: int) -> None:
     config.quantizer.l2_normalize = False  # ibq and vq; True: latents and codes are divided by their lengths
     config.quantizer.logit_temperature = 1.0  # ibq: divides all logits; bounded ones (l2_normalize) want less than 1
     config.quantizer.levels = ()  # fsq: their product is codebook.size, e.g. (8, 8, 8, 5); (): the usual ones
-    config.quantizer.precision = "bfloat16_3x"  # ibq and lfq: of the logits in training; see docs/precision.md
-    config.quantizer.gradient_precision = "bfloat16"  # ibq and lfq: of the products that only gradients come from
-    config.quantizer.entropy_temperature = 0.01  # ibq and lfq: divides the logits of the entropies
-    config.quantizer.entropy_group_tokens = 1024  # ibq and lfq: tokens per batch entropy; 0: the whole batch
-    config.quantizer.sample_entropy_weight = 1.0  # ibq and lfq: within loss.entropy_weight
-    config.quantizer.batch_entropy_weight = 1.0  # ibq and lfq: within loss.entropy_weight
+    # "own": vq and simvq have no entropy loss; "dot": ibq's, of the same logits; "distance": of those by which they
+    # choose. The fields below it are of quantizers with an entropy loss.
+    config.quantizer.entropy_logits = "own"
+    config.quantizer.precision = "bfloat16_3x"  # of the logits in training; see docs/precision.md
+    config.quantizer.gradient_precision = "bfloat16"  # of the products that only gradients come from
+    config.quantizer.entropy_temperature = 0.01  # divides the logits of the entropies
+    config.quantizer.entropy_group_tokens = 1024  # tokens per batch entropy; 0: the whole batch
+    config.quantizer.sample_entropy_weight = 1.0  # within loss.entropy_weight
+    config.quantizer.batch_entropy_weight = 1.0  # within loss.entropy_weight
 
     config.codebook_monitor = ConfigDict()
     config.codebook_monitor.window_tokens = 2**22  # a code counts as used if one of the last so many tokens chose it
@@ -216,17 +221,18 @@ def _finetune_photos() -> ConfigDict:
     return config
 
 
-def _openmoji(size: int, channel_multipliers: tuple[int, ...], steps: int) -> ConfigDict:
+def _for_a_laptop(data: str, size: int) -> ConfigDict:
+    """Returns the config of small images, 32 or 64 pixels per side."""
     config = _imagenet256(1024, epochs=0, drop_epochs=())
     config.dtype = "float32"
-    config.data.name = "openmoji"
+    config.data.name = data
     config.data.image_size = size
     config.data.resize = size
     config.data.batch_size = 16
     config.data.num_workers = 0
     config.model.resolution = size
     config.model.channels = 32
-    config.model.channel_multipliers = channel_multipliers
+    config.model.channel_multipliers = {32: (1, 2), 64: (1, 2, 2)}[size]
     config.model.num_res_blocks = 1
     config.model.attention_resolutions = ()
     config.model.z_channels = 64
@@ -235,7 +241,7 @@ def _openmoji(size: int, channel_multipliers: tuple[int, ...], steps: int) -> Co
     config.discriminator.num_layers = 2
     config.optimizer.learning_rate = 1e-3
     config.optimizer.ema_decay = 0.99
-    config.train.steps = steps
+    config.train.steps = {32: 1_000, 64: 4_000}[size]
     config.codebook_monitor.window_tokens = 2**17
     config.codebook_monitor.grace_steps = 200
     config.log.every = 10
@@ -250,6 +256,8 @@ def _openmoji(size: int, channel_multipliers: tuple[int, ...], steps: int) -> Co
 PRESETS = (
     "openmoji32",
     "openmoji64",
+    "photos32",
+    "photos64",
     "imagenet256_1024",
     "imagenet256_8192",
     "imagenet256_16384",
@@ -275,6 +283,5 @@ def get_config(preset: str) -> ConfigDict:
         return _emu35(int(size))
     if family == "finetune":
         return _finetune_decoder() if size == "decoder" else _finetune_photos()
-    if family == "openmoji64":
-        return _openmoji(64, channel_multipliers=(1, 2, 2), steps=4_000)
-    return _openmoji(32, channel_multipliers=(1, 2), steps=1_000)
+    data, side = preset[:-2], int(preset[-2:])
+    return _for_a_laptop(data if data == "openmoji" else preset, side)  # one set of emojis is for both sizes

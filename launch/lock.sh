@@ -19,7 +19,7 @@ compile() { # FILE UV_OPTION...: one version per package, for Python 3.11 and la
 compile requirements.txt "$@"
 compile requirements-beam.txt --extra beam "$@"
 constraints=(--constraints requirements.txt) # and every extra before this one, so that they can be combined
-for extra in torch cuda tpu hub onnx gcs pytest tests; do
+for extra in torch cuda tpu hub onnx gcs pytest photos tests; do
   file=requirements-$extra.txt
   compile "$file" --extra "$extra" "${constraints[@]}" "$@"
   left_out='^$'

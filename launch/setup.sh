@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the pinned packages and this one into .venv; returns at once unless a pin or pyproject.toml has changed.
-#   bash launch/setup.sh [EXTRA ...]      EXTRA: tests, torch, hub, onnx, tpu, cuda, gcs, beam, pytest (requirements-EXTRA.txt)
+#   bash launch/setup.sh [EXTRA ...]      EXTRA: tests, torch, hub, onnx, tpu, cuda, gcs, photos, beam, pytest (requirements-EXTRA.txt)
 #   VENV=DIR bash launch/setup.sh ...     installs into another folder than .venv
 set -euo pipefail
 cd "$(dirname "$0")/.."

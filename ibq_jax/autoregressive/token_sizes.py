@@ -60,3 +60,10 @@ def check_fit(config: ConfigDict, source: TokenCacheSplit) -> None:
             f"{source} does not fit the config: {'; '.join(differing)}; "
             "a new run takes from its cache what is not given"
         )
+    if config.model.num_classes and not config.loss.class_dropout:
+        for split, counts in source.manifest["splits"].items():
+            if unlabelled := counts["images"] - sum(counts["labels"]):
+                raise UsageError(
+                    f"{unlabelled:,} images of the split {split} of {source.path} are of none of its classes; a "
+                    "generator learns to do without a class only where loss.class_dropout is over 0"
+                )

@@ -9,26 +9,38 @@ from collections import Counter
 from pathlib import Path
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.commands.arguments import Parser, share
+from ibq_jax.commands.arguments import Parser, count, positive, share
+from ibq_jax.data.batches import NO_LABEL
 from ibq_jax.data.beam_dataset import write_dataset_with_beam
 from ibq_jax.data.beam_map import LOCAL_RUNNER, find_beam
 from ibq_jax.data.folders import image_folder
 from ibq_jax.data.imagenet import EXPECTED_IMAGES, imagenet2012
 from ibq_jax.data.openmoji import openmoji
+from ibq_jax.data.photos import photographs
 from ibq_jax.data.sources import ImageCollection
 from ibq_jax.data.store import WriteSummary, find_dataset, made_with, write_dataset
 from ibq_jax.data.tar_shards import tar_shards
+from ibq_jax.data.windows import Windows, in_windows
 
 CLASSES_LISTED = 20
+WINDOW_SIZE = 64  # pixels
 HOW = ("collect", "data_dir", "overwrite", "beam", "beam_options")  # flags that do not change the data set's content
 SOURCES = {  # a line of help, examples
     "openmoji": (
         "the embedded data set: 1,898 colour images in 9 categories",
         ["--data-dir=/data", "--size=256 --name=openmoji256"],
     ),
+    "photos": (
+        "windows of the 8 colour photographs inside scikit-image; those of 2 are for validation",
+        ["", "--size=32", "--size=32 --windows=1000 --seed=1 --name=photos32_more"],
+    ),
     "folder": (
         "a folder of images, with a subfolder per class or without classes",
-        ["--in=photos", "--in=photos --name=photos --validation=0.1 --data-dir=/data"],
+        [
+            "--in=photos",
+            "--in=photos --name=photos --validation=0.1 --data-dir=/data",
+            "--in=photos --windows=50 --size=64",
+        ],
     ),
     "tar": (
         "webdataset tar shards: images with .cls or .json labels, or without labels",
@@ -44,6 +56,7 @@ SOURCES = {  # a line of help, examples
 }
 PRESETS = {
     "openmoji": "openmoji64",
+    "photos": "photos64",
     "folder": "imagenet256_16384",
     "tar": "pretrain256_16384",
     "imagenet": "imagenet256_16384",
@@ -61,9 +74,11 @@ def main(argv: list[str]) -> None:
             was made with other settings.
     """
     args = parser().parse_args(argv)
+    if "windows" in args:
+        _resolve_windows(args)
     if args.name is None:
-        args.name = _name_from_folder(args.input)
-    settings = {key: value for key, value in vars(args).items() if key not in HOW}
+        args.name = f"photos{args.size}" if args.source == "photos" else _name_from_folder(args.input)
+    settings = {key: value for key, value in vars(args).items() if key not in HOW and value is not None}
     existing = find_dataset(args.name, args.data_dir)
     if existing and not args.overwrite:
         _check_same_settings(existing, settings)
@@ -90,6 +105,7 @@ def parser() -> Parser:
         "Builds a data set for training from files that are already on this machine; nothing is downloaded.",
         examples=[
             "openmoji",
+            "photos --size=32",
             "folder --in=photos --name=photos",
             "tar --in='shards/*.tar' --name=web --validation=0.01 --beam",
             "imagenet --tars=downloads --data-dir=/data",
@@ -97,15 +113,20 @@ def parser() -> Parser:
         notes="Each source has flags and examples of its own: python -m ibq_jax prepare SOURCE --help",
     )
     sources = parser.add_subparsers(title="sources", dest="source", metavar="SOURCE", required=True)
-    emoji, folder, tar, imagenet = (_source(sources, name) for name in PRESETS)
+    emoji, photos, folder, tar, imagenet = (_source(sources, name) for name in PRESETS)
 
     emoji.add_argument("--size", type=int, default=128, metavar="N", help="Pixels per side, 8 to 2048. Default: 128.")
     emoji.add_argument("--name", type=_dataset_name, default="openmoji", help="The data set's name. Default: openmoji.")
     emoji.set_defaults(collect=lambda args, _: openmoji(args.size, args.name), beam=None, beam_options="")
 
+    _add_windows(photos, 400, "Windows of every photograph, which become images. Default: 400.")
+    photos.add_argument("--name", type=_dataset_name, help="The data set's name. Default: photos and the size.")
+    photos.set_defaults(collect=lambda args, _: _windowed(photographs(args.name), args), beam=None, beam_options="")
+
     _add_input(folder, "DIR", "Folder of images (.jpg .jpeg .png .webp .bmp), with or without a subfolder per class.")
     folder.add_argument("--name", type=_dataset_name, help="The data set's name. Default: made of the folder's name.")
-    folder.set_defaults(collect=lambda args, _: image_folder(args.input, args.name, args.validation))
+    _add_windows(folder, None, "Store N random windows of every image in place of it. Default: the image.")
+    folder.set_defaults(collect=lambda args, _: _windowed(image_folder(args.input, args.name, args.validation), args))
 
     _add_input(tar, "'DIR/*.tar'", "Pattern of the shards' paths, in quotes; gzip, bzip2 and xz are unpacked.")
     tar.add_argument("--name", type=_dataset_name, required=True, help="The data set's name.")
@@ -132,7 +153,7 @@ def parser() -> Parser:
         )
     for source in (folder, tar, imagenet):
         _add_beam(source)
-    for source in (emoji, folder, tar, imagenet):
+    for source in (emoji, photos, folder, tar, imagenet):
         source.add_argument("--data-dir", default="data", help="Folder that holds all data sets. Default: data.")
         source.add_argument("--overwrite", action="store_true", help="Replace the data set if it exists.")
     return parser
@@ -152,6 +173,31 @@ def _source(sources, name: str) -> Parser:
 
 def _add_input(source: Parser, metavar: str, words: str) -> None:
     source.add_argument("--in", dest="input", required=True, type=os.path.abspath, metavar=metavar, help=words)
+
+
+def _add_windows(source: Parser, windows: int | None, words: str) -> None:
+    source.add_argument("--windows", type=positive, default=windows, metavar="N", help=words)
+    source.add_argument(
+        "--size",
+        type=positive,
+        metavar="N",
+        help="Pixels per side of a window, 8 to 1024; it covers 1, 2, 4, ... times as many of its image. "
+        f"Default: {WINDOW_SIZE}.",
+    )
+    source.add_argument("--seed", type=count, help="Seed of the windows' places and scales. Default: 0.")
+
+
+def _resolve_windows(args: Namespace) -> None:
+    """Fills in the windows' size and seed, which are part of the data set's settings."""
+    if args.windows is not None:
+        args.size = WINDOW_SIZE if args.size is None else args.size
+        args.seed = args.seed or 0
+    elif args.size is not None or args.seed is not None:
+        raise UsageError("--size and --seed are of windows: they go with --windows=N")
+
+
+def _windowed(collection: ImageCollection, args: Namespace) -> ImageCollection:
+    return in_windows(collection, Windows(args.windows, args.size, args.seed)) if args.windows else collection
 
 
 def _add_beam(source: Parser) -> None:
@@ -215,6 +261,8 @@ def _describe(collection: ImageCollection, written: WriteSummary) -> None:
 def _by_class(class_names: tuple[str, ...], counts: Counter) -> str:
     if not class_names:
         return ", no classes"
+    if counts.keys() == {NO_LABEL}:
+        return " of none of the classes"
     if len(class_names) <= CLASSES_LISTED:
         return " (" + ", ".join(f"{counts[label]:,} {name}" for label, name in enumerate(class_names)) + ")"
     sizes = [counts[label] for label in range(len(class_names))]
@@ -222,8 +270,9 @@ def _by_class(class_names: tuple[str, ...], counts: Counter) -> str:
 
 
 def _next_command(args: Namespace) -> str:
-    command = f"python -m ibq_jax train --config=configs/tokenizer.py:{PRESETS[args.source]}"
-    if args.name not in ("openmoji", "imagenet2012"):
+    own = args.source == "photos" and args.name in ("photos32", "photos64") and args.name == f"photos{args.size}"
+    command = f"python -m ibq_jax train --config=configs/tokenizer.py:{args.name if own else PRESETS[args.source]}"
+    if not own and args.name not in ("openmoji", "imagenet2012"):
         command += f" --config.data.name={args.name}"
     if args.data_dir != "data":
         command += f" --config.data.dir={shlex.quote(args.data_dir)}"

@@ -21,6 +21,10 @@ stopped by themselves, continues unfinished ones and retries failed ones; then i
 results.json and plots/. The exit code is 0 if all points are done and 1 if not. {PREFIX}NAME=VALUE overrides a field
 in every point.
 
+Points run side by side, each on a device of its own, if the same command is given several times: a point that another
+process is training is left to it. On GPUs, start each with another CUDA_VISIBLE_DEVICES. What `evaluate --run=POINT`
+measures later is in the table that the next --table writes.
+
 To run one job per point, --list prints the points, --point=INDEX trains one of them, and --table writes the table of
 the results so far; launch/sweep.sh does this with Slurm. To train each point on several GPUs, several hosts or a TPU
 pod, give a launch script as --launcher.
@@ -101,7 +105,8 @@ def parser() -> Parser:
         type=_names,
         default=(),
         metavar="A,B",
-        help="Scalars of metrics.jsonl to tabulate and plot. Default: the usual validation and codebook scalars.",
+        help="Scalars of metrics.jsonl, and evaluation/PROTOCOL/NAME, to tabulate and plot. Default: the usual "
+        "validation and codebook scalars, and what evaluate has measured.",
     )
     add(
         "--launcher",

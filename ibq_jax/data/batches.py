@@ -20,7 +20,7 @@ from absl import flags
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.supervise import end_after
 
-NO_LABEL = -1  # the label of an image in a data set without classes
+NO_LABEL = -1  # the label of an image of none of the data set's classes, which may have none
 ArrayDict = dict[str, np.ndarray]  # one example, or one batch of them
 
 

@@ -91,7 +91,12 @@ def open_split(name: str, data_dir: str | os.PathLike, split: str) -> ImageSourc
     """
     path = find_dataset(name, data_dir)
     if path is None:
-        sources = {"openmoji": "openmoji", "imagenet2012": "imagenet --tars=DIR"}
+        sources = {
+            "openmoji": "openmoji",
+            "photos32": "photos --size=32",
+            "photos64": "photos --size=64",
+            "imagenet2012": "imagenet --tars=DIR",
+        }
         source = sources.get(name, f"folder --in=DIR --name={name}")
         raise UsageError(
             f"no data set {name!r} in {os.path.abspath(data_dir)}: "

@@ -25,7 +25,7 @@ class Example:
     split: str
     name: str  # identifies the image in messages
     read: Callable[[], bytes]
-    label: int | None = None  # position in the collection's class_names
+    label: int | None = None  # position in the collection's class_names; NO_LABEL: of none of them; None: no classes
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,14 @@ def class_names_to_store(names: Iterable[str], where: object) -> tuple[str, ...]
     return shown
 
 
-def _name_hash(name: str) -> int:
+def name_hash(name: str) -> int:
+    """Returns 64 bits that depend on an image's name alone."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def is_held_out(name: str, fraction: float) -> bool:
     """Returns whether an image is held out for validation, by its name alone; for streams too long to list."""
-    return _name_hash(name) < fraction * 2**64
+    return name_hash(name) < fraction * 2**64
 
 
 def held_out(names_by_class: Mapping[int | None, Iterable[str]], fraction: float) -> frozenset[str]:
@@ -82,7 +83,7 @@ def held_out(names_by_class: Mapping[int | None, Iterable[str]], fraction: float
     """
     chosen: set[str] = set()
     for names in names_by_class.values():
-        ranked = sorted(names, key=_name_hash)
+        ranked = sorted(names, key=name_hash)
         if fraction > 0 and len(ranked) > 1:
             chosen.update(ranked[: min(max(1, round(fraction * len(ranked))), len(ranked) - 1)])
     return frozenset(chosen)

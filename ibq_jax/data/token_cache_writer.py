@@ -27,6 +27,7 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import PARTIAL, atomic_file
 from ibq_jax.base.histogram import entropy, perplexity
 from ibq_jax.base.parts import SETTINGS, claim_folder, join_parts, remove_partials, write_json
+from ibq_jax.data.batches import NO_LABEL
 from ibq_jax.data.token_cache import (
     MANIFEST,
     MANIFEST_V1,
@@ -196,7 +197,7 @@ def _count(folder: Path, split: str, settings: Mapping, shards: list[Shard]) -> 
             raise damaged(shard.path, "other images or codes than it should hold")
         histogram += np.bincount(records["codes"].reshape(-1), minlength=len(histogram))
         if len(labels):
-            labels += np.bincount(records["label"], minlength=len(labels))
+            labels += np.bincount(records["label"][records["label"] != NO_LABEL], minlength=len(labels))
     name = f"{split}_histogram.npy"
     with atomic_file(folder / name) as partial:
         if partial is not None:

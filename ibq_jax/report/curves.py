@@ -55,6 +55,16 @@ class Panel:
     codebook: bool = False
 
 
+@dataclass(frozen=True)
+class Band:
+    """A scalar of several runs, float64 [n] each: mean, least and greatest at `steps`."""
+
+    steps: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
 PANELS = {
     "tokenizer": (
         Panel("PSNR on validation images, dB", ("validation/psnr",)),
@@ -81,7 +91,12 @@ PANELS = {
 }
 
 
-def plot(panel: Panel, runs: Mapping[str, History], levels: Mapping[str, float] | None = None) -> str:
+def plot(
+    panel: Panel,
+    runs: Mapping[str, History],
+    levels: Mapping[str, float] | None = None,
+    behind: Mapping[str, Band] | None = None,
+) -> str:
     """Draws a panel over training steps.
 
     With one run, each scalar gets a colour; with several, each run does.
@@ -90,6 +105,7 @@ def plot(panel: Panel, runs: Mapping[str, History], levels: Mapping[str, float] 
         panel: what to draw.
         runs: histories by name.
         levels: horizontal lines by name.
+        behind: bands by scalar, drawn behind the line of that scalar, in its colour.
 
     Returns:
         SVG; "" if no run has logged the panel's scalars.
@@ -109,7 +125,7 @@ def plot(panel: Panel, runs: Mapping[str, History], levels: Mapping[str, float] 
         columns = 2 if max(map(len, labels)) <= LEGEND_COLUMN else 1
         rows = -(-len(lines) // columns) if len(lines) > 1 else 0
         figure, axes = titled_axes(panel.title, SIZE[1] + rows * LEGEND_ROW)
-        drawn = []
+        drawn, bands = [], _draw_bands(axes, panel, lines, behind or {})
         for _, series, colour, dash in lines:
             marker = "o" if len(series.steps) < FEW_POINTS else ""
             style = {"color": colour, "linestyle": dash, "linewidth": 1.4, "marker": marker, "markersize": 2.5}
@@ -125,12 +141,24 @@ def plot(panel: Panel, runs: Mapping[str, History], levels: Mapping[str, float] 
         axes.set_xlabel("step; line: median of neighbouring values, shaded: their range" if grouped else "step")
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        lowest, highest = (f(f(series.values) for _, series, *_ in lines) for f in (min, max))
+        shown = [array for band in bands for array in (band.low, band.high)] + [
+            series.values for _, series, *_ in lines
+        ]
+        lowest, highest = (f(f(values) for values in shown) for f in (min, max))
         scale(axes.yaxis, lowest, highest, log=panel.log and lowest > 0)
         if len(lines) > 1:
             short = [label if len(label) <= MAX_LABEL else f"…{label[-MAX_LABEL:]}" for label in labels]
             figure.legend(drawn, short, loc="outside lower left", ncols=columns, fontsize=8, handlelength=1.6)
         return _svg(figure, panel.title)
+
+
+def _draw_bands(axes: Axes, panel: Panel, lines: list[tuple], behind: Mapping[str, Band]) -> list[Band]:
+    """Draws the bands of the lines' scalars and returns them."""
+    found = [(behind[name], colour) for label, _, colour, _ in lines for name in panel.names if label == name in behind]
+    for band, colour in found:
+        axes.fill_between(band.steps, band.low, band.high, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(band.steps, band.mean, color=colour, linestyle=":", linewidth=0.9)
+    return [band for band, _ in found]
 
 
 def plot_ranks(counts: np.ndarray) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ibq_jax.report.history import History
-from ibq_jax.tokenizer.quantizers import WITH_ENTROPY, WITH_TRAINED_ROWS
+from ibq_jax.tokenizer.quantizers import WITH_TRAINED_ROWS, has_entropy_loss
 
 FALLEN = 0.8  # of its peak: usage fell by a fifth
 LITTLE_USED = 0.5  # published IBQ codebooks use 84% and more of their codes (arXiv 2412.02692)
@@ -76,7 +76,7 @@ def _usage(history: History, config: ConfigDict) -> Iterator[Finding]:
         f"{last:.1%} of {config.codebook.size:,} codes were used in the last window of steps ({dead:,} were not); "
         f"the peak was {highest:.1%}"
     )
-    advice = _advice_on_usage(config.quantizer.name)
+    advice = _advice_on_usage(config.quantizer)
     if last < FALLEN * highest:
         yield Finding("act", "the codebook is collapsing", seen, advice)
     elif last < LITTLE_USED:
@@ -85,14 +85,14 @@ def _usage(history: History, config: ConfigDict) -> Iterator[Finding]:
         yield Finding("fine", "the codebook is in use", seen)
 
 
-def _advice_on_usage(quantizer: str) -> str:
+def _advice_on_usage(quantizer: ConfigDict) -> str:
     """Returns what brought more codes into use in the studies of docs/."""
-    if quantizer in WITH_ENTROPY:
+    if has_entropy_loss(quantizer):
         return (
             "raise loss.entropy_weight, which mattered most with IBQ, while a lower optimizer.learning_rate did not "
             "help (docs/collapse.md); or use a smaller codebook.size"
         )
-    if quantizer in WITH_TRAINED_ROWS:
+    if quantizer.name in WITH_TRAINED_ROWS:
         return (
             "use quantizer.name=ibq, which keeps many more codes in use than vq (docs/codebook_scaling.md), or a "
             "smaller codebook.size; `convert --prune` removes unused codes"
@@ -104,7 +104,7 @@ def _evenness(history: History, config: ConfigDict) -> Iterator[Finding]:
     if "codebook/perplexity" not in history or "codebook/usage" not in history:
         return
     used, perplexity = history["codebook/usage"].last * config.codebook.size, history["codebook/perplexity"].last
-    more = "raise loss.entropy_weight" if config.quantizer.name in WITH_ENTROPY else "use a smaller codebook.size"
+    more = "raise loss.entropy_weight" if has_entropy_loss(config.quantizer) else "use a smaller codebook.size"
     if used and perplexity < UNEVEN * used:
         yield Finding(
             "look",

@@ -23,6 +23,7 @@ SECTIONS = (
     "numbers",
     "strip",
     "images",
+    "baseline",
     "plots",
     "codebook",
     "configs",

@@ -76,10 +76,15 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         saved=saved,
         history=history,
-        evaluations=tuple(_evaluation(file) for file in sorted((saved.workdir / FOLDER).glob("*.json"))),
+        evaluations=read_evaluations(saved.workdir),
         stopped=stopped_by_itself(saved.workdir, history.last_step),
         unigram_entropy=_unigram_entropy(saved.workdir),
     )
+
+
+def read_evaluations(workdir: Path) -> tuple[dict, ...]:
+    """Reads the records that `evaluate` wrote into a run's folder. Raises UsageError if one is damaged."""
+    return tuple(_evaluation(file) for file in sorted((workdir / FOLDER).glob("*.json")))
 
 
 def evaluation_card(evaluation: Mapping) -> dict:

@@ -1,13 +1,14 @@
 """The page of one run: key figures, diagnosis, evaluations, images, curves and config."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ml_collections import ConfigDict
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.saved_run import total_steps
-from ibq_jax.report.curves import PANELS, plot, plot_grid
+from ibq_jax.report.baseline import Baseline
+from ibq_jax.report.curves import PANELS, Band, plot, plot_grid
 from ibq_jax.report.images import images_of
 from ibq_jax.report.page import render
 from ibq_jax.report.run import Run, evaluation_card
@@ -22,10 +23,10 @@ KEY_FIGURES = {  # scalars at the top of the page: their labels there, and their
 }
 
 
-def single_run_page(run: Run) -> tuple[str, list[str]]:
+def single_run_page(run: Run, baseline: Baseline | None = None) -> tuple[str, list[str]]:
     """Returns the HTML page of a run, and sentences on what could not be shown (no checkpoint, no data).
 
-    The page contains these sentences too.
+    The page contains these sentences too. The curves of `baseline` are drawn behind those of the run.
     """
     missing, sections, step, steps = run.missing, {}, None, run.config.train.steps
     workdir, chosen = run.saved.workdir, run.saved.step
@@ -38,7 +39,8 @@ def single_run_page(run: Run) -> tuple[str, list[str]]:
     except UsageError as error:
         missing.append(f"no images: {error}")
     codes = sections.pop("codes", {"words": "", "ranks": "", "groups": []})
-    plots = {codebook: list(_plots(run, codebook)) for codebook in (False, True)}
+    behind = baseline.bands if baseline else {}
+    plots = {codebook: list(_plots(run, codebook, behind)) for codebook in (False, True)}
     html = render(
         title=run.name,
         subtitle=", ".join([_describe(run.config), str(run.folder), *([] if step is None else [f"step {step:,}"])]),
@@ -50,6 +52,7 @@ def single_run_page(run: Run) -> tuple[str, list[str]]:
         missing=missing,
         findings=[finding | {"run": ""} for finding in run.findings(steps)],
         numbers=[evaluation_card(evaluation) for evaluation in run.evaluations],
+        baseline=baseline.words() if baseline else "",
         plots=[svg for svg in plots[False] if svg],
         codebook=codes | {"plots": [svg for svg in (*plots[True], codes["ranks"]) if svg]},
         configs=[(run.name, run.config.to_json_best_effort(indent=2))],
@@ -58,14 +61,14 @@ def single_run_page(run: Run) -> tuple[str, list[str]]:
     return html, missing
 
 
-def _plots(run: Run, codebook: bool) -> Iterator[str]:
+def _plots(run: Run, codebook: bool, behind: Mapping[str, Band]) -> Iterator[str]:
     """Yields the curves of the codebook, or all others, as SVG; "" for a panel without data."""
     levels = {}
     if run.unigram_entropy is not None:
         levels = {"unigram entropy": run.unigram_entropy, "log K": math.log(run.config.model.vocab_size)}
     for panel in PANELS[run.stage]:
         if panel.codebook == codebook:
-            yield plot(panel, {run.name: run.history}, levels if "loss/total" in panel.names else None)
+            yield plot(panel, {run.name: run.history}, levels if "loss/total" in panel.names else None, behind)
     if not codebook:
         for name, values in run.history.grids.items():
             title = name.removeprefix("validation/").replace("_", " ")

@@ -1,7 +1,7 @@
 """Plots of a sweep, as PNG: metrics against a swept field, and training curves with one line per seed."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ibq_jax.sweep.grid import field_words, short_names
 from ibq_jax.sweep.table import Table
 
 FOLDER = "plots"
+DATA_SET = "data.name"  # the field; numbers on different data are not compared in one plot
 PNG: dict[Any, Any] = STYLE | {"savefig.transparent": False, "savefig.facecolor": "white", "savefig.dpi": 160}
 LEGEND_WIDTH = 60  # characters of a legend entry that fit in a plot; longer ones are set smaller
 WIDE = 8  # ratio of a field's largest value to its smallest from which its axis is logarithmic
@@ -35,22 +36,31 @@ WIDE = 8  # ratio of a field's largest value to its smallest from which its axis
 def draw(folder: Path, table: Table) -> list[str]:
     """Writes plots of the table's metrics into the sweep's `folder`, and returns their paths relative to it.
 
-    Plots without data are left out.
+    Plots without data are left out. If data sets are swept, each has plots of its own, whose names end in its name.
     """
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    settings = [results[0].point.values for results in table.settings.values()]
-    field, written = numeric_field(settings), []
-    for metric in table.metrics:
-        figures = {}
-        with rc_context(PNG):
-            if field is not None:
-                figures[f"over_{short_names(list(settings[0]))[field]}"] = _over_field(table, metric, field)
-            figures["over_steps"] = _over_steps(table, metric)
-            for ending, figure in figures.items():
-                if figure is not None:
-                    written.append(f"{FOLDER}/{metric.replace('/', '_')}_{ending}.png")
-                    _write(figure, folder / written[-1])
+    field, written = numeric_field([results[0].point.values for results in table.settings.values()]), []
+    for part, end in _by_data_set(table):
+        for metric in table.metrics:
+            figures = {}
+            with rc_context(PNG):
+                if field is not None:
+                    short = short_names(list(table.results[0].point.values))[field]
+                    figures[f"over_{short}"] = _over_field(part, metric, field)
+                figures["over_steps"] = _over_steps(part, metric)
+                for ending, figure in figures.items():
+                    if figure is not None:
+                        written.append(f"{FOLDER}/{metric.replace('/', '_')}_{ending}{end}.png")
+                        _write(figure, folder / written[-1])
     return written
+
+
+def _by_data_set(table: Table) -> Iterator[tuple[Table, str]]:
+    """Yields the part of the table of each data set and the end of its plots' names."""
+    names = list(dict.fromkeys(result.point.values.get(DATA_SET) for result in table.results))
+    for name in names:
+        part = Table([result for result in table.results if result.point.values.get(DATA_SET) == name], table.metrics)
+        yield part, f"_{name}" if len(names) > 1 else ""
 
 
 def numeric_field(settings: Sequence[Mapping[str, object]]) -> str | None:

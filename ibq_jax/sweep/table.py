@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ibq_jax.base.files import write_text
 from ibq_jax.evaluate.feature_nets import small_sample_caveats
 from ibq_jax.sweep.grid import field_words
-from ibq_jax.sweep.results import DONE, ENDED, STATUSES, Result
+from ibq_jax.sweep.results import DONE, ENDED, EVALUATION, STATUSES, Result
 
 DEFAULT_METRICS = (  # shown if any point has logged them
     "validation/psnr",
@@ -39,7 +39,8 @@ STATISTICS = {"mean": "mean", "min": "low", "max": "high", "count": "seeds"}  # 
 SPREAD = "mean (least..greatest) over the seeds that are done or stopped"
 LEGEND = (
     "`validation/`: on the validation split, with the averaged (EMA) weights. `codebook/`: over the latest codes of "
-    "training. Each number is the last one that its run logged."
+    "training. `evaluation/`: by the command evaluate, under the protocol that is named. Each number is the last one "
+    "of its run."
 )
 
 
@@ -143,9 +144,10 @@ class Table:
 
 
 def chosen_metrics(asked: Sequence[str], results: Iterable[Result]) -> list[str]:
-    """Returns the metrics asked for, or those of DEFAULT_METRICS that any point has logged."""
+    """Returns the metrics asked for, or those of DEFAULT_METRICS that any point has logged and what was evaluated."""
     logged = set().union(*(result.history.series for result in results))
-    return list(asked) or [name for name in DEFAULT_METRICS if name in logged]
+    later = sorted(name for name in logged if name.startswith(f"{EVALUATION}/"))
+    return list(asked) or [*(name for name in DEFAULT_METRICS if name in logged), *later]
 
 
 def write_table(folder: Path, table: Table, plots: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from ibq_jax.tokenizer.discriminators import DISCRIMINATORS, NONE, has_discrimin
 from ibq_jax.tokenizer.losses import ADVERSARIAL_LOSSES, DISCRIMINATOR_LOSSES
 from ibq_jax.tokenizer.model import downsampling, latent_dim
 from ibq_jax.tokenizer.parts import PARTS, frozen_parts
-from ibq_jax.tokenizer.quantizers import QUANTIZERS, WITH_ENTROPY, check_settings
+from ibq_jax.tokenizer.quantizers import QUANTIZERS, check_settings, has_entropy_loss
 
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
@@ -23,6 +23,7 @@ CHOICES = {
     "model.remat": ("none", "blocks"),
     "quantizer.name": tuple(QUANTIZERS),
     "quantizer.beta_on": ("codebook", "commitment"),
+    "quantizer.entropy_logits": ("own", "dot", "distance"),
     "quantizer.precision": PRECISIONS,
     "quantizer.gradient_precision": PRECISIONS,
     "encode.precision": PRECISIONS,
@@ -101,7 +102,7 @@ def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
     micro = config.data.batch_size // config.train.grad_accum_steps
     tokens = micro * (config.data.image_size // downsampling(config)) ** 2
     entropy_group, norm_group = config.quantizer.entropy_group_tokens, config.discriminator.norm_group
-    if config.quantizer.name in WITH_ENTROPY and entropy_group and tokens % entropy_group:
+    if has_entropy_loss(config.quantizer) and entropy_group and tokens % entropy_group:
         raise UsageError(
             f"quantizer.entropy_group_tokens={entropy_group} does not divide the {tokens} tokens of a micro-batch"
         )

@@ -25,9 +25,14 @@ QUANTIZERS: dict[str, type[nn.Module]] = {
     "fsq": FiniteScalarQuantizer,
 }
 WITH_TRAINED_ROWS = ("ibq", "vq")  # their codes are the rows of the parameter `codebook`
-WITH_ENTROPY = ("ibq", "lfq")  # they have an entropy loss
+WITH_ENTROPY = ("ibq", "lfq")  # they have an entropy loss, whatever `entropy_logits` is
 # Settings of some quantizers only, and those quantizers: {setting: (the value that all others have, quantizers)}.
-OWN_FIELDS = {"l2_normalize": (False, ("ibq", "vq")), "levels": ((), ("fsq",)), "logit_temperature": (1.0, ("ibq",))}
+OWN_FIELDS = {
+    "l2_normalize": (False, ("ibq", "vq")),
+    "levels": ((), ("fsq",)),
+    "logit_temperature": (1.0, ("ibq",)),
+    "entropy_logits": ("own", ("ibq", "vq", "simvq")),
+}
 DECIDING_FIELDS = ("l2_normalize", "levels")  # with sizes and parameters they decide which code a latent gets
 
 
@@ -55,6 +60,13 @@ def check_settings(name: str, settings: Mapping) -> None:
                 f"quantizer.{field}={settings[field]} is a setting of quantizer.name={' and '.join(owners)}, "
                 f"not of {name}"
             )
+    if name == "ibq" and settings["entropy_logits"] == "distance":
+        raise UsageError("quantizer.entropy_logits=distance is for vq and simvq; those of ibq are dot products")
+
+
+def has_entropy_loss(settings: Mapping) -> bool:
+    """Returns whether the quantizer with these settings, "name" among them, has an entropy loss."""
+    return settings["name"] in WITH_ENTROPY or settings["entropy_logits"] != "own"
 
 
 def check_trained_rows(name: str, what: str) -> None:

@@ -3,8 +3,10 @@
 Shapes: latents [B, h, w, D], codebook [K, D], codes [B, h, w]. Everything here is float32.
 """
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -13,7 +15,7 @@ from jax.nn.initializers import normal
 from jax.sharding import Mesh
 
 from ibq_jax.base.precision import FULL
-from ibq_jax.ops.index_backprop import nearest_codes, unit
+from ibq_jax.ops.index_backprop import SoftLookup, nearest_codes, soft_lookup, unit
 from ibq_jax.tokenizer.quantizer import Quantized, straight_through
 
 
@@ -22,14 +24,32 @@ class NearestRowQuantizer(nn.Module):
 
     With e the code vector nearest to a latent z and sg the stop-gradient, quant_loss = mean (sg(z) - e)^2 + beta mean
     (z - sg(e))^2 (arXiv 1711.00937, equation 3: beta scales the commitment term). z_q is e, and its gradient is copied
-    unchanged to z. There is no entropy term.
+    unchanged to z.
+
+    `entropy_logits` adds IBQ's entropy loss, the same function of logits [N, K], whose gradient reaches every code:
+        "own"       none: VQ and SimVQ have no such loss of their own
+        "dot"       of IBQ's logits z . e, for comparisons in which only the quantizer differs. These quantizers choose
+                    the nearest code, not the largest product. So a short code near the latents may be chosen and have
+                    hardly any probability, and the term evens out another assignment than the one in use
+        "distance"  of z . e - |e|^2 / 2, which is -|z - e|^2 / 2 but for what all codes share. The largest belongs to
+                    the chosen code, as the largest z . e does with IBQ, so this is the term that means for these
+                    quantizers what "dot" means for IBQ. Both are the same if all codes are of one length
+    The fields after it are those of `IndexBackpropQuantizer`.
     """
 
     codebook_size: int
     dim: int
     beta: float = 0.25
+    entropy_logits: str = "own"
+    entropy_temperature: float = 0.01
+    entropy_group_tokens: int = 0
+    sample_entropy_weight: float = 1.0
+    batch_entropy_weight: float = 1.0
+    precision: str = "float32"
+    gradient_precision: str = "float32"
     search_precision: str = "float32"
     block_size: int = 0
+    implementation: Literal["streamed", "dense"] = "streamed"
     mesh: Mesh | None = None
 
     @property
@@ -50,11 +70,38 @@ class NearestRowQuantizer(nn.Module):
         chosen = self.lookup(indices)
         codebook = jnp.mean((jax.lax.stop_gradient(z) - chosen) ** 2)
         commitment = jnp.mean((z - jax.lax.stop_gradient(chosen)) ** 2)
-        return Quantized(
+        quantized = Quantized(
             z_q=straight_through(chosen, z),
             indices=indices,
             quant_loss=codebook + self.beta * commitment,
             entropy_loss=jnp.zeros(()),
+        )
+        if self.entropy_logits == "own":
+            return quantized
+        found = self._entropies(z)
+        sample_term = self.sample_entropy_weight * found.sample_entropy
+        return dataclasses.replace(
+            quantized,
+            entropy_loss=sample_term - self.batch_entropy_weight * found.batch_entropy,
+            sample_entropy=found.sample_entropy,
+            batch_entropy=found.batch_entropy,
+        )
+
+    def _entropies(self, z: jax.Array) -> SoftLookup:
+        z, keys = z.reshape(-1, self.dim), self.code_vectors()
+        if self.entropy_logits == "distance":
+            z, keys = as_products(z, keys)
+        return soft_lookup(
+            z,
+            keys,
+            jnp.zeros_like(keys[:, :1]),  # the values are not used: as narrow as can be
+            entropy_temperature=self.entropy_temperature,
+            entropy_group_tokens=self.entropy_group_tokens,
+            precision=self.precision,
+            gradient_precision=self.gradient_precision,
+            block_size=self.block_size,
+            implementation=self.implementation,
+            mesh=self.mesh,
         )
 
     def nearest(self, z: jax.Array) -> jax.Array:
@@ -111,15 +158,21 @@ def nearest_rows(
 ) -> jax.Array:
     """Returns the index of the row at the smallest L2 distance: z [..., D], rows [K, D] -> int32 [...].
 
-    On a tie the smallest index wins. |z - e|^2 is smallest where z . e - |e|^2 / 2 is largest, which is a dot product
-    with one more dimension, so `nearest_codes` streams it and splits it over devices. Leaving out |z|^2, which all rows
-    share, loses no digits when the rows are small.
+    On a tie the smallest index wins. The distance is smallest where the product of `as_products` is largest, so
+    `nearest_codes` streams it and splits it over devices.
     """
     z, rows = jax.lax.stop_gradient((z, rows))
-    flat = z.reshape(-1, z.shape[-1])
-    flat = jnp.concatenate([flat, jnp.ones_like(flat[:, :1])], axis=1)
-    rows = jnp.concatenate([rows, -0.5 * jnp.sum(rows**2, axis=1, keepdims=True)], axis=1)
-    return nearest_codes(flat, rows, precision=precision, block_size=block_size, mesh=mesh).reshape(z.shape[:-1])
+    flat, keys = as_products(z.reshape(-1, z.shape[-1]), rows)
+    return nearest_codes(flat, keys, precision=precision, block_size=block_size, mesh=mesh).reshape(z.shape[:-1])
+
+
+def as_products(z: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns z [N, D + 1] and rows [K, D + 1] whose dot products are z . e - |e|^2 / 2 of z [N, D] and rows [K, D].
+
+    That is -|z - e|^2 / 2 without |z|^2 / 2, which all rows share; leaving it out loses no digits when rows are small.
+    """
+    z = jnp.concatenate([z, jnp.ones_like(z[:, :1])], axis=1)
+    return z, jnp.concatenate([rows, -0.5 * jnp.sum(rows**2, axis=1, keepdims=True)], axis=1)
 
 
 def uniform_within(bound: float) -> Callable[..., jax.Array]:

@@ -54,6 +54,16 @@ def test_given_sizes_must_agree_with_the_cache(source, override, words):
         check_fit(resolved, source)
 
 
+def test_images_of_none_of_the_classes_need_a_generator_that_knows_no_class(tmp_path):
+    manifest = write_cache(tmp_path, settings(), unlabelled=3)
+    assert manifest["splits"]["validation"]["labels"] == [0, 0, 0, 1, 0]
+    source = open_token_cache(tmp_path, "train")
+    check_fit(resolve_model(load_config(PRESET), cache_sizes(source)), source)
+    without = resolve_model(load_config(PRESET, ["--config.loss.class_dropout=0"]), cache_sizes(source))
+    with pytest.raises(UsageError, match=r"3 images of the split train of .* loss\.class_dropout is over 0"):
+        check_fit(without, source)
+
+
 def test_without_a_cache_they_are_the_presets():
     assert model_sizes(load_preset(PRESET)) == {"vocab_size": 1_024, "grid": (16, 16), "num_classes": 9}
     published = {"vocab_size": 16_384, "grid": (16, 16), "num_classes": 1_000}

@@ -163,6 +163,7 @@ def test_a_config_saved_before_there_were_other_quantizers_is_of_ibq(tmp_path):
         "l2_normalize": False,
         "levels": (),
         "logit_temperature": 1.0,
+        "entropy_logits": "own",
         "precision": "bfloat16_3x",
         "gradient_precision": "bfloat16",
     }

@@ -14,6 +14,7 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.commands import prepare
 from ibq_jax.data import store
 from ibq_jax.data.pipeline import evaluation_batches, open_split
+from ibq_jax.data.preprocess import decode_image
 
 
 def jpeg(seed: int) -> bytes:
@@ -68,6 +69,35 @@ def test_openmoji_end_to_end(tmp_path, capsys):
         open_split("openmoji", tmp_path, "validation"), image_size=16, resize=16, batch_size=64
     )
     assert sum(batch["mask"].sum() for batch in batches) == 189
+
+
+def test_photographs_end_to_end(tmp_path, capsys):
+    run("photos", "--size=32", "--windows=2", data_dir=tmp_path)
+    out = capsys.readouterr().out
+    assert "train: 12 images (2 astronaut, 2 galaxies, 2 motorcycle, 2 retina, 2 rocket, 2 tissue)" in out
+    assert "validation: 4 images of none of the classes" in out
+    assert "NASA, public domain" in out and "Stefan van der Walt, CC0" in out
+    assert "--config=configs/tokenizer.py:photos32 --config.data.dir=" in out.splitlines()[-1]
+    train, validation = (open_split("photos32", tmp_path, split) for split in ("train", "validation"))
+    assert sorted(record["label"] for record in train) == sorted([*range(6)] * 2)
+    assert [record["label"] for record in validation] == [-1] * 4
+    assert decode_image(train[0]["image"]).shape == (32, 32, 3)
+    metadata = json.loads((tmp_path / "photos32/1.0.0/dataset_info.json").read_text())
+    assert "coffee: Rachel Michetti, CC0" in metadata["redistributionInfo"]["license"]
+
+
+def test_windows_of_a_folder(photos, tmp_path, capsys):
+    run("folder", f"--in={photos}", "--windows=3", "--size=16", "--validation=0.2", data_dir=tmp_path)
+    err = capsys.readouterr().err
+    train, validation = (open_split("my_photos", tmp_path, split) for split in ("train", "validation"))
+    assert len(train) + len(validation) == 3 * 18
+    assert err.count("skipped cat/3.jpg: ") == 1  # not once per window
+    stored = [record["image"] for source in (train, validation) for record in source]
+    assert {decode_image(image).shape for image in stored} == {(16, 16, 3)}
+    run("folder", f"--in={photos}", "--windows=3", "--size=16", "--validation=0.2", "--name=again", data_dir=tmp_path)
+    assert [record["image"] for record in open_split("again", tmp_path, "train")] == stored[: len(train)]
+    with pytest.raises(UsageError, match="was made with size=16, not size=32"):
+        run("folder", f"--in={photos}", "--windows=3", "--size=32", "--validation=0.2", data_dir=tmp_path)
 
 
 def test_tar_shards_end_to_end(tmp_path, capsys):
@@ -190,6 +220,9 @@ def test_oversized_files_are_skipped(photos, tmp_path, monkeypatch, capsys):
         (["openmoji", "--sise=64"], "unrecognized arguments: --sise=64"),
         (["openmoji", "--size=big"], "argument --size: invalid int value: 'big'"),
         (["folder"], "arguments are required: --in"),
+        (["photos", "--size=4"], "--size=4: windows have 8 to 1024 pixels per side"),
+        (["photos", "--windows=0"], "argument --windows: '0' is not an integer of at least 1"),
+        (["folder", "--in=.", "--size=64", "--name=x"], "--size and --seed are of windows: they go with --windows=N"),
         (["folder", "--in=/nowhere", "--validation=1"], "'1' is not a fraction"),
         (["folder", "--in=/nowhere", "--validation=some"], "'some' is not a fraction"),
         (["folder", "--in=/nowhere"], "/nowhere is not a folder"),

@@ -64,11 +64,12 @@ def test_a_healthy_tokenizer_has_no_complaint(tokenizer):
         ("ibq", r"raise loss\.entropy_weight, .*\(docs/collapse\.md\)"),
         ("lfq", r"raise loss\.entropy_weight, .* with IBQ.* or use a smaller codebook\.size$"),
         ("vq", r"use quantizer\.name=ibq, .*docs/codebook_scaling\.md.* `convert --prune` removes"),
+        ("vq --config.quantizer.entropy_logits=dot", r"raise loss\.entropy_weight, "),
         ("fsq", r"use a smaller codebook\.size$"),
     ],
 )
 def test_the_advice_fits_the_quantizer(name, advice):
-    config = load_config(f"{ROOT}/configs/tokenizer.py:openmoji32", [f"--config.quantizer.name={name}"])
+    config = load_config(f"{ROOT}/configs/tokenizer.py:openmoji32", f"--config.quantizer.name={name}".split())
     (finding,) = [f for f in diagnose(history({"codebook/usage": 0.3 * FLAT}), config, 1000) if "idle" in f.title]
     assert re.match(advice, finding.advice), finding.advice
     assert all((ROOT / path).is_file() for path in re.findall(r"docs/\S+\.md", finding.advice))

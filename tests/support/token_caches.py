@@ -40,25 +40,25 @@ def codes_of(index: int, codebook_size: int = CODEBOOK_SIZE) -> np.ndarray:
     return np.random.default_rng(index).integers(0, codebook_size, (VIEWS, *GRID))
 
 
-def write_shards(folder: Path, fields: dict, numbers=range(100)) -> None:
-    """Writes the shards of some numbers in both splits."""
+def write_shards(folder: Path, fields: dict, numbers=range(100), unlabelled: int = 0) -> None:
+    """Writes the shards of some numbers in both splits; the first `unlabelled` images are of none of the classes."""
     for shard in list_shards(folder, fields):
         if shard.number in numbers:
-            write_part(shard.path, functools.partial(_write_shard, shard, fields))
+            write_part(shard.path, functools.partial(_write_shard, shard, fields, unlabelled))
 
 
-def _write_shard(shard: Shard, fields: dict, path: Path) -> None:
+def _write_shard(shard: Shard, fields: dict, unlabelled: int, path: Path) -> None:
     records = np.zeros(len(shard.images), record_type(shard.split, fields))
     for record, index in zip(records, shard.images, strict=True):
-        label = index % 5 if fields["data"]["class_names"] else -1
+        label = index % 5 if fields["data"]["class_names"] and index >= unlabelled else -1
         record["index"], record["label"], record["codes"] = index, label, codes_of(index, fields["codebook_size"])
     write_records(path, records)
 
 
-def write_cache(folder: Path, fields: dict) -> dict:
+def write_cache(folder: Path, fields: dict, unlabelled: int = 0) -> dict:
     """Writes a complete cache and returns its manifest."""
     with locked_cache(folder, fields, overwrite=False):
-        write_shards(folder, fields)
+        write_shards(folder, fields, unlabelled=unlabelled)
         return finish(folder, fields)
 
 

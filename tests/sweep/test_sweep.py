@@ -1,6 +1,7 @@
 """Sweeps: the points of a grid, the status of each way that a point can end, and the tables of the results."""
 
 import csv
+import itertools
 import json
 import re
 import shlex
@@ -308,6 +309,80 @@ def test_the_tables_have_the_means_and_ranges_of_what_was_logged(tmp_path):
         words = f"{sum(psnr) / 3:.2f} ({min(psnr):.2f}..{max(psnr):.2f})"
         assert any(text.startswith(f"| {line['codebook.size']} | 3 done | {words} |") for text in table)
         assert row["statuses"] == {"done": 3} and line["images_per_second"] == ""
+
+
+def test_every_data_set_has_its_own_plots(tmp_path):
+    workdir = tmp_path / "sweep"
+    flags = [f"--config={SPEC}", "--over=data.name=openmoji,photos32", "--over=codebook.size=8,16", "--table"]
+    for name, size in itertools.product(("openmoji", "photos32"), (8, 16)):
+        point = workdir / f"name={name}_size={size}_seed=0"
+        point.mkdir(parents=True)
+        fields = [f"{PREFIX}data.name={name}", f"{PREFIX}codebook.size={size}", f"{PREFIX}seed=0"]
+        save_config(load_config(SPEC, fields), point / "config.json")
+        (point / "metrics.jsonl").write_text(json.dumps({"step": 9, "validation/psnr": 20.0 + size}) + "\n")
+        (point / "outcome.json").write_text(json.dumps({"status": "done", "reason": ""}))
+    assert main(["sweep", *flags, f"--workdir={workdir}"]) == 0
+    assert {path.name for path in (workdir / "plots").iterdir()} == {
+        f"validation_psnr_over_{over}_{name}.png" for over in ("size", "steps") for name in ("openmoji", "photos32")
+    }
+
+
+def evaluation(step: int, protocol: str = "clean", weights: str = "ema", **metrics: float) -> dict:
+    return {
+        "stage": "tokenizer",
+        "run": "",
+        "step": step,
+        "weights": weights,
+        "split": "validation",
+        "images": 9,
+        "protocol": {"name": protocol, "description": "as it is", "images": 0},
+        "marks": [],
+        "metrics": metrics,
+    }
+
+
+def test_the_table_has_what_was_evaluated_later(tmp_path, capsys):
+    workdir = tmp_path / "sweep"
+    for seed in range(2):
+        fabricate(workdir, 8, seed, [{"step": 10, "validation/psnr": 20.0}])
+        folder = workdir / f"size=8_seed={seed}" / "evaluations"
+        folder.mkdir()
+        records = [
+            evaluation(5, ssim=0.1),
+            evaluation(10, ssim=0.5 + seed / 4, rFID=float("nan")),
+            evaluation(10, "seed_voken", "raw", usage=0.25),
+        ]
+        for number, record in enumerate(records):
+            (folder / f"{number}.json").write_text(json.dumps(record))
+    assert main(sweep(workdir, "8", "--seeds=2", "--table")) == 0
+    table = unpadded((workdir / "table.md").read_text())
+    names = ("validation/psnr", "evaluation/clean/ssim", "evaluation/seed_voken/raw/usage")
+    assert f"| {' | '.join(names)} |" in table
+    assert "| 8 | 2 done | 20.00 | 0.625 (0.5..0.75) | 25.0% | 10 |" in table
+    (workdir / "size=8_seed=0/evaluations/0.json").write_text("{}")
+    capsys.readouterr()
+    assert main(sweep(workdir, "8", "--seeds=2", "--table")) == 2
+    assert "evaluations/0.json: not an evaluation that `evaluate` wrote" in capsys.readouterr().err
+
+
+def test_two_sweeps_share_the_points(tmp_path, launcher, start):
+    """Each takes what the other has not begun."""
+    workdir = tmp_path / "sweep"
+    arguments = sweep(workdir, "4,3", launcher, "--seeds=2")
+    first = start(arguments)
+    while not (workdir / "size=4_seed=1/ready").exists():
+        assert first[0].poll() is None, ended(first)
+        time.sleep(0.02)
+    ((code, out),) = ended(start(arguments))
+    assert code == 1 and "size=4_seed=1: another process is training it" in out
+    assert {name: point["status"] for name, point in results(workdir).items()} == {
+        "size=4_seed=0": "done",
+        "size=4_seed=1": "pending",
+        "size=3_seed=0": "done",
+        "size=3_seed=1": "done",
+    }
+    first[0].send_signal(signal.SIGTERM)
+    assert ended(first)[0][0] == 143
 
 
 def test_a_sweep_over_seeds_alone_has_one_row(tmp_path):

@@ -1,5 +1,6 @@
 """Every preset builds the state it describes, abstractly."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.autoregressive.token_sizes import load_preset
 from ibq_jax.base.config import load_config
 from ibq_jax.base.sharding import abstract_state, make_mesh
+from ibq_jax.sweep.grid import read_study
 from ibq_jax.tokenizer.check import check_config
 from ibq_jax.tokenizer.step import TokenizerTrainer
 
@@ -32,7 +34,7 @@ GENERATOR_PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("preset", ["openmoji32", "openmoji64", *TOKENIZER_PARAMETERS])
+@pytest.mark.parametrize("preset", ["openmoji32", "openmoji64", "photos32", "photos64", *TOKENIZER_PARAMETERS])
 def test_preset_builds_its_state(preset):
     config = load_config(f"{CONFIGS}/tokenizer.py:{preset}")
     mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
@@ -54,6 +56,13 @@ def test_the_larger_presets_differ_from_the_base_by_the_codebook_alone():
     assert base == large
 
 
+@pytest.mark.parametrize("size", [32, 64])
+def test_photographs_and_emojis_are_trained_alike(size):
+    emojis, photos = (load_config(f"{CONFIGS}/tokenizer.py:{data}{size}").to_dict() for data in ("openmoji", "photos"))
+    assert (emojis["data"].pop("name"), photos["data"].pop("name")) == ("openmoji", f"photos{size}")
+    assert emojis == photos
+
+
 def test_every_parameter_lies_where_the_golden_file_says_and_its_moments_beside_it(check_golden):
     config = load_config(f"{CONFIGS}/tokenizer.py:imagenet256_16384")
     mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
@@ -66,7 +75,7 @@ def test_every_parameter_lies_where_the_golden_file_says_and_its_moments_beside_
     assert shardings.discriminator.optimizer[0].nu == shardings.discriminator.params
 
 
-@pytest.mark.parametrize("preset", ["openmoji32", "openmoji64", *GENERATOR_PARAMETERS])
+@pytest.mark.parametrize("preset", ["openmoji32", "photos64", *GENERATOR_PARAMETERS])
 def test_generator_preset_builds_its_state(preset):
     config = load_preset(f"{CONFIGS}/autoregressive.py:{preset}")
     mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
@@ -86,6 +95,15 @@ def test_the_table_of_generators_is_that_of_its_presets():
         model = load_config(f"{CONFIGS}/autoregressive.py:{preset}").model
         row = next(line for line in module_text.splitlines() if line.startswith(f"| {preset} "))
         assert f"| {model.num_layers}, {model.num_heads}, {model.embed_dim} | {count:,} |" in row
+
+
+@pytest.mark.parametrize("study", sorted((CONFIGS / "studies").glob("*.py")), ids=lambda path: path.stem)
+def test_every_study_is_a_grid_whose_fields_exist_and_go_together(study):
+    grid = read_study(str(study))
+    corners = {field: (values[0], values[-1]) for field, values in grid.over.items()}  # all points take seconds
+    for point in dataclasses.replace(grid, over=corners, seeds=1).points():
+        if point.config.stage == "tokenizer":
+            check_config(point.config, make_mesh({"data": -1}))
 
 
 @pytest.mark.parametrize("file", ["tokenizer.py", "autoregressive.py"])

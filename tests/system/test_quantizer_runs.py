@@ -40,6 +40,16 @@ OTHERS = tuple(name for name in QUANTIZERS if name != "ibq")
             ("quantizer.name=vq", "quantizer.logit_temperature=0.1"),
             "logit_temperature=0.1 is a setting of quantizer.name=ibq, not of vq",
         ),
+        (("quantizer.entropy_logits=cosine",), "quantizer.entropy_logits=cosine is not one of own, dot, distance"),
+        (("quantizer.entropy_logits=distance",), "entropy_logits=distance is for vq and simvq; those of ibq are dot"),
+        (
+            ("quantizer.name=fsq", "quantizer.entropy_logits=dot"),
+            "entropy_logits=dot is a setting of quantizer.name=ibq and vq and simvq, not of fsq",
+        ),
+        (
+            ("quantizer.name=vq", "quantizer.entropy_logits=dot", "quantizer.entropy_group_tokens=100"),
+            "does not divide the 512 tokens",
+        ),
         (("quantizer.logit_temperature=0.0",), "quantizer.logit_temperature=0.0 is not positive"),
         (("quantizer.levels=(8,8)",), "quantizer.levels=(8, 8) is a setting of quantizer.name=fsq, not of ibq"),
         (("quantizer.name=lfq", "quantizer.entropy_group_tokens=100"), "does not divide the 512 tokens"),
@@ -153,7 +163,7 @@ def test_published_names_are_ibq_s_alone(trained, tmp_path, capsys):
 def test_a_run_of_before_there_were_others_is_ibq_s_and_goes_on(data_dir, tmp_path):
     config = load_config(arguments(tmp_path, data_dir)[1].removeprefix("--config="))
     saved = config.to_dict()
-    for field in ("name", "double_loss", "l2_normalize", "levels", "logit_temperature"):
+    for field in ("name", "double_loss", "l2_normalize", "levels", "logit_temperature", "entropy_logits"):
         del saved["quantizer"][field]
     (tmp_path / "config.json").write_text(json.dumps(saved))
     other = load_config(arguments(tmp_path, data_dir)[1].removeprefix("--config="), ["--config.quantizer.name=vq"])

@@ -50,10 +50,18 @@ def _inverse(name: str, rows: jax.Array) -> jax.Array:
     return jnp.arctanh((4 * rows + 0.5) / half) - shift
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_codes_split_over_devices_give_the_same_losses_and_gradients(name):
+@pytest.mark.parametrize(
+    ("name", "entropy_logits"),
+    [*((name, "own") for name in OTHERS), ("vq", "distance"), ("simvq", "distance")],
+)
+def test_codes_split_over_devices_give_the_same_losses_and_gradients(name, entropy_logits):
     z, mesh = normal(0, 16, 4, 4, 8 if name in ("vq", "simvq") else 6), make_mesh({"data": 2, "codebook": 4})
-    settings = {"levels": (2,) * 6, "entropy_group_tokens": 64, "entropy_temperature": 0.5}
+    settings = {
+        "levels": (2,) * 6,
+        "entropy_group_tokens": 64,
+        "entropy_temperature": 0.5,
+        "entropy_logits": entropy_logits,
+    }
     params = meta.unbox(build_quantizer(name, settings, codebook_size=64, dim=8).init(jax.random.key(0), z))
 
     def gradients(mesh, params, z):
@@ -77,16 +85,17 @@ def test_codes_split_over_devices_give_the_same_losses_and_gradients(name):
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), split, gradients(None, params, z))
 
 
-@pytest.mark.parametrize("name", ["vq", "simvq"])
-def test_no_array_of_tokens_by_codes(name):
+@pytest.mark.parametrize(("name", "entropy_logits"), [("vq", "own"), ("simvq", "own"), ("vq", "distance")])
+def test_no_array_of_tokens_by_codes(name, entropy_logits):
     tokens, width, codes = 4096, 16, 8192
-    module = build_quantizer(name, {"block_size": 256}, codebook_size=codes, dim=width)
+    settings = {"block_size": 256, "entropy_logits": entropy_logits}
+    module = build_quantizer(name, settings, codebook_size=codes, dim=width)
     z = jax.ShapeDtypeStruct((16, 16, 16, width), jnp.float32)
     params = meta.unbox(jax.eval_shape(module.init, jax.random.key(0), z))
 
     def loss(params, z):
         out = module.apply(params, z)
-        return out.quant_loss + out.z_q.sum()
+        return out.quant_loss + out.entropy_loss + out.z_q.sum()
 
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, z).compile()
     largest_of_a_group = codes // 4 * TOKENS_AT_ONCE  # 4 codes of each group, see ops/exact_search.py

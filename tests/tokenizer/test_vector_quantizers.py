@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax.core import meta
 from support.quantizers import BETA, SHAPE, assert_close, distances, loss_of, normal
 
+from ibq_jax.tokenizer.quantizer import IndexBackpropQuantizer
 from ibq_jax.tokenizer.vector_quantizers import SimVectorQuantizer, VectorQuantizer, nearest_rows
 
 
@@ -87,6 +89,87 @@ def test_simvq_trains_the_layer_and_not_the_codebook():
     assert_close(gradients[0]["projection"]["bias"], of_chosen.sum(axis=0))
     assert not np.any(gradients[0]["codebook"])
     assert_close(gradients[1], upstream + BETA * 2 * (z - chosen) / z.size)
+
+
+ENTROPY = {"entropy_temperature": 0.2, "sample_entropy_weight": 0.7, "batch_entropy_weight": 1.3}
+GROUP = 12  # of the 24 tokens
+
+
+def entropies_in_pytorch(z: torch.Tensor, rows: torch.Tensor, entropy_logits: str) -> tuple[torch.Tensor, ...]:
+    """Returns (entropy loss, sample entropy, batch entropy) as one would write them down."""
+    logits = z @ rows.T if entropy_logits == "dot" else -0.5 * torch.cdist(z, rows) ** 2
+    log_q = torch.log_softmax(logits / ENTROPY["entropy_temperature"], dim=1)
+    means = log_q.exp().reshape(-1, GROUP, len(rows)).mean(dim=1)
+    sample = -(log_q.exp() * log_q).sum(dim=1).mean()
+    batch = -(means * torch.log(means + 1e-5)).sum(dim=1).mean()
+    return 0.7 * sample - 1.3 * batch, sample, batch
+
+
+@pytest.mark.parametrize("implementation", ["dense", "streamed"])
+@pytest.mark.parametrize("entropy_logits", ["dot", "distance"])
+def test_the_entropy_term_of_vq_is_the_plain_formula_s(entropy_logits, implementation):
+    z, rows = normal(0, *SHAPE, 8), normal(1, 16, 8)
+    settings = dict(entropy_logits=entropy_logits, entropy_group_tokens=GROUP, implementation=implementation)
+    module = VectorQuantizer(16, 8, **settings, **ENTROPY)
+
+    def loss(rows, z):
+        out = module.apply({"params": {"codebook": rows}}, z)
+        return out.entropy_loss, out
+
+    gradients, out = jax.grad(loss, (0, 1), has_aux=True)(rows, z)
+    latents, codebook = (torch.tensor(array, dtype=torch.float64, requires_grad=True) for array in (z, rows))
+    expected = entropies_in_pytorch(latents.reshape(-1, 8), codebook, entropy_logits)
+    expected[0].backward()
+    for ours, theirs in zip((out.entropy_loss, out.sample_entropy, out.batch_entropy), expected, strict=True):
+        assert_close(ours, theirs.detach())
+    assert_close(gradients[0], codebook.grad)
+    assert_close(gradients[1], latents.grad)
+    assert np.abs(gradients[0]).max(axis=1).min() > 0 and len(np.unique(out.indices)) < 16  # unchosen codes learn too
+    assert out.max_probability is out.max_logit is None
+
+
+def test_the_entropy_term_of_simvq_trains_the_layer():
+    z = normal(0, *SHAPE, 8)
+    module = SimVectorQuantizer(16, 8, entropy_logits="distance", entropy_group_tokens=GROUP, **ENTROPY)
+    params = meta.unbox(module.init(jax.random.key(0), z)["params"])
+    gradients = jax.grad(lambda params: module.apply({"params": params}, z).entropy_loss)(params)
+    fixed, kernel, bias = (
+        torch.tensor(np.asarray(array), dtype=torch.float64)
+        for array in (params["codebook"], params["projection"]["kernel"], params["projection"]["bias"])
+    )
+    kernel, bias = kernel.requires_grad_(), bias.requires_grad_()
+    latents = torch.tensor(z, dtype=torch.float64).reshape(-1, 8)
+    entropies_in_pytorch(latents, fixed @ kernel + bias, "distance")[0].backward()
+    assert_close(gradients["projection"]["kernel"], kernel.grad, 1e-5)
+    assert_close(gradients["projection"]["bias"], bias.grad, 1e-5)  # 2.6e-6 measured: what codes gain others lose
+    assert not np.any(gradients["codebook"])
+
+
+def test_the_term_on_dot_products_is_ibq_s():
+    z, rows = normal(0, *SHAPE, 8), normal(1, 16, 8)
+    settings = dict(entropy_group_tokens=GROUP, **ENTROPY)
+    ours, ibqs = (
+        jax.value_and_grad(lambda rows, module=module: module.apply({"params": {"codebook": rows}}, z).entropy_loss)(
+            rows
+        )
+        for module in (
+            VectorQuantizer(16, 8, entropy_logits="dot", **settings),
+            IndexBackpropQuantizer(16, 8, **settings),
+        )
+    )
+    assert_close(ours[0], ibqs[0])
+    assert_close(ours[1], ibqs[1])
+
+
+@pytest.mark.parametrize("entropy_logits", ["dot", "distance"])
+def test_the_term_leaves_codes_and_the_other_losses_as_they_are(entropy_logits):
+    z, params = normal(0, *SHAPE, 8), {"codebook": normal(1, 16, 8)}
+    plain, with_term = (
+        VectorQuantizer(16, 8, entropy_logits=logits).apply({"params": params}, z) for logits in ("own", entropy_logits)
+    )
+    np.testing.assert_array_equal(plain.indices, with_term.indices)
+    np.testing.assert_array_equal(plain.z_q, with_term.z_q)
+    assert plain.quant_loss == with_term.quant_loss and plain.entropy_loss == 0 != with_term.entropy_loss
 
 
 def test_a_simvq_codebook_starts_with_rows_of_length_one():
