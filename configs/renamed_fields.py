@@ -88,6 +88,8 @@ ADDED = {
         "nets.dinov2_vits14": "",
         "nets.dinov2_vitb14": "",
         "nets.dinov2_vitl14": "",
+        "nets.siglip_vitb16": "",
+        "nets.siglip_vitl16": "",
         "optimizer.weight_decay": 0.0,
         "optimizer.moment_dtype": "float32",
         "train.compiler_options": "",

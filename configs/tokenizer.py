@@ -155,6 +155,8 @@ def _add_training(config: ConfigDict, drop_epochs: tuple[int, ...]) -> None:
     config.nets.dinov2_vits14 = ""
     config.nets.dinov2_vitb14 = ""
     config.nets.dinov2_vitl14 = ""
+    config.nets.siglip_vitb16 = ""  # model.safetensors of google/siglip-base-patch16-224, or timm's
+    config.nets.siglip_vitl16 = ""  # of google/siglip-large-patch16-256
 
     config.optimizer = ConfigDict()  # Adam, for the tokenizer and for the discriminator
     config.optimizer.learning_rate = 1e-4

@@ -8,6 +8,7 @@ Shapes: images float [B, H, W, 3] in [0, 1]; hidden maps [B, h_m, w_m, C_m], fin
 | convnext_small | ConvNeXt-Small, trained on ImageNet | torchvision's or timm's file |
 | dino_vits16 | DINO's ViT-S/16 | the authors' or timm's file |
 | dinov2_vits14, dinov2_vitb14, dinov2_vitl14 | DINOv2's ViTs | the authors' or timm's file |
+| siglip_vitb16, siglip_vitl16 | SigLIP's ViTs, of images | model.safetensors for transformers, or timm's |
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,12 @@
-"""Vision transformers in JAX, as frozen networks: DINO (arXiv 2104.14294) and DINOv2 (arXiv 2304.07193).
+"""Vision transformers in JAX, as frozen networks: DINO (arXiv 2104.14294), DINOv2 (2304.07193), SigLIP (2303.15343).
 
 Shapes: images float [B, H, W, 3] in [0, 1], sides multiples of the patch; h x w patches, T = 1 + h * w tokens of C
-channels, the first of which stands for the image. Files are the authors' or timm's, whose tensors have the same names.
+channels, the first of which stands for the image; SigLIP has none for the image, T = h * w. DINO's and DINOv2's files
+are the authors' or timm's, whose tensors have the same names; SigLIP's are those of transformers, or timm's.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +20,8 @@ from ibq_jax.pretrained.normalisation import normalise_layer, standardised
 from ibq_jax.pretrained.tensor_files import read_tensors
 
 MLP = 4  # width of a block's inner layer, as a multiple of C
-UNUSED = ("mask_token", "head.weight", "head.bias")  # tensors of training alone, which files may have
+# Starts of the names of tensors that files may have: those of training alone, and SigLIP's pooling and its text model.
+UNUSED = ("mask_token", "head.", "attn_pool.", "vision_model.head.", "text_model.", "logit_scale", "logit_bias")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Form:
         side: pixels of the images that the position embedding is for.
         scaled: whether each branch is multiplied by a learned vector, as in DINOv2.
         depths: blocks after which `maps` takes the tokens, counted from 1; 0: before the first.
+        siglip: whether it has no token for the image, pixels in [-1, 1], and GELU by tanh.
     """
 
     title: str
@@ -43,6 +48,7 @@ class Form:
     side: int
     scaled: bool
     depths: tuple[int, ...]
+    siglip: bool = False
 
 
 SHALLOW, DEEP = (0, 3, 6, 9, 12), (0, 6, 12, 18, 24)  # VAR's discriminator looks at these of DINO
@@ -51,6 +57,8 @@ FORMS = {
     "dinov2_vits14": Form("DINOv2 ViT-S/14", 384, 12, 6, 14, 518, True, SHALLOW),
     "dinov2_vitb14": Form("DINOv2 ViT-B/14", 768, 12, 12, 14, 518, True, SHALLOW),
     "dinov2_vitl14": Form("DINOv2 ViT-L/14", 1024, 24, 16, 14, 518, True, DEEP),
+    "siglip_vitb16": Form("SigLIP ViT-B/16", 768, 12, 12, 16, 224, False, SHALLOW, siglip=True),
+    "siglip_vitl16": Form("SigLIP ViT-L/16", 1024, 24, 16, 16, 256, False, DEEP, siglip=True),
 }
 
 
@@ -59,7 +67,7 @@ def load_weights(path: str | Path, kind: str) -> dict:
 
     Raises UsageError if the file cannot be read, lacks a tensor, has an unknown one, or one of another shape.
     """
-    tensors, form = read_tensors(path), FORMS[kind]
+    tensors, form = _under_timm_names(read_tensors(path)), FORMS[kind]
 
     def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name not in tensors:
@@ -78,10 +86,39 @@ def load_weights(path: str | Path, kind: str) -> dict:
         return take(".".join([*layers, "weight" if last == "scale" else last]), shape)
 
     weights = jax.tree_util.tree_map_with_path(read, weight_shapes(kind))
-    unknown = [name for name in tensors if name not in UNUSED]
+    unknown = [name for name in tensors if not name.startswith(UNUSED)]
     if unknown:
         raise UsageError(f"{path}: not {form.title}: it has a tensor {unknown[0]}")
     return weights
+
+
+# Names in the files of transformers -> timm's.
+RENAMED = (
+    (r"vision_model\.embeddings\.patch_embedding\.", "patch_embed.proj."),
+    (r"vision_model\.embeddings\.position_embedding\.weight", "pos_embed"),
+    (r"vision_model\.post_layernorm\.", "norm."),
+    (r"vision_model\.encoder\.layers\.(\d+)\.layer_norm(\d)\.", r"blocks.\1.norm\2."),
+    (r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.out_proj\.", r"blocks.\1.attn.proj."),
+    (r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.", r"blocks.\1.attn."),
+    (r"vision_model\.encoder\.layers\.(\d+)\.mlp\.", r"blocks.\1.mlp."),
+)
+
+
+def _under_timm_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the tensors of a file of transformers under timm's names, those of other files as they are."""
+    found = dict(tensors)
+    for name in tensors:
+        timm_name = name
+        for pattern, replacement in RENAMED:
+            timm_name = re.sub(pattern, replacement, timm_name)
+        found[timm_name] = found.pop(name)
+    for name in [name for name in found if ".attn.q_proj." in name]:
+        parts = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
+        if all(part in found for part in parts):
+            found[name.replace("q_proj", "qkv")] = np.concatenate([found.pop(part) for part in parts])
+    if "pos_embed" in found and found["pos_embed"].ndim == 2:
+        found["pos_embed"] = found["pos_embed"][None]
+    return found
 
 
 def weight_shapes(kind: str) -> dict:
@@ -104,9 +141,10 @@ def weight_shapes(kind: str) -> dict:
         scales = {name: {"gamma": array(c)} for name in ("ls1", "ls2")} if form.scaled else {}
         return {"norm1": norm(), "attn": attention, "norm2": norm(), "mlp": mlp, **scales}
 
+    of_image = {} if form.siglip else {"cls_token": array(1, 1, c)}
     return {
-        "cls_token": array(1, 1, c),
-        "pos_embed": array(1, 1 + positions, c),
+        **of_image,
+        "pos_embed": array(1, len(of_image) + positions, c),
         "patch_embed": {"proj": affine(form.patch, form.patch, 3, c)},
         "blocks": {str(number): block() for number in range(form.blocks)},
         "norm": norm(),
@@ -114,18 +152,20 @@ def weight_shapes(kind: str) -> dict:
 
 
 def maps(form: Form, weights: dict, images: jax.Array, dtype: jnp.dtype = jnp.float32) -> list[jax.Array]:
-    """Computes patches' tokens plus the image's token at `form.depths`, [B, h, w, C] in `dtype`.
+    """Computes patches' tokens, plus the image's token if there is one, at `form.depths`: [B, h, w, C] in `dtype`.
 
     Adding the image's token is how VAR's and StyleGAN-T's discriminators read a vision transformer.
     """
     tokens = _tokens(form, weights, images, dtype)
+    if form.siglip:
+        return [_grid(form, images, tokens[depth]) for depth in form.depths]
     return [_grid(form, images, tokens[depth][:, 1:] + tokens[depth][:, :1]) for depth in form.depths]
 
 
 def features(form: Form, weights: dict, images: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """Computes the patches' tokens at the end, after the last norm: [B, h, w, C] in `dtype`."""
     last = normalise_layer(weights["norm"], _tokens(form, weights, images, dtype)[-1])
-    return _grid(form, images, last[:, 1:])
+    return _grid(form, images, last if form.siglip else last[:, 1:])
 
 
 def _grid(form: Form, images: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -140,7 +180,7 @@ def _tokens(form: Form, weights: dict, images: jax.Array, dtype: jnp.dtype) -> l
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), weights)
     patches = weights["patch_embed"]["proj"]
     h = jax.lax.conv_general_dilated(
-        standardised(images).astype(dtype),
+        (2.0 * images - 1.0 if form.siglip else standardised(images)).astype(dtype),
         patches["kernel"],
         (form.patch, form.patch),
         "VALID",
@@ -148,8 +188,9 @@ def _tokens(form: Form, weights: dict, images: jax.Array, dtype: jnp.dtype) -> l
         precision=FULL,
     ) + patches["bias"].reshape(1, 1, 1, -1)
     h = h.reshape(h.shape[0], -1, form.width)
-    image_token = jnp.broadcast_to(weights["cls_token"], (h.shape[0], 1, form.width))
-    found = [jnp.concatenate([image_token, h], axis=1) + positions.astype(dtype)]
+    if not form.siglip:
+        h = jnp.concatenate([jnp.broadcast_to(weights["cls_token"], (h.shape[0], 1, form.width)), h], axis=1)
+    found = [h + positions.astype(dtype)]
     for number in range(form.blocks):
         found.append(_block(form, weights["blocks"][str(number)], found[-1]))
     return found
@@ -160,15 +201,16 @@ def _positions(form: Form, embedding: jax.Array, sides: tuple[int, ...]) -> jax.
     grid, wanted = (form.side // form.patch,) * 2, tuple(side // form.patch for side in sides)
     if grid == wanted:
         return jnp.asarray(embedding)
-    patches = jnp.asarray(embedding[:, 1:]).reshape(1, *grid, form.width)
+    image_tokens = 0 if form.siglip else 1
+    patches = jnp.asarray(embedding[:, image_tokens:]).reshape(1, *grid, form.width)
     patches = jax.image.resize(patches, (1, *wanted, form.width), "bicubic")
-    return jnp.concatenate([jnp.asarray(embedding[:, :1]), patches.reshape(1, -1, form.width)], axis=1)
+    return jnp.concatenate([jnp.asarray(embedding[:, :image_tokens]), patches.reshape(1, -1, form.width)], axis=1)
 
 
 def _block(form: Form, layers: dict, h: jax.Array) -> jax.Array:
     attended = _attention(form, layers["attn"], normalise_layer(layers["norm1"], h))
     h = h + (attended * layers["ls1"]["gamma"].reshape(1, 1, -1) if form.scaled else attended)
-    inner = jax.nn.gelu(_dense(layers["mlp"]["fc1"], normalise_layer(layers["norm2"], h)), approximate=False)
+    inner = jax.nn.gelu(_dense(layers["mlp"]["fc1"], normalise_layer(layers["norm2"], h)), approximate=form.siglip)
     outer = _dense(layers["mlp"]["fc2"], inner)
     return h + (outer * layers["ls2"]["gamma"].reshape(1, 1, -1) if form.scaled else outer)
 

@@ -56,6 +56,16 @@ WEIGHT_FILES = {
         )
         for size in ("s", "b", "l")
     },
+    **{
+        f"siglip_vit{size}16": WeightFile(
+            f"siglip-{name}-patch16-{side}",
+            "SigLIP",
+            f"ViT-{size.upper()}/16",
+            f"IBQ_SIGLIP_VIT{size.upper()}16",
+            page=f"model.safetensors of huggingface.co/google/siglip-{name}-patch16-{side}",
+        )
+        for size, name, side in (("b", "base", 224), ("l", "large", 256))
+    },
 }
 
 
