@@ -39,8 +39,8 @@ Metrics of a step: those of `ibq_jax.tokenizer.step` (`optimizer/...` is the tok
 | codebook/gradient_norm_prediction | the same of what comes through v, weighted |
 | generator/gradient_norm, generator/learning_rate, generator/weight_decay | of the generator's optimizer |
 
-Validation adds that of both stages: `validation/psnr`, ..., and validation/loss, validation/perplexity of the
-generator on the codes of the same images.
+Validation adds that of stage one, and for the generator on the codes of the same images validation/next_token (nats),
+validation/next_token_relative (to validation/entropy) and validation/perplexity_by_position ([h, w]).
 """
 
 from collections.abc import Callable, Mapping
@@ -105,6 +105,19 @@ class JointTrainer:
     def create_state(self) -> Callable[[int], JointState]:
         """Seed -> the state before the first step, its parameters boxed with their logical axis names."""
         return jax.jit(lambda seed: JointState(self.tokenizer.create_state(seed), self.generator.create_state(seed)))
+
+    def everywhere(self, state: JointState) -> dict[str, dict]:
+        """Returns both networks' averaged weights where their models compute with them; called outside of steps."""
+        return {
+            "tokenizer": self.tokenizer.placement.everywhere(state.tokenizer.weights("ema")),
+            "generator": self.generator.placement.everywhere(state.generator.weights("ema")),
+        }
+
+    def code_losses(self, weights: Mapping[str, dict], images: jax.Array, labels: jax.Array) -> jax.Array:
+        """Returns -log p of every code of images [B, H, W, 3], float32 [B, S], as for evaluation."""
+        model = self.tokenizer.encoding_model
+        codes = model.apply({"params": weights["tokenizer"]}, to_float(images), method="encode")
+        return self.generator.code_losses(weights["generator"], codes, labels)
 
     def train_step(self, state: JointState, nets: Nets | None, images: jax.Array, labels: jax.Array):
         """Takes one step on images [B, H, W, 3], uint8 or float, and their labels [B].
