@@ -1,4 +1,4 @@
-"""What a train step holds between its parts: one pass of a batch through the tokenizer, and what that costs.
+"""Values that a train step holds between its parts: a batch's pass through the tokenizer, and what that costs.
 
 Shapes: B images [B, H, W, 3] in [-1, 1], latents [B, h, w, D], codes [B, h, w].
 """
@@ -29,7 +29,7 @@ class Forward(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What a batch of reconstructions costs: without the loss of latents and codes."""
+    """The cost of a batch of reconstructions, without that of latents and codes."""
 
     discriminator: DiscriminatorState | None  # after its update
     loss: jax.Array  # []

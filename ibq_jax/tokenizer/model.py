@@ -4,6 +4,7 @@ Shapes: images float [B, H, W, 3] in [-1, 1], latents [B, h, w, D], codes int32 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,11 +98,13 @@ class TokenizerModel(Layout, kw_only=True):
 
     def look_up(self, latents: jax.Array, values: jax.Array) -> jax.Array:
         """Returns the rows of `values` [K, W] that the latents' codes choose, see `IndexBackpropQuantizer.look_up`."""
-        return self.quantize.look_up(latents, values)
+        quantize: Any = self.quantize
+        return quantize.look_up(latents, values)
 
     def code_vectors(self) -> jax.Array:
         """Returns what `code_rows` does, of a quantizer with trained rows, without copying them."""
-        return self.quantize.code_vectors()
+        quantize: Any = self.quantize
+        return quantize.code_vectors()
 
     def decode_vectors(self, z_q: jax.Array) -> jax.Array:
         """The vectors of codes [B, h, w, D] -> images float32 [B, H, W, 3], not clipped."""

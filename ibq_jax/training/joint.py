@@ -166,17 +166,17 @@ def _with_initial(state: JointState, config: ConfigDict) -> JointState:
     if of_tokenizer:
         _, restored = restore_tokenizer(as_path(of_tokenizer))
         tokenizer_state = with_weights(state.tokenizer, restored.state.weights("ema"))
-        state = state.replace(tokenizer=_with_discriminator(tokenizer_state, restored.state))
+        state = dataclasses.replace(state, tokenizer=_with_discriminator(tokenizer_state, restored.state))
     if of_generator:
         _, restored, manifest = restore_generator(as_path(of_generator))
         if of_tokenizer:
             find_tokenizer(of_tokenizer, manifest, needed=True)
-        state = state.replace(generator=with_weights(state.generator, restored.state.weights("ema")))
+        state = dataclasses.replace(state, generator=with_weights(state.generator, restored.state.weights("ema")))
     return state
 
 
 def _with_discriminator(state: TokenizerState, other: TokenizerState) -> TokenizerState:
-    """Returns a state with the discriminator of another, if that has one of the same sizes; its moments start anew."""
+    """Returns a state with the discriminator of another, if that has one of the same sizes; its moments start at zero."""
     ours, theirs = state.discriminator, other.discriminator
     if ours is None or theirs is None:
         return state
@@ -185,4 +185,4 @@ def _with_discriminator(state: TokenizerState, other: TokenizerState) -> Tokeniz
     if shapes[0] != shapes[1]:
         return state
     placed = jax.tree.map(lambda old, new: jax.device_put(np.asarray(new), old.sharding), *parts)
-    return state.replace(discriminator=dataclasses.replace(ours, **placed))
+    return dataclasses.replace(state, discriminator=dataclasses.replace(ours, **placed))

@@ -142,7 +142,10 @@ def test_a_plan_of_sampling_reads_every_weight_for_every_code(capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--cpu-devices=8", "--what=sample"], "--what=sample is not for a tokenizer, which has train and encode"),
+        (
+            ["--cpu-devices=8", "--what=sample"],
+            "--what=sample is not for stage 'tokenizer', which has train and encode",
+        ),
         (["--topology=v9:2x2"], "topology 'v9:2x2': there is no chip 'v9'; the chips are v4, v5e, v5p, v6e, v7x"),
         (["--topology=v9:2x2"], "as in v5e:4x4, and the GPUs a100, h100, h200, b200, gb200, as in h100:8"),
         (["--topology=h100"], "topology 'h100' is not a number of GPUs, as in h100:8, or of nodes and GPUs a node"),

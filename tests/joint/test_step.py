@@ -142,7 +142,7 @@ def in_pytorch(trainer: JointTrainer, before: JointState, next_token_gradient: b
 
 @pytest.mark.parametrize("fields", [(), DIRECTIONS, ("joint.next_token_gradient=false",)])
 def test_gradients_are_pytorchs(fields):
-    """What the tokenizer is given beyond stage one's gradient is that of the two losses, and so is the generator's."""
+    """Compares the gradients that stage one lacks, and the generator's, with those of the two losses in PyTorch."""
     linked = "joint.next_token_gradient=false" not in fields
     trainer, before, state, metrics = take_step(*LINKED, *fields)
     alone, _, apart, _ = take_step(*APART, *[field for field in fields if "joint" not in field])
