@@ -176,7 +176,7 @@ def _with_initial(state: JointState, config: ConfigDict) -> JointState:
 
 
 def _with_discriminator(state: TokenizerState, other: TokenizerState) -> TokenizerState:
-    """Returns a state with the discriminator of another, if that has one of the same sizes; its moments start at zero."""
+    """Returns a state with the discriminator of another, if it has one of the same sizes, and with new moments."""
     ours, theirs = state.discriminator, other.discriminator
     if ours is None or theirs is None:
         return state

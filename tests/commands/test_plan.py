@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.compilers import installed, needs_gpu_compiler, needs_libtpu
+from support.small_runs import SMALL_JOINT
 
 from ibq_jax.__main__ import main
 from ibq_jax.base.config import load_config
@@ -105,6 +106,21 @@ def test_a_plan_of_a_generator(capsys):
     report = json.loads(capsys.readouterr().out)
     axes = {row["axes"] for row in report["collectives"]}
     assert {"codebook", "fsdp"} <= axes and report["flops"] > 0
+
+
+@pytest.mark.slow
+def test_a_plan_of_a_joint_step(capsys):
+    config = CONFIG.replace("tokenizer.py", "joint.py")
+    fields = (*SMALL_JOINT, "tokenizer.model.channel_multipliers=(1,)", "tokenizer.loss.adversarial_weight=0.0")
+    small = [f"--config.{field}" for field in (*fields, "tokenizer.loss.perceptual_weight=0.0")]
+    flags = [f"--config={config}", "--cpu-devices=8", "--json", *small]
+    assert main(["plan", *flags, "--mesh=data:2,fsdp:2,codebook:2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    axes = {row["axes"] for row in report["collectives"]}
+    assert {"codebook", "fsdp"} <= axes and report["flops"] > 0 and report["images_a_step"] == 8
+    for more, words in (("--what=sample", "not for stage 'joint', which has train"), ("--search", "--search needs")):
+        assert main(["plan", *flags, more]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_plan_of_encoding_holds_no_optimizer(capsys):
