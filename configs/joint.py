@@ -12,9 +12,9 @@ Vocabulary, grid and classes of the generator follow from the tokenizer and the 
 
 | preset | tokenizer | generator | measured here |
 |---|---|---|---|
-| openmoji32 | openmoji32 | openmoji32 | docs/joint.md |
+| openmoji32 | openmoji32 | openmoji32 | not measured |
 | openmoji64 | openmoji64 | openmoji64 | not measured |
-| imagenet256_16384_B | imagenet256_16384 | imagenet256_B | not measured; docs/joint.md has its plan |
+| imagenet256_16384_B | imagenet256_16384 | imagenet256_B | not measured |
 """
 
 from ml_collections import ConfigDict

@@ -149,7 +149,7 @@ def train_joint(
         create_state=trainer.create_state,
         batches_from=batches_from,
         steps_per_epoch=steps_per_epoch,
-        complete=lambda state: _with_initial(state, config),
+        complete=lambda state: started_from_runs(state, config),
         profile=profile,
     )
     export_parts(workdir, trainer, state, source.class_names)
@@ -157,8 +157,8 @@ def train_joint(
     return state
 
 
-def _with_initial(state: JointState, config: ConfigDict) -> JointState:
-    """Returns a new state with the averaged weights of the runs that the config names.
+def started_from_runs(state: JointState, config: ConfigDict) -> JointState:
+    """Returns a new state with the averaged weights of the runs that the config names, and with the discriminator.
 
     Raises UsageError if a run is of other sizes, or if the generator is of the codes of another tokenizer.
     """
