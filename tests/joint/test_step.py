@@ -19,8 +19,10 @@ from ibq_jax.tokenizer.step import TokenizerTrainer
 from ibq_jax.tokenizer.step import jit_train_step as jit_tokenizer_step
 
 # Float32 against float64, as a share of each tensor's largest gradient; a difference of two gradients loses a digit.
-# Measured: 5e-5 at most.
-TOLERANCE = 2e-4
+# Measured: 7.0e-6 at most, on two cores of an AMD EPYC.
+TOLERANCE = 5e-5
+pytestmark = pytest.mark.slow
+
 WEIGHTS = 0.5, 2.0  # of the next-token and of the prediction loss
 LINKED = (f"joint.next_token_weight={WEIGHTS[0]}", f"joint.prediction_weight={WEIGHTS[1]}")
 APART = ("joint.next_token_gradient=false", "joint.prediction_weight=0.0")
