@@ -19,7 +19,7 @@ from ibq_jax.tokenizer.step import TokenizerTrainer
 from ibq_jax.tokenizer.step import jit_train_step as jit_tokenizer_step
 
 # Float32 against float64, as a share of each tensor's largest gradient; a difference of two gradients loses a digit.
-# Measured: 7.0e-6 at most, on two cores of an AMD EPYC.
+# Measured: 7.0e-6 at most, on two cores of an Intel Xeon.
 TOLERANCE = 5e-5
 pytestmark = pytest.mark.slow
 
