@@ -1,7 +1,9 @@
 """Config fields of earlier versions: what they are called now, and what was done before a field existed.
 
 `ibq_jax.base.config` applies these tables to saved configs, to overrides on the command line, to config files and to
-checkpoints, so that old runs and old commands keep working. Nothing is ever removed from them.
+checkpoints, so that old runs and old commands keep working. Nothing is ever removed from them. A line for the tokenizer
+or the generator that is written from now on wants one for the joint stage, too, where the field is in the group
+`tokenizer` or `generator`, unless it is a field of the run.
 """
 
 # stage -> {old name: new name}
@@ -39,10 +41,11 @@ RENAMED = {
         "watch.slow_seconds": "watchdog.slow_seconds",
         "watch.hang_seconds": "watchdog.hang_seconds",
     },
+    "joint": {},
 }
 
 # stage -> {beginning of a leaf's name in a training state: the beginning in checkpoints of earlier versions}
-RENAMED_LEAVES = {"tokenizer": {"discriminator/": "adversary/"}, "autoregressive": {}}
+RENAMED_LEAVES = {"tokenizer": {"discriminator/": "adversary/"}, "autoregressive": {}, "joint": {}}
 
 # stage -> {a field that configs saved by earlier versions lack: what was done then}
 ADDED = {
@@ -95,4 +98,5 @@ ADDED = {
         "train.compiler_options": "",
     },
     "autoregressive": {"optimizer.moment_dtype": "float32", "train.compiler_options": ""},
+    "joint": {},
 }

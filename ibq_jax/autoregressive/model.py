@@ -153,8 +153,11 @@ class GeneratorModel(nn.Module):
 
     def hidden(self, codes: jax.Array, labels: jax.Array, train: bool = False) -> jax.Array:
         """Returns the input of the head, float32 [B, S, C]; `train` applies dropout (rng "dropout")."""
-        known = codes.reshape(len(codes), -1)[:, :-1]
-        return self._forward(known, labels, self.modulations(labels), train)[0]
+        return self.hidden_after(self.tok_emb(codes.reshape(len(codes), -1)[:, :-1]), labels, train)
+
+    def hidden_after(self, embeddings: jax.Array, labels: jax.Array, train: bool = False) -> jax.Array:
+        """Returns what `hidden` does, given the token embeddings of all codes but the last, [B, S - 1, C]."""
+        return self._forward(embeddings, labels, self.modulations(labels), train)[0]
 
     def prefill(self, prefix: jax.Array, labels: jax.Array, modulations: tuple[jax.Array, jax.Array]):
         """Runs the class token and the first codes [B, P]; `modulations` are those of the labels.
@@ -162,7 +165,7 @@ class GeneratorModel(nn.Module):
         Returns:
             (the head's input at the last of them [B, C], (keys, values), each [L, B, 1 + P, G, D]).
         """
-        hidden, keys_values = self._forward(prefix, labels, modulations, train=False)
+        hidden, keys_values = self._forward(self.tok_emb(prefix), labels, modulations, train=False)
         return hidden[:, -1], keys_values
 
     def modulations(self, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -177,9 +180,9 @@ class GeneratorModel(nn.Module):
         """Returns the token embeddings of codes [B, T], float32 [B, T, C]."""
         return self.tok_emb(codes)
 
-    def _forward(self, codes: jax.Array, labels: jax.Array, modulations: tuple[jax.Array, jax.Array], train: bool):
+    def _forward(self, embeddings: jax.Array, labels: jax.Array, modulations: tuple[jax.Array, jax.Array], train: bool):
         per_layer, head = modulations
-        x = jnp.concatenate((self._class_rows(labels)[:, None], self.tok_emb(codes)), axis=1)
+        x = jnp.concatenate((self._class_rows(labels)[:, None], embeddings), axis=1)
         x = self._constrain_batch(drop(x, self.token_dropout(x.shape, train)[0], self.dropout))
         x, keys_values = self.blocks(x, per_layer, rotary_angles(self.grid, self.head_channels), train)
         scale, shift = head[:, :1], head[:, 1:]

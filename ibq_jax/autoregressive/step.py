@@ -136,11 +136,22 @@ class GeneratorTrainer:
         Returns:
             (state, metrics): the metrics of the module's table, float32 scalars, and "finite", a bool.
         """
+        labels, dropout_key = self.draw(state.step, labels)
+        return self.stepped(state, *self._gradient(state.params, codes, labels, dropout_key))
+
+    def draw(self, step: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns what is random in a step: the labels, some replaced by "no class", and the key of dropout."""
+        class_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(self.config.seed), step))
+        dropped = jax.random.bernoulli(class_key, self.config.loss.class_dropout, labels.shape)
+        return jnp.where(dropped, self.config.model.num_classes, labels), dropout_key
+
+    def gathered(self, params: dict) -> dict:
+        """Returns a state's parameters where the model computes with them, and in the types that it does."""
+        return self.placement.gather(params, self.model.dtype, lambda path: path[-1] in IN_MODEL_TYPE)
+
+    def stepped(self, state: GeneratorState, loss: jax.Array, gradient: dict):
+        """Returns (state, metrics) as `train_step` does, after an update along a gradient that is spread like it."""
         config = self.config
-        class_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
-        dropped = jax.random.bernoulli(class_key, config.loss.class_dropout, labels.shape)
-        labels = jnp.where(dropped, config.model.num_classes, labels)
-        loss, gradient = self._gradient(state.params, codes, labels, dropout_key)
         params, optimizer = apply_gradient(self.optimizer, gradient, state.optimizer, state.params)
         norm = optax.tree.norm(gradient)
         metrics = {
@@ -164,9 +175,25 @@ class GeneratorTrainer:
 
         Its gradient needs one matrix product fewer than that of the mean of `code_losses`.
         """
-        hidden = self.model.apply(
-            {"params": params}, codes, labels, True, method="hidden", rngs={"dropout": dropout_key}
-        )
+        return self.loss_at(self.hidden(params, codes, labels, dropout_key), params, codes)
+
+    def hidden(
+        self,
+        params: dict,
+        codes: jax.Array,
+        labels: jax.Array,
+        dropout_key: jax.Array,
+        embeddings: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the inputs of the head, float32 [B, S, C], with dropout.
+
+        `embeddings` [B, S - 1, C], if given, are those of all codes but the last, and the codes are not looked at.
+        """
+        method, inputs = ("hidden", codes) if embeddings is None else ("hidden_after", embeddings)
+        return self.model.apply({"params": params}, inputs, labels, True, method=method, rngs={"dropout": dropout_key})
+
+    def loss_at(self, hidden: jax.Array, params: dict, codes: jax.Array) -> jax.Array:
+        """Returns the mean of -log p over all codes [B, h, w], given the inputs of the head [B, S, C]."""
         weights = jnp.full((codes.size,), 1.0 / codes.size)
         return weighted_cross_entropy(*self._head_and_targets(hidden, params, codes), weights, **self._loss_form)
 
@@ -186,7 +213,7 @@ class GeneratorTrainer:
 
         Only one's activations are in memory.
         """
-        weights = self.placement.gather(params, self.model.dtype, lambda path: path[-1] in IN_MODEL_TYPE)
+        weights = self.gathered(params)
 
         def gradient_of(*batch):
             loss, gradient = jax.value_and_grad(self.mean_loss)(weights, *batch)

@@ -124,7 +124,7 @@ def upgraded(fields: dict) -> dict:
     """Returns a config's nested fields with earlier versions' names replaced and fields that they lacked added."""
     stage = fields.get("stage")
     flat = {_renamed(stage).get(name, name): value for name, value in flatten(fields).items()}
-    return _nested(_history().ADDED.get(str(stage), {}) | flat)
+    return nested(_history().ADDED.get(str(stage), {}) | flat)
 
 
 def overridden_names(overrides: Iterable[str], stage: str) -> set[str]:
@@ -133,7 +133,8 @@ def overridden_names(overrides: Iterable[str], stage: str) -> set[str]:
     return {_renamed(stage).get(name, name) for name in names}
 
 
-def _nested(flat: Mapping[str, object]) -> dict:
+def nested(flat: Mapping[str, object]) -> dict:
+    """Returns the groups of fields whose dotted names `flatten` returned."""
     fields: dict = {}
     for name, value in flat.items():
         *groups, leaf = name.split(".")

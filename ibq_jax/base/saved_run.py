@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ibq_jax.base.checkpoint import Checkpoints, Restored, every_leaf
-from ibq_jax.base.config import read_config, renamed_leaves
+from ibq_jax.base.config import flatten, read_config, renamed_leaves
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import resolve
 from ibq_jax.base.sharding import abstract_state
@@ -63,7 +63,8 @@ class SavedRun:
         workdir = path if step is None else path.parent.parent
         config = read_config(workdir / "config.json")
         if stage and config.stage != stage:
-            raise UsageError(f"{workdir} is a run of stage {config.stage!r}; this needs {needed}")
+            inner = [f"; {folder} is one" for folder in _runs_inside(workdir, stage)]
+            raise UsageError(f"{workdir} is a run of stage {config.stage!r}; this needs {needed}{''.join(inner)}")
         return cls(workdir, config, step)
 
     def restore(self, create_state: Callable, mesh: jax.sharding.Mesh, with_optimizer: bool = False) -> Restored:
@@ -96,6 +97,12 @@ class SavedRun:
             where = self.workdir if self.step is None else self.workdir / "checkpoints" / str(self.step)
             raise UsageError(f"{where} has no checkpoint; the steps saved are {checkpoints.steps}")
         return checkpoints
+
+
+def _runs_inside(workdir: Path, stage: str) -> list[Path]:
+    """Returns the runs of a stage that the folder of another run has, as that of a joint run does."""
+    configs = sorted(workdir.glob("*/config.json"))
+    return [path.parent for path in configs if flatten(read_config(path)).get("stage") == stage]
 
 
 def _is_not_of_an_optimizer(name: str) -> bool:

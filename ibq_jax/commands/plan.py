@@ -20,6 +20,9 @@ from ibq_jax.base.files import write_text
 from ibq_jax.base.sharding import make_mesh
 from ibq_jax.commands.arguments import Parser, positive
 from ibq_jax.commands.plan_table import ENCODE, ESTIMATE, GB, SAMPLE, TRAIN, describe, table
+from ibq_jax.joint import check as joint_check
+from ibq_jax.joint import step as joint
+from ibq_jax.joint.parts import resolve as resolve_joint
 from ibq_jax.plan.chips import Chip, topology_devices
 from ibq_jax.plan.compiled import DoesNotFit, compile_plan
 from ibq_jax.plan.gpus import GPUS, HERE, Gpu, attached_gpus, check_nodes, gpu_devices
@@ -28,7 +31,7 @@ from ibq_jax.tokenizer import check as tokenizer_check
 from ibq_jax.tokenizer import step as tokenizer
 from ibq_jax.tokenizer.tokenize import encoding_program
 
-# Stage -> its trainer, the check of its config, and the values of model.remat
+# Stage -> its trainer, the check of its config, and the values of model.remat, among which a search chooses
 STAGES: dict[str, tuple[Callable, Callable, tuple[str, ...]]] = {
     "tokenizer": (
         tokenizer.TokenizerTrainer,
@@ -40,6 +43,7 @@ STAGES: dict[str, tuple[Callable, Callable, tuple[str, ...]]] = {
         autoregressive_check.check_config,
         autoregressive_check.CHOICES["model.remat"],
     ),
+    "joint": (joint.JointTrainer, joint_check.check_config, ()),
 }
 # Stage -> what runs in it -> trainer to (jitted program, its abstract arguments)
 PROGRAMS: dict[str, dict[str, Callable[..., tuple[Callable, tuple]]]] = {
@@ -51,6 +55,7 @@ PROGRAMS: dict[str, dict[str, Callable[..., tuple[Callable, tuple]]]] = {
         TRAIN: lambda trainer: (autoregressive.jit_train_step(trainer), autoregressive.abstract_arguments(trainer)),
         SAMPLE: sampling_program,
     },
+    "joint": {TRAIN: lambda trainer: (joint.jit_train_step(trainer), joint.abstract_arguments(trainer))},
 }
 BEST = 5  # candidates of a search that are listed
 TO_TRY = (
@@ -78,7 +83,7 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"{flags.config} is of stage {config.stage!r}; plan knows {', '.join(STAGES)}")
     if flags.what not in PROGRAMS[config.stage]:
         raise UsageError(
-            f"--what={flags.what} is not for a {config.stage}, which has {' and '.join(PROGRAMS[config.stage])}"
+            f"--what={flags.what} is not for stage {config.stage!r}, which has {' and '.join(PROGRAMS[config.stage])}"
         )
     if flags.topology != HERE:
         jax.config.update("jax_platforms", "cpu")  # nothing runs, so this machine's accelerator stays free
@@ -119,6 +124,8 @@ def _program(config: ConfigDict, flags: argparse.Namespace, mesh: jax.sharding.M
     make_trainer, check_config, _ = STAGES[config.stage]
     if config.stage == "autoregressive":
         config = resolve_model(config, preset_sizes(flags.config))
+    elif config.stage == "joint":
+        config = resolve_joint(config, preset_sizes(flags.config))
     check_config(config, mesh)
     return PROGRAMS[config.stage][flags.what](make_trainer(config, mesh, steps_per_epoch=1))
 
@@ -132,6 +139,9 @@ def _search(
             "--search needs --topology of TPUs, whose compiler tells how long a step takes, and goes without --mesh "
             "and --what: it tries meshes for training"
         )
+
+    if not STAGES[config.stage][2]:
+        raise UsageError(f"--search is not for stage {config.stage!r}; plan meshes for it one by one, with --mesh")
 
     def prepare(candidate: Candidate) -> Program:
         fields = {"train.grad_accum_steps": candidate.micro_batches, "model.remat": candidate.remat}
@@ -176,6 +186,7 @@ def parser() -> Parser:
             "--config.data.batch_size=128",
             "--config=configs/tokenizer.py:imagenet256_16384 --topology=h100:8",
             "--config=configs/autoregressive.py:imagenet256_B --topology=v5e:4x4 --search",
+            "--config=configs/joint.py:imagenet256_16384_B --topology=h100:8",
             "--config=configs/autoregressive.py:openmoji32 --cpu-devices=8 --config.data.batch_size=64",
         ],
         notes=f"Fields of the config are overridden with {PREFIX}NAME=VALUE. The exit code is 1 if the step does not "

@@ -12,6 +12,7 @@ from ibq_jax.training.train import train
 NEXT = {  # the command to run after a stage
     "tokenizer": "evaluate --run={0} --reconstructions={0}/reconstructions.png",
     "autoregressive": "sample --run={0} --out={0}/samples.png",
+    "joint": "sample --run={0}/generator --out={0}/samples.png",
 }
 
 
@@ -44,12 +45,13 @@ def parser() -> Parser:
     """Returns the command's argument parser."""
     parser = Parser(
         "train",
-        "Trains a tokenizer or a generator from a config, or continues the run that the folder holds.",
+        "Trains a tokenizer, a generator or both from a config, or continues the run that the folder holds.",
         examples=[
             "--config=configs/tokenizer.py:openmoji64 --workdir=runs/tokenizer",
             "--config=configs/tokenizer.py:imagenet256_16384 --workdir=gs://bucket/tokenizer\n"
             "--config.data.dir=gs://bucket/data --config.codebook.size=8192",
             "--config=configs/autoregressive.py:openmoji64 --workdir=runs/generator --config.token_cache=runs/codes",
+            "--config=configs/joint.py:openmoji32 --workdir=runs/joint",
             "--config=configs/tokenizer.py:openmoji64 --workdir=runs/tokenizer --config.train.steps=20000",
             "--config=configs/tokenizer.py:finetune_decoder --workdir=runs/decoder\n"
             "--init=hf://TencentARC/IBQ-Tokenizer-16384",

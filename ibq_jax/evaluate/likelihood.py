@@ -48,7 +48,8 @@ class LikelihoodEvaluator:
         code_losses: the model's -log p of every code.
         grid: (h, w) of the codes.
         mesh: the devices.
-        batches: starts a new pass over the split; batches have "codes", "label" and "mask".
+        batches: starts a new pass over the split; batches have "label", "mask" and what `of` names.
+        of: the array of a batch whose likelihood it is.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class LikelihoodEvaluator:
         grid: tuple[int, int],
         mesh: jax.sharding.Mesh,
         batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
+        of: str = "codes",
     ):
-        self._grid, self._mesh, self._batches = grid, mesh, batches
+        self._grid, self._mesh, self._batches, self._of = grid, mesh, batches, of
 
         def sums(params, codes, labels, mask):
             return jnp.sum(jnp.where(mask[:, None], code_losses(params, codes, labels), 0.0), axis=0)
@@ -69,9 +71,8 @@ class LikelihoodEvaluator:
         """Evaluates the parameters `params` on the whole split."""
         total, images = np.zeros(self._grid), 0
         for batch in self._batches():
-            arrays = global_batch({name: batch[name] for name in ("codes", "label", "mask")}, self._mesh)
-            total += np.asarray(self._sums(params, arrays["codes"], arrays["label"], arrays["mask"])).reshape(
-                total.shape
-            )
+            arrays = global_batch({name: batch[name] for name in (self._of, "label", "mask")}, self._mesh)
+            sums = self._sums(params, arrays[self._of], arrays["label"], arrays["mask"])
+            total += np.asarray(sums).reshape(total.shape)
             images += int(jnp.sum(arrays["mask"]))
         return Likelihood(total / images, images)

@@ -1,6 +1,6 @@
 """Evaluators on a run's validation data, used while it trains and afterwards."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -10,13 +10,15 @@ from ibq_jax.autoregressive.sample_codes import Guidance
 from ibq_jax.autoregressive.sample_images import ImageSampler
 from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.base.sharding import check_batch, process_rows
+from ibq_jax.data.batches import ArrayDict
 from ibq_jax.data.pipeline import evaluation_batches, open_split
 from ibq_jax.data.token_cache import TokenCacheSplit, evaluation_code_batches
 from ibq_jax.evaluate.contact_sheet import contact_sheet
 from ibq_jax.evaluate.feature_nets import NO_FEATURE_NETS, FeatureNets
 from ibq_jax.evaluate.likelihood import LikelihoodEvaluator
-from ibq_jax.evaluate.protocols import PROTOCOLS, Protocol
+from ibq_jax.evaluate.protocols import PROTOCOLS, Protocol, find_protocol
 from ibq_jax.evaluate.reconstruction import ReconstructionEvaluator
+from ibq_jax.joint.step import JointTrainer
 from ibq_jax.tokenizer.step import TokenizerTrainer
 
 SAMPLES_PER_CLASS = 4  # in a training run's contact sheets
@@ -39,6 +41,20 @@ def validation_evaluator(
     Raises:
         UsageError: the data set is not on this machine, or the batch size does not divide over the devices.
     """
+    batches = _image_batches(trainer, protocol)
+    return ReconstructionEvaluator(
+        trainer.reconstruct,
+        trainer.config.codebook.size,
+        trainer.mesh,
+        batches,
+        num_images,
+        protocol,
+        feature_nets,
+    )
+
+
+def _image_batches(trainer: TokenizerTrainer, protocol: Protocol) -> Callable[[int], Iterable[ArrayDict]]:
+    """Returns what starts a pass over a number of validation images, evenly spaced in the split (0: all)."""
     config = trainer.config
     check_batch(config.evaluate.batch_size, trainer.mesh, 1, "evaluate.batch_size")
     source = open_split(config.data.name, config.data.dir, config.data.validation_split)
@@ -55,9 +71,7 @@ def validation_evaluator(
             num_threads=config.data.num_threads,
         )
 
-    return ReconstructionEvaluator(
-        trainer.reconstruct, config.codebook.size, trainer.mesh, batches, num_images, protocol, feature_nets
-    )
+    return batches
 
 
 def likelihood_evaluator(trainer: GeneratorTrainer, source: TokenCacheSplit, num_images: int) -> LikelihoodEvaluator:
@@ -75,6 +89,16 @@ def likelihood_evaluator(trainer: GeneratorTrainer, source: TokenCacheSplit, num
         )
 
     return LikelihoodEvaluator(trainer.code_losses, source.grid, trainer.mesh, batches)
+
+
+def image_likelihood_evaluator(trainer: JointTrainer) -> LikelihoodEvaluator:
+    """Returns an evaluator of a joint trainer's generator on the codes that its tokenizer gives validation images."""
+    config = trainer.tokenizer.config
+    batches = _image_batches(trainer.tokenizer, find_protocol(config.evaluate.protocol))
+    grid = trainer.generator.model.grid
+    return LikelihoodEvaluator(
+        trainer.code_losses, grid, trainer.mesh, lambda: batches(config.evaluate.examples), of="image"
+    )
 
 
 def class_samples(

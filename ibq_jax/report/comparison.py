@@ -9,6 +9,8 @@ from ibq_jax.report.page import render
 from ibq_jax.report.run import Run
 from ibq_jax.report.single_run import KEY_FIGURES
 
+PLURALS = {"tokenizer": "tokenizers", "autoregressive": "generators", "joint": "joint runs"}  # of each stage
+
 
 def comparison_page(runs: Sequence[Run]) -> tuple[str, list[str]]:
     """Returns the HTML page of several runs, and sentences on what could not be shown, which are on the page too."""
@@ -20,7 +22,7 @@ def comparison_page(runs: Sequence[Run]) -> tuple[str, list[str]]:
     histories = {name: run.history for name, run in named.items()}
     html = render(
         title=", ".join(names),
-        subtitle=f"{len(runs)} {'tokenizers' if runs[0].stage == 'tokenizer' else 'generators'} side by side",
+        subtitle=f"{len(runs)} {PLURALS[runs[0].stage]} side by side",
         missing=missing,
         runs=names,
         findings=[

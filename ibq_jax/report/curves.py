@@ -89,6 +89,20 @@ PANELS = {
         Panel("Learning rate", ("optimizer/learning_rate",)),
     ),
 }
+PANELS["joint"] = (
+    Panel("Next-token loss, nats per code", ("loss/next_token", "validation/next_token")),
+    Panel("Next-token loss / entropy of the codes", ("loss/next_token_relative", "validation/next_token_relative")),
+    Panel("Squared error of decoded predictions", ("loss/prediction",), log=True),
+    Panel("Gradient norm of the generator", ("generator/gradient_norm",), log=True),
+    Panel("Learning rate of the generator", ("generator/learning_rate",)),
+    *PANELS["tokenizer"],
+    Panel(
+        "Gradient norms at the codebook",
+        tuple(f"codebook/gradient_norm_{name}" for name in ("reconstruction", "next_token", "prediction")),
+        log=True,
+        codebook=True,
+    ),
+)
 
 
 def plot(

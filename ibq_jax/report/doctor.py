@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from ml_collections import ConfigDict
 
+from ibq_jax.joint.parts import tokenizer_part
 from ibq_jax.report.history import History
 from ibq_jax.tokenizer.quantizers import WITH_TRAINED_ROWS, has_entropy_loss
 
@@ -55,13 +56,15 @@ def diagnose(
     """
     rules: tuple[Callable[..., Iterator[Finding]], ...]
     ended = history.last_step >= total_steps
-    if config.stage == "tokenizer":
-        rules = (_usage, _evenness, _saturation, _discriminator)
-        findings = [finding for rule in rules for finding in rule(history, config)]
-        findings += _psnr(history, ended)
-    else:
+    part = tokenizer_part(config) if config.stage == "joint" else config
+    if config.stage == "autoregressive":
         findings = [*_likelihood(history, unigram_entropy, ended), *_memorising(history)]
-    findings += [*_gradients(history, config), *_ending(history, config, total_steps, stopped), *_unread(history)]
+    else:
+        hacked = list(_easy_codes(history, config)) if config.stage == "joint" else []
+        rules = (_evenness, _saturation, _discriminator) if hacked else (_usage, _evenness, _saturation, _discriminator)
+        findings = hacked + [finding for rule in rules for finding in rule(history, part)]
+        findings += _psnr(history, ended)
+    findings += [*_gradients(history, part), *_ending(history, config, total_steps, stopped), *_unread(history)]
     order = ("act", "look", "fine")
     return sorted(findings, key=lambda finding: order.index(finding.severity))
 
@@ -83,6 +86,26 @@ def _usage(history: History, config: ConfigDict) -> Iterator[Finding]:
         yield Finding("look", "much of the codebook is idle", seen, advice)
     else:
         yield Finding("fine", "the codebook is in use", seen)
+
+
+def _easy_codes(history: History, config: ConfigDict) -> Iterator[Finding]:
+    """Reports what EOSTok saw under the next-token loss alone: usage falls, and the loss with it (arXiv 2605.00503)."""
+    if "codebook/usage" not in history or "loss/next_token" not in history or not config.joint.next_token_gradient:
+        return
+    usage, loss = history["codebook/usage"], history["loss/next_token"]
+    peak = int(usage.steps[np.argmax(usage.values)])
+    before, now = loss.values[loss.steps <= peak], float(np.mean(loss.tail(0.1).values))
+    if usage.last >= FALLEN * float(usage.values.max()) or not before.size or now >= before[-1]:
+        return
+    raise_it = f"raise joint.prediction_weight={config.joint.prediction_weight:g}, the remedy of EOSTok"
+    yield Finding(
+        "act",
+        "the tokenizer makes its codes easy to predict by using few of them",
+        f"since step {peak:,} the share of codes in use fell from {usage.values.max():.1%} to {usage.last:.1%} while "
+        f"the next-token loss fell from {before[-1]:.3f} to {now:.3f} nats",
+        f"{raise_it}; lower joint.next_token_weight={config.joint.next_token_weight:g}; or set "
+        "joint.next_token_gradient=False (docs/joint.md)",
+    )
 
 
 def _advice_on_usage(quantizer: ConfigDict) -> str:
@@ -273,7 +296,7 @@ def _ending(history: History, config: ConfigDict, total_steps: int, stopped: str
         yield Finding("act", "training stopped by itself", stopped)
     elif total_steps and history.last_step < total_steps:
         seen = f"step {history.last_step:,} of {total_steps:,}"
-        if config.stage == "autoregressive" or config.optimizer.drop_epochs:
+        if config.stage != "tokenizer" or config.optimizer.drop_epochs:
             seen += "; the learning rate has not reached its final value either"
         yield Finding("look", "the run is not finished", seen, "repeat the train command to continue")
 

@@ -10,12 +10,15 @@ import jax
 import numpy as np
 
 from ibq_jax.api import Tokenizer
-from ibq_jax.autoregressive.restore import find_tokenizer
+from ibq_jax.autoregressive.restore import TokenizerWeights, find_tokenizer
 from ibq_jax.autoregressive.restore import restore_run as restore_generator
+from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.base.checkpoint import Restored
 from ibq_jax.base.errors import UsageError
+from ibq_jax.data.pipeline import open_split
 from ibq_jax.data.preprocess import to_uint8
 from ibq_jax.evaluate.validation import class_samples, validation_evaluator
+from ibq_jax.joint.restore import restore_run as restore_joint_run
 from ibq_jax.report.curves import colour_errors, plot_ranks
 from ibq_jax.report.page import figure, png_uri
 from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
@@ -41,19 +44,37 @@ def images_of(run: Path, stage: str) -> tuple[Restored, dict, list[str]]:
     Raises:
         UsageError: nothing is saved yet.
     """
-    return _of_tokenizer(run) if stage == "tokenizer" else _of_generator(run)
+    return {"tokenizer": _of_tokenizer, "autoregressive": _of_generator, "joint": _of_joint_run}[stage](run)
 
 
 def _of_tokenizer(run: Path) -> tuple[Restored, dict, list[str]]:
     trainer, restored = restore_tokenizer(run)
+    return restored, *_reconstructions(trainer, restored.state.weights("ema"))
+
+
+def _of_joint_run(run: Path) -> tuple[Restored, dict, list[str]]:
+    trainer, restored = restore_joint_run(run)
+    params = {name: getattr(restored.state, name).weights("ema") for name in ("tokenizer", "generator")}
+    sections, missing = _reconstructions(trainer.tokenizer, params["tokenizer"])
+    data = trainer.tokenizer.config.data
+    try:
+        names = open_split(data.name, data.dir, data.validation_split).class_names
+    except UsageError:  # the reconstructions' absence has said why
+        names = ()
+    decoder = trainer.tokenizer.encoding_model, params["tokenizer"]
+    samples = _samples(trainer.generator, params["generator"], {"data": {"class_names": names}}, decoder)
+    return restored, sections | samples, missing
+
+
+def _reconstructions(trainer: TokenizerTrainer, params: dict) -> tuple[dict, list[str]]:
+    """Returns the sections "strip" and "codes", and sentences on what could not be made."""
     try:
         evaluator = validation_evaluator(trainer, trainer.config.evaluate.examples)
-        params = restored.state.weights("ema")
         counts = evaluator.histogram(params)
         strip = {"caption": _caption(), "uris": [png_uri(image) for image in _triples(trainer, evaluator, params)]}
     except UsageError as error:
-        return restored, {}, [f"no reconstructions and no code frequencies: {error}"]
-    return restored, {"strip": strip, "codes": _codes(trainer, params, counts)}, []
+        return {}, [f"no reconstructions and no code frequencies: {error}"]
+    return {"strip": strip, "codes": _codes(trainer, params, counts)}, []
 
 
 def _caption() -> str:
@@ -123,10 +144,14 @@ def _of_generator(run: Path) -> tuple[Restored, dict, list[str]]:
         assert tokenizer is not None  # as it was needed
     except UsageError as error:
         return restored, {}, [f"no samples: {error}"]
-    sheet = class_samples(trainer, restored.state.weights("ema"), manifest, tokenizer)
-    sample = trainer.config.sample
+    return restored, _samples(trainer, restored.state.weights("ema"), manifest, tokenizer), []
+
+
+def _samples(trainer: GeneratorTrainer, params: dict, manifest: Mapping, tokenizer: TokenizerWeights) -> dict:
+    """Returns the section "images"; `manifest` names the classes."""
+    sheet, sample = class_samples(trainer, params, manifest, tokenizer), trainer.config.sample
     caption = (
         f"Guidance scale {sample.cfg_scale:g}, temperature {sample.temperature:g}, seed {trainer.config.seed}; not "
         "selected by hand."
     )
-    return restored, {"images": [figure(sheet, caption, "Samples by class")]}, []
+    return {"images": [figure(sheet, caption, "Samples by class")]}

@@ -39,7 +39,7 @@ def write_report(
     runs = [read_run(folder) for folder in folders]
     names = ", ".join(map(str, folders))
     if len({run.stage for run in runs}) > 1:
-        raise UsageError(f"{names}: tokenizers and generators have no numbers in common; report on them separately")
+        raise UsageError(f"{names}: runs of different stages have no numbers in common; report on them separately")
     if len({run.saved.workdir for run in runs}) < len(runs):
         raise UsageError(f"{names}: a run is named twice; name every run once")
     out = out or runs[0].saved.workdir / "report.html"

@@ -46,7 +46,7 @@ class Run:
 
     @property
     def stage(self) -> str:
-        """ "tokenizer" or "autoregressive"."""
+        """ "tokenizer", "autoregressive" or "joint"."""
         return self.config.stage
 
     @property

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.saved_run import total_steps
+from ibq_jax.joint.parts import generator_part, tokenizer_part
 from ibq_jax.report.baseline import Baseline
 from ibq_jax.report.curves import PANELS, Band, plot, plot_grid
 from ibq_jax.report.images import images_of
@@ -19,6 +20,7 @@ KEY_FIGURES = {  # scalars at the top of the page: their labels there, and their
     "validation/ssim": ("validation SSIM", "{:.3f}"),
     "validation/loss": ("validation loss", "{:.3f} nats"),
     "validation/perplexity": ("validation perplexity", "{:,.1f}"),
+    "validation/next_token": ("validation next-token loss", "{:.3f} nats"),
     "codebook/usage": ("codebook usage", "{:.1%}"),
 }
 
@@ -77,6 +79,8 @@ def _plots(run: Run, codebook: bool, behind: Mapping[str, Band]) -> Iterator[str
 
 def _describe(config: ConfigDict) -> str:
     """Returns a line on what was trained."""
+    if config.stage == "joint":
+        return f"{_describe(tokenizer_part(config))}; {_describe(generator_part(config))}"
     if config.stage == "tokenizer":
         data, quantizer = config.data, config.quantizer.name
         codes = f"{config.codebook.size:,} codes of {latent_dim(config)} dimensions"

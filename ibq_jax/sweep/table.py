@@ -26,6 +26,8 @@ DEFAULT_METRICS = (  # shown if any point has logged them
     "validation/usage",
     "validation/perplexity",
     "validation/loss",
+    "validation/next_token",
+    "validation/next_token_relative",
     "codebook/usage",
     "codebook/perplexity",
 )

@@ -4,6 +4,7 @@ Shapes: images float [B, H, W, 3] in [-1, 1], latents [B, h, w, D], codes int32 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ class TokenizerModel(Layout, kw_only=True):
         latent = self.latent(images)
         self.sow(SEEN, "latent", latent)
         quantized = self.quantize(latent)
-        return self._decode_latent(quantized.z_q), quantized
+        return self.decode_vectors(quantized.z_q), quantized
 
     def initialize(self, images: jax.Array) -> jax.Array:
         """Runs every layer without quantizing, so that `init(..., method="initialize")` needs just one image."""
@@ -89,13 +90,24 @@ class TokenizerModel(Layout, kw_only=True):
 
     def decode(self, indices: jax.Array) -> jax.Array:
         """Codes [B, h, w] -> images float32 [B, H, W, 3], not clipped."""
-        return self._decode_latent(self.quantize.lookup(indices))
+        return self.decode_vectors(self.quantize.lookup(indices))
 
     def code_rows(self) -> jax.Array:
         """Returns the vector that the decoder gets for each code, [K, D]."""
         return self.quantize.lookup(jnp.arange(self.codebook_size))
 
-    def _decode_latent(self, z_q: jax.Array) -> jax.Array:
+    def look_up(self, latents: jax.Array, values: jax.Array) -> jax.Array:
+        """Returns the rows of `values` [K, W] that the latents' codes choose, see `IndexBackpropQuantizer.look_up`."""
+        quantize: Any = self.quantize
+        return quantize.look_up(latents, values)
+
+    def code_vectors(self) -> jax.Array:
+        """Returns what `code_rows` does, of a quantizer with trained rows, without copying them."""
+        quantize: Any = self.quantize
+        return quantize.code_vectors()
+
+    def decode_vectors(self, z_q: jax.Array) -> jax.Array:
+        """The vectors of codes [B, h, w, D] -> images float32 [B, H, W, 3], not clipped."""
         return self.decoder(self.post_quant_conv(z_q))
 
 

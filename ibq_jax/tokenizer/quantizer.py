@@ -3,7 +3,7 @@
 Shapes: latents [B, h, w, D], codebook [K, D], codes [B, h, w]. Everything here is float32.
 """
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import flax.linen as nn
 import flax.struct
@@ -13,7 +13,7 @@ from jax.nn.initializers import normal
 from jax.sharding import Mesh
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.ops.index_backprop import index_backprop, nearest_codes, unit
+from ibq_jax.ops.index_backprop import index_backprop, nearest_codes, soft_lookup, unit
 
 BETA_ON = ("codebook", "commitment")
 
@@ -126,16 +126,7 @@ class IndexBackpropQuantizer(nn.Module):
     def __call__(self, z: jax.Array) -> Quantized:
         z = self.project_latents(z)
         out = index_backprop(
-            z.reshape(-1, self.dim),
-            self.code_vectors(),
-            entropy_temperature=self.entropy_temperature,
-            entropy_group_tokens=self.entropy_group_tokens,
-            logit_temperature=self.logit_temperature,
-            precision=self.precision,
-            gradient_precision=self.gradient_precision,
-            block_size=self.block_size,
-            implementation=self.implementation,
-            mesh=self.mesh,
+            z.reshape(-1, self.dim), self.code_vectors(), logit_temperature=self.logit_temperature, **self._lookup_form
         )
         sample_term = self.sample_entropy_weight * out.sample_entropy
         z_q = out.z_q.reshape(z.shape)
@@ -150,6 +141,27 @@ class IndexBackpropQuantizer(nn.Module):
             max_probability=out.max_probability,
             max_logit=out.max_logit,
         )
+
+    def look_up(self, z: jax.Array, values: jax.Array) -> jax.Array:
+        """Latents [B, h, w, D] and values [K, W] -> the values of the latents' codes, float32 [B, h, w, W].
+
+        Differentiable in all three, as z_q is in latents and codebook (`ibq_jax.ops.soft_lookup`).
+        """
+        flat = self.project_latents(z).reshape(-1, self.dim)
+        out = soft_lookup(flat, self.code_vectors(), values, temperature=self.logit_temperature, **self._lookup_form)
+        return out.value.reshape(*z.shape[:-1], -1)
+
+    @property
+    def _lookup_form(self) -> dict[str, Any]:
+        return {
+            "entropy_temperature": self.entropy_temperature,
+            "entropy_group_tokens": self.entropy_group_tokens,
+            "precision": self.precision,
+            "gradient_precision": self.gradient_precision,
+            "block_size": self.block_size,
+            "implementation": self.implementation,
+            "mesh": self.mesh,
+        }
 
     def _quant_loss(self, z: jax.Array, z_q: jax.Array, indices: jax.Array) -> jax.Array:
         # The released code has no switch between the paper's "double" and "single" loss, and the ablation gives no

@@ -56,6 +56,7 @@ from ibq_jax.tokenizer import losses
 from ibq_jax.tokenizer.autoencoder import SEEN, Conv
 from ibq_jax.tokenizer.codebook_monitor import CodebookWindow
 from ibq_jax.tokenizer.discriminators import DiscriminatorState, DiscriminatorTrainer, has_discriminator
+from ibq_jax.tokenizer.forward import Forward, Judged
 from ibq_jax.tokenizer.micro_batches import MicroBatches, merge
 from ibq_jax.tokenizer.model import PROJECTION, TokenizerModel, build_model, downsampling, used_in_model_type
 from ibq_jax.tokenizer.net_losses import (
@@ -188,30 +189,46 @@ class TokenizerTrainer:
         Returns:
             (state, metrics): the metrics of the module's table, float32 scalars, and "finite", a bool.
         """
-        images = to_float(images)
-        weights = self.placement.gather(state.params, jnp.dtype(self.config.dtype), used_in_model_type)
-        frozen, nets = only(weights, self.frozen), nets or {}
-        (reconstructions, latent_loss), pull_back, (indices, metrics, last_input) = jax.vjp(
-            lambda trained: self._reconstruct(trained | frozen, images, nets),
+        images, nets = to_float(images), nets or {}
+        weights = self.gathered(state.params)
+        forward = self.run_forward(weights, images, nets)
+        judged = self.judge(forward, weights, state, nets, images)
+        gradient = self.placement.scatter(forward.pull_back(judged.cotangent))
+        return self.stepped(state, forward, judged, gradient)
+
+    def gathered(self, params: dict) -> dict:
+        """Returns a state's parameters where the model computes with them, and in the types that it does."""
+        return self.placement.gather(params, jnp.dtype(self.config.dtype), used_in_model_type)
+
+    def run_forward(self, weights: dict, images: jax.Array, nets: Nets, with_latents: bool = False) -> Forward:
+        """Runs images [B, H, W, 3] in [-1, 1] through the tokenizer with gathered weights, for a step."""
+        frozen = only(weights, self.frozen)
+        outputs, pull_back, (indices, metrics, last_input) = jax.vjp(
+            lambda trained: self._reconstruct(trained | frozen, images, nets, with_latents),
             without(weights, self.frozen),
             has_aux=True,
         )
-        discriminator = state.discriminator
+        return Forward(*outputs, indices, metrics, last_input, pull_back)
+
+    def judge(self, forward: Forward, weights: dict, state: TokenizerState, nets: Nets, images: jax.Array) -> Judged:
+        """Updates the discriminator on images and reconstructions, and measures these against the new one."""
+        discriminator, reconstructions, metrics = state.discriminator, forward.reconstructions, {}
         if discriminator is not None:
             net = nets.get(self.config.discriminator.net)
-            discriminator, scalars = self.adversarial.train(discriminator, images, reconstructions, state.step, net)
-            metrics |= scalars
-        if last_input is None or discriminator is None:
-            (image_loss, (discriminator, scalars)), cotangent = jax.value_and_grad(self._image_loss, has_aux=True)(
+            discriminator, metrics = self.adversarial.train(discriminator, images, reconstructions, state.step, net)
+        if forward.last_input is None or discriminator is None:
+            (loss, (discriminator, scalars)), cotangent = jax.value_and_grad(self._image_loss, has_aux=True)(
                 reconstructions, discriminator, nets, images, state.step
             )
         else:
-            at_last_layer = partial(self._at_last_layer, weights["decoder"]["conv_out"], last_input)
-            image_loss, (discriminator, scalars), cotangent = self._weighed_image_loss(
+            at_last_layer = partial(self._at_last_layer, weights["decoder"]["conv_out"], forward.last_input)
+            loss, (discriminator, scalars), cotangent = self._weighed_image_loss(
                 reconstructions, discriminator, nets, images, state.step, at_last_layer
             )
-        (gradient,) = pull_back((cotangent, jnp.ones_like(latent_loss)))
-        gradient = self.placement.scatter(gradient)
+        return Judged(discriminator, loss, cotangent, metrics | scalars)
+
+    def stepped(self, state: TokenizerState, forward: Forward, judged: Judged, gradient: dict):
+        """Returns (state, metrics) as `train_step` does, after an update along a gradient that is spread like it."""
         params, optimizer, ema = self._update(gradient, state)
         step, warmup = state.step + 1, self.config.finetune.discriminator_warmup_steps
         state = TokenizerState(
@@ -219,11 +236,12 @@ class TokenizerTrainer:
             params=params,
             optimizer=optimizer,
             ema=ema,
-            discriminator=discriminator,
-            window=state.window.update(indices, step, self.window_steps),
+            discriminator=judged.discriminator,
+            window=state.window.update(forward.indices, step, self.window_steps),
         )
-        metrics |= scalars | {
-            "loss/total": image_loss + latent_loss,
+        metrics = forward.metrics | judged.metrics
+        metrics |= {
+            "loss/total": judged.loss + forward.latent_loss,
             "optimizer/gradient_norm": optax.tree.norm(gradient),
             "optimizer/learning_rate": self.learning_rate(jnp.maximum(0, step - 1 - warmup) if warmup else step - 1),
         }
@@ -249,13 +267,13 @@ class TokenizerTrainer:
         indices = self.encoding_model.apply(variables, to_float(images), method="encode")
         return jnp.clip(self.encoding_model.apply(variables, indices, method="decode"), -1.0, 1.0), indices
 
-    def _reconstruct(self, params: dict, images: jax.Array, nets: Nets):
-        """Returns ((reconstructions, loss of latents), (codes, metrics, the last layer's input or None))."""
+    def _reconstruct(self, params: dict, images: jax.Array, nets: Nets, with_latents: bool):
+        """Returns the fields of `Forward` up to `latents`, and the next three, of which it is not differentiated."""
         config = self.config
         aligns, adapts = config.alignment.weight and config.alignment.net in nets, config.loss.adaptive_limit > 0
 
         def reconstruct(micro_batch):
-            reconstruction, quantized, seen = self._forward(params, micro_batch, bool(aligns or adapts))
+            reconstruction, quantized, seen = self._forward(params, micro_batch, bool(aligns or adapts or with_latents))
             scalars = {
                 "loss/quantizer": quantized.quant_loss,
                 "loss/entropy": quantized.entropy_loss,
@@ -268,17 +286,19 @@ class TokenizerTrainer:
                 aligned = seen[config.alignment.of]
                 scalars["loss/alignment"] = measure_alignment(config, nets, params[PROJECTION], micro_batch, aligned)
             maxima = {} if quantized.max_logit is None else {"codebook/max_logit": quantized.max_logit}
-            return reconstruction, quantized.indices, scalars, maxima, seen["last"] if adapts else None
+            latents, last_input = seen["latents"] if with_latents else None, seen["last"] if adapts else None
+            return reconstruction, latents, quantized.indices, scalars, maxima, last_input
 
-        reconstructions, indices, scalars, maxima, last_input = self._micro_batches.map(reconstruct, images)
+        reconstructions, latents, indices, scalars, maxima, last = self._micro_batches.map(reconstruct, images)
         scalars = jax.tree.map(jnp.mean, scalars)
         weights = config.loss
         loss = weights.quantizer_weight * scalars["loss/quantizer"] + weights.entropy_weight * scalars["loss/entropy"]
         metrics = scalars | {"loss/codebook": loss} | jax.tree.map(jnp.max, maxima)
         if aligns:
             loss += config.alignment.weight * scalars["loss/alignment"]
-        aux = merge(indices), metrics, None if last_input is None else merge(last_input)
-        return (merge(reconstructions), loss), jax.lax.stop_gradient(aux)
+        aux = merge(indices), metrics, None if last is None else merge(last)
+        outputs = merge(reconstructions), loss, None if latents is None else merge(latents)
+        return outputs, jax.lax.stop_gradient(aux)
 
     def _forward(self, params: dict, images: jax.Array, look: bool) -> tuple:
         """Returns (reconstructions, the quantizer's output, {} or with `look` what losses may look at, by name)."""
@@ -296,10 +316,7 @@ class TokenizerTrainer:
 
         A subclass may replace it (see examples/train_with_another_loss.py); "l1" has to stay among the terms.
         """
-        config, distance = self.config.loss, jnp.zeros((images.shape[0],))
-        if LPIPS_NET in nets:
-            measure = partial(lpips, nets[LPIPS_NET], dtype=jnp.dtype(self.config.dtype))
-            distance = merge(self._micro_batches.map(measure, images, reconstructions))
+        config, distance = self.config.loss, self.perceptual_distance(images, reconstructions, nets)
         loss, terms = losses.reconstruction_nll(images, reconstructions, distance, config.perceptual_weight)
         for name, weight, net, measure in (
             ("features", config.features_weight, config.features_net, measure_features),
@@ -310,6 +327,13 @@ class TokenizerTrainer:
                 terms[name] = jnp.mean(self._micro_batches.map(measure, images, reconstructions))
                 loss += weight * terms[name]
         return loss, terms | {"nll": loss}
+
+    def perceptual_distance(self, images: jax.Array, reconstructions: jax.Array, nets: Nets) -> jax.Array:
+        """Returns LPIPS of each image [B], or zeros if its network is absent."""
+        if LPIPS_NET not in nets:
+            return jnp.zeros((images.shape[0],))
+        measure = partial(lpips, nets[LPIPS_NET], dtype=jnp.dtype(self.config.dtype))
+        return merge(self._micro_batches.map(measure, images, reconstructions))
 
     def _image_loss(self, reconstructions, discriminator: DiscriminatorState | None, nets: Nets, images, step):
         """Returns the loss of the reconstructions: (loss, (discriminator with updated statistics, metrics))."""

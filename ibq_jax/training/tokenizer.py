@@ -140,7 +140,7 @@ def train_tokenizer(
     check_same_run(workdir, config, FIELD_ROLES)
 
     def batches_from(step: int):
-        return training_batches(source, start_step=step, **_batch_fields(config, mesh))
+        return training_batches(source, start_step=step, **batch_fields(config, mesh))
 
     def complete(state: TokenizerState) -> TokenizerState:
         return state if initial is None else with_weights(state, initial())
@@ -166,7 +166,8 @@ def train_tokenizer(
     return state
 
 
-def _batch_fields(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
+def batch_fields(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
+    """Returns what `training_batches` needs to know of a tokenizer's config, on this process."""
     data = config.data
     return dict(
         image_size=data.image_size,

@@ -1,4 +1,4 @@
-"""Trains a config of either stage in one library call, which the command `train` makes too."""
+"""Trains a config of any stage in one library call, which the command `train` makes too."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -9,18 +9,24 @@ from ibq_jax.autoregressive.step import GeneratorTrainer
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import as_path
 from ibq_jax.base.saved_run import SavedRun
+from ibq_jax.joint.step import JointTrainer
 from ibq_jax.tokenizer.step import TokenizerTrainer
 from ibq_jax.training.generator import train_generator
+from ibq_jax.training.joint import train_joint
 from ibq_jax.training.tokenizer import train_tokenizer
 
-STAGES = {"tokenizer": (TokenizerTrainer, train_tokenizer), "autoregressive": (GeneratorTrainer, train_generator)}
+STAGES = {
+    "tokenizer": (TokenizerTrainer, train_tokenizer),
+    "autoregressive": (GeneratorTrainer, train_generator),
+    "joint": (JointTrainer, train_joint),
+}
 
 
 def train(
     config: ConfigDict,
     workdir: str | os.PathLike[str],
     profile: range = range(0),
-    trainer_class: type[TokenizerTrainer] | type[GeneratorTrainer] | None = None,
+    trainer_class: type[TokenizerTrainer] | type[GeneratorTrainer] | type[JointTrainer] | None = None,
     initial: Callable[[], Mapping] | None = None,
 ) -> SavedRun:
     """Trains `config` in the folder `workdir` to its last step, or continues the run that is there.
@@ -30,11 +36,11 @@ def train(
     point with `if __name__ == "__main__":`.
 
     Args:
-        config: a config of either stage, such as `ibq_jax.load_config("configs/tokenizer.py:openmoji32")`.
+        config: a config of any stage, such as `ibq_jax.load_config("configs/tokenizer.py:openmoji32")`.
         workdir: the run's folder, local or gs://, created if it does not exist.
         profile: steps whose trace is written to `workdir/profile`.
-        trainer_class: a subclass of the stage's trainer, `TokenizerTrainer` or `GeneratorTrainer`, that changes the
-            step. The run does not record it: pass it again to continue.
+        trainer_class: a subclass of the stage's trainer (`TokenizerTrainer`, `GeneratorTrainer`, `JointTrainer`) that
+            changes the step. The run does not record it: pass it again to continue.
         initial: returns the weights that a new run starts from, as `Tokenizer.load(path).params` are; a run that is
             continued does not call it. None: random ones.
 

@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.compilers import installed, needs_gpu_compiler, needs_libtpu
+from support.small_runs import SMALL_JOINT
 
 from ibq_jax.__main__ import main
 from ibq_jax.base.config import load_config
@@ -107,6 +108,21 @@ def test_a_plan_of_a_generator(capsys):
     assert {"codebook", "fsdp"} <= axes and report["flops"] > 0
 
 
+@pytest.mark.slow
+def test_a_plan_of_a_joint_step(capsys):
+    config = CONFIG.replace("tokenizer.py", "joint.py")
+    fields = (*SMALL_JOINT, "tokenizer.model.channel_multipliers=(1,)", "tokenizer.loss.adversarial_weight=0.0")
+    small = [f"--config.{field}" for field in (*fields, "tokenizer.loss.perceptual_weight=0.0")]
+    flags = [f"--config={config}", "--cpu-devices=8", "--json", *small]
+    assert main(["plan", *flags, "--mesh=data:2,fsdp:2,codebook:2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    axes = {row["axes"] for row in report["collectives"]}
+    assert {"codebook", "fsdp"} <= axes and report["flops"] > 0 and report["images_a_step"] == 8
+    for more, words in (("--what=sample", "not for stage 'joint', which has train"), ("--search", "--search needs")):
+        assert main(["plan", *flags, more]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_a_plan_of_encoding_holds_no_optimizer(capsys):
     flags = [f"--config={CONFIG}", "--cpu-devices=8", "--mesh=data:8", "--json", *SMALL]
     assert main(["plan", *flags, "--what=encode"]) == 0
@@ -142,7 +158,10 @@ def test_a_plan_of_sampling_reads_every_weight_for_every_code(capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--cpu-devices=8", "--what=sample"], "--what=sample is not for a tokenizer, which has train and encode"),
+        (
+            ["--cpu-devices=8", "--what=sample"],
+            "--what=sample is not for stage 'tokenizer', which has train and encode",
+        ),
         (["--topology=v9:2x2"], "topology 'v9:2x2': there is no chip 'v9'; the chips are v4, v5e, v5p, v6e, v7x"),
         (["--topology=v9:2x2"], "as in v5e:4x4, and the GPUs a100, h100, h200, b200, gb200, as in h100:8"),
         (["--topology=h100"], "topology 'h100' is not a number of GPUs, as in h100:8, or of nodes and GPUs a node"),

@@ -26,6 +26,11 @@ def generator() -> ConfigDict:
     return load_config(f"{ROOT}/configs/autoregressive.py:openmoji32", [])
 
 
+@pytest.fixture(scope="module")
+def joint() -> ConfigDict:
+    return load_config(f"{ROOT}/configs/joint.py:openmoji32", [])
+
+
 def history(scalars: dict, **more) -> History:
     series = {name: Series(STEPS[: len(values)], np.asarray(values, float)) for name, values in scalars.items()}
     return History(series, {}, **more)
@@ -105,6 +110,29 @@ def test_the_advice_fits_the_quantizer(name, advice):
 )
 def test_one_thing_wrong_is_one_finding(tokenizer, wrong, title, severity):
     assert found(HEALTHY_TOKENIZER | wrong, tokenizer) == {title: severity}
+
+
+EASIER = {"loss/next_token": np.linspace(5.0, 3.0, 100), "codebook/usage": np.linspace(0.9, 0.3, 100)}
+
+
+def test_codes_that_become_easy_to_predict_have_their_own_finding(joint):
+    scalars = HEALTHY_TOKENIZER | {"loss/next_token": np.linspace(5.0, 3.0, 100)}
+    assert found(scalars, joint) == {}
+    title = "the tokenizer makes its codes easy to predict by using few of them"
+    assert found(scalars | EASIER, joint) == {title: "act"}
+    (finding,) = (finding for finding in diagnose(history(scalars | EASIER), joint, 1000) if finding.title == title)
+    assert "from 90.0% to 30.0%" in finding.seen and "raise joint.prediction_weight=1" in finding.advice
+    assert (ROOT / "docs" / "joint.md").is_file() and "docs/joint.md" in finding.advice
+
+
+@pytest.mark.parametrize(
+    "changes", [{"loss/next_token": np.linspace(3.0, 5.0, 100)}, {"joint.next_token_gradient": False}]
+)
+def test_a_collapse_that_the_next_token_loss_does_not_explain_is_a_collapse(joint, changes):
+    config = joint.copy_and_resolve_references().unlock()
+    config.update_from_flattened_dict({name: changes[name] for name in changes if name.startswith("joint.")})
+    scalars = HEALTHY_TOKENIZER | EASIER | {name: changes[name] for name in changes if name.startswith("loss/")}
+    assert found(scalars, config) == {"the codebook is collapsing": "act"}
 
 
 def test_a_clip_that_is_always_on_is_reported(tokenizer):

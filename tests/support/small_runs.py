@@ -101,6 +101,19 @@ def generator_arguments(workdir: Path, codes: Path, *overrides: str, preset: str
     return ["train", f"--config={ROOT}/configs/autoregressive.py:{preset}", f"--workdir={workdir}", *fields]
 
 
+OF_A_JOINT_RUN = ("data.batch_size", "train.", "log.", "evaluate.", "checkpoint.")  # fields at the top of its config
+SMALL_JOINT = (
+    *(field if field.startswith(OF_A_JOINT_RUN) else f"tokenizer.{field}" for field in SMALL),
+    *(f"generator.{field}" for field in SMALL_GENERATOR if field.startswith("model.")),
+)
+
+
+def joint_arguments(workdir: Path, data_dir: Path, *overrides: str) -> list[str]:
+    """Returns the words of a command that trains a small tokenizer and a small generator together in `workdir`."""
+    fields = [f"--config.{field}" for field in (*SMALL_JOINT, f"tokenizer.data.dir={data_dir}", *overrides)]
+    return ["train", f"--config={ROOT}/configs/joint.py:openmoji32", f"--workdir={workdir}", *fields]
+
+
 def save_generator_run(workdir: Path, codes: Path, *overrides: str) -> Path:
     """Writes a generator's run as training on `codes` would, but with random weights of the same shapes."""
     _, spec, _, *fields = generator_arguments(workdir, codes, *overrides)

@@ -9,9 +9,12 @@ from support.partition_specs import partition_specs_text
 
 from ibq_jax.autoregressive.check import check_config as check_generator_config
 from ibq_jax.autoregressive.step import GeneratorTrainer
-from ibq_jax.autoregressive.token_sizes import load_preset
-from ibq_jax.base.config import load_config
+from ibq_jax.autoregressive.token_sizes import load_preset, preset_sizes
+from ibq_jax.base.config import flatten, load_config, preset_module
 from ibq_jax.base.sharding import abstract_state, make_mesh
+from ibq_jax.joint.check import check_config as check_joint_config
+from ibq_jax.joint.parts import generator_part, resolve, tokenizer_part
+from ibq_jax.joint.step import JointTrainer
 from ibq_jax.sweep.grid import read_study
 from ibq_jax.tokenizer.check import check_config
 from ibq_jax.tokenizer.step import TokenizerTrainer
@@ -89,6 +92,22 @@ def test_generator_preset_builds_its_state(preset):
     assert (state.ema is None) == (config.optimizer.ema_decay == 0)
 
 
+@pytest.mark.parametrize("preset", ["openmoji32", "openmoji64", "imagenet256_16384_B"])
+def test_joint_preset_is_made_of_two_others(preset):
+    spec = f"{CONFIGS}/joint.py:{preset}"
+    config = resolve(load_config(spec), preset_sizes(spec))
+    mesh = make_mesh({"data": 2, "fsdp": 2, "codebook": 2})
+    check_joint_config(config, mesh)
+    tokenizer, generator = preset_module(spec)[0].SOURCES[preset]
+    assert tokenizer_part(config) == load_config(f"{CONFIGS}/tokenizer.py:{tokenizer}")
+    part, own = flatten(generator_part(config)), flatten(load_preset(f"{CONFIGS}/autoregressive.py:{generator}"))
+    assert {name.split(".")[0] for name in own if part.get(name) != own[name]} <= {"data", "train", "log", "evaluate"}
+    assert part.keys() == own.keys()
+    state, shardings = abstract_state(JointTrainer(config, mesh, steps_per_epoch=5004).create_state, mesh, 0)
+    assert state.generator.params["head"].shape[0] == state.tokenizer.params["quantize"]["codebook"].shape[0]
+    assert shardings.tokenizer.params["quantize"]["codebook"].spec[0] == ("codebook", "data", "fsdp")
+
+
 def test_the_table_of_generators_is_that_of_its_presets():
     module_text = (CONFIGS / "autoregressive.py").read_text()
     for preset, count in GENERATOR_PARAMETERS.items():
@@ -106,7 +125,7 @@ def test_every_study_is_a_grid_whose_fields_exist_and_go_together(study):
             check_config(point.config, make_mesh({"data": -1}))
 
 
-@pytest.mark.parametrize("file", ["tokenizer.py", "autoregressive.py"])
+@pytest.mark.parametrize("file", ["tokenizer.py", "autoregressive.py", "joint.py"])
 def test_a_copied_config_file_works_anywhere(file, tmp_path, monkeypatch):
     (tmp_path / file).write_text((CONFIGS / file).read_text())
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "ibq_jax"
 ROOMS = (
     *("base", "ops", "data", "pretrained", "plan", "tokenizer", "autoregressive"),
-    *("evaluate", "training", "interop", "api", "report", "sweep", "commands"),
+    *("joint", "evaluate", "training", "interop", "api", "report", "sweep", "commands"),
 )
 DOORS = {
     "orbax": {"base/checkpoint.py"},

@@ -9,10 +9,10 @@ from support.small_runs import ROOT
 from ibq_jax.base.config import flatten, load_config, run_file, save_config
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.saved_run import IMPORTED
-from ibq_jax.training import generator, tokenizer
+from ibq_jax.training import generator, joint, tokenizer
 from ibq_jax.training.fit import FieldRoles, check_same_run
 
-ROLES = {"tokenizer": tokenizer.FIELD_ROLES, "autoregressive": generator.FIELD_ROLES}
+ROLES = {"tokenizer": tokenizer.FIELD_ROLES, "autoregressive": generator.FIELD_ROLES, "joint": joint.FIELD_ROLES}
 RENAMED = run_file(ROOT / "configs" / "renamed_fields.py").RENAMED
 
 
@@ -48,6 +48,10 @@ def test_every_role_names_fields_that_exist(stage):
         ("autoregressive", "model.attention=flash"),
         ("autoregressive", "watchdog.slow_factor=3.0"),
         ("autoregressive", "sample.cfg_scale=3.0"),
+        ("joint", "train.steps=7"),
+        ("joint", "tokenizer.data.dir=elsewhere"),
+        ("joint", "generator.sample.cfg_scale=3.0"),
+        ("joint", "joint.init_tokenizer=elsewhere"),
     ],
 )
 def test_a_free_field_may_change(stage, change, tmp_path):
@@ -66,6 +70,9 @@ def test_a_free_field_may_change(stage, change, tmp_path):
         ("tokenizer", "data.batch_size=8"),
         ("autoregressive", "model.dropout=0.3"),
         ("autoregressive", "optimizer.hold_fraction=0.5"),
+        ("joint", "joint.prediction_weight=0.5"),
+        ("joint", "tokenizer.data.name=elsewhere"),
+        ("joint", "generator.model.dropout=0.3"),
     ],
 )
 def test_any_other_field_is_named_and_nothing_is_written(stage, change, tmp_path):

@@ -1,0 +1,76 @@
+r"""Presets of the joint stage: a tokenizer and a generator of its codes, trained together (docs/joint.md).
+
+    python -m ibq_jax train --config=configs/joint.py:openmoji32 --workdir=runs/joint
+
+A joint config is made of a tokenizer's preset and a generator's. What belongs to the run stands at the top, under the
+names that both stages have for it: seed, data.batch_size, train, mesh, log, ... All other fields stand in the groups
+`tokenizer` and `generator`, under their names and with their values in those presets, such as
+`--config.tokenizer.codebook.size=8192` and `--config.generator.model.num_layers=8`. Where the presets differ about the
+run, the tokenizer's holds. This file has the defaults of the group `joint`.
+
+Vocabulary, grid and classes of the generator follow from the tokenizer and the data set.
+
+| preset | tokenizer | generator | measured here |
+|---|---|---|---|
+| openmoji32 | openmoji32 | openmoji32 | not measured |
+| openmoji64 | openmoji64 | openmoji64 | not measured |
+| imagenet256_16384_B | imagenet256_16384 | imagenet256_B | not measured |
+"""
+
+from ml_collections import ConfigDict
+
+from ibq_jax.base.config import flatten, nested, preset_folder, run_file
+
+OF_THE_RUN = ("seed", "data", "train", "mesh", "log", "evaluate", "checkpoint", "watchdog")  # fields and groups
+OF_EACH_PART = ("stage", "checkpoint.best_metric")  # fields that both presets have, and that differ by meaning
+WITHOUT = ("stage", "token_cache", "tokenizer")  # fields of the presets that the joint stage fills in
+
+
+def _joint(tokenizer: str, generator: str) -> ConfigDict:
+    """Returns the config made of a preset of configs/tokenizer.py and one of configs/autoregressive.py."""
+    parts = {"tokenizer": _fields("tokenizer.py", tokenizer), "generator": _fields("autoregressive.py", generator)}
+    shared = {
+        name: value
+        for name, value in parts["tokenizer"].items()
+        if name in parts["generator"] and name.split(".")[0] in OF_THE_RUN and name not in OF_EACH_PART
+    }
+    own = {
+        part: nested({name: value for name, value in fields.items() if name not in shared and name not in WITHOUT})
+        for part, fields in parts.items()
+    }
+    config = ConfigDict({"stage": "joint", **nested(shared), **own})
+    config.checkpoint.best_metric = "validation/psnr"
+
+    config.joint = ConfigDict()
+    # True: the gradient of the next-token loss reaches the encoder and the codebook through the token embeddings.
+    # False: the codes are constants for it, as in stage two.
+    config.joint.next_token_gradient = True
+    # Of the next-token loss and of the prediction loss, next to the tokenizer's own losses. The sources give none.
+    config.joint.next_token_weight = 0.1
+    config.joint.prediction_weight = 1.0  # 0: predictions are not decoded
+    config.joint.init_tokenizer = ""  # the run whose weights a new run starts from; empty: random ones
+    config.joint.init_generator = ""
+    return config
+
+
+def _fields(file: str, preset: str) -> dict[str, object]:
+    return flatten(run_file(preset_folder() / file).get_config(preset))
+
+
+SOURCES = {  # preset -> those that it is made of
+    "openmoji32": ("openmoji32", "openmoji32"),
+    "openmoji64": ("openmoji64", "openmoji64"),
+    "imagenet256_16384_B": ("imagenet256_16384", "imagenet256_B"),
+}
+PRESETS = tuple(SOURCES)
+
+
+def get_config(preset: str) -> ConfigDict:
+    """Returns the config of one of `PRESETS`."""
+    return _joint(*SOURCES[preset])
+
+
+def expected_sizes(preset: str) -> dict[str, object]:
+    """Returns the number of classes that the preset is meant for; `plan` takes it, for it needs no data."""
+    sizes = run_file(preset_folder() / "autoregressive.py").expected_sizes(SOURCES[preset][1])
+    return {"num_classes": sizes["num_classes"]}

@@ -1,0 +1,58 @@
+"""Checks a joint config before anything is written or computed."""
+
+from collections.abc import Callable
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ibq_jax.autoregressive.check import check_config as check_generator
+from ibq_jax.base.config import flatten
+from ibq_jax.base.errors import UsageError
+from ibq_jax.joint.parts import generator_part, tokenizer_part
+from ibq_jax.tokenizer.check import check_config as check_tokenizer
+
+
+def check_config(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UsageError for values out of range, and for fields that contradict each other or the mesh.
+
+    The config is resolved (`ibq_jax.joint.parts.resolve`).
+    """
+    _check_joint(config)
+    _check_part("tokenizer", check_tokenizer, tokenizer_part(config), config, mesh)
+    _check_part("generator", check_generator, generator_part(config), config, mesh)
+
+
+def _check_joint(config: ConfigDict) -> None:
+    joint, quantizer = config.joint, config.tokenizer.quantizer.name
+    if joint.next_token_weight <= 0:
+        raise UsageError(
+            f"joint.next_token_weight={joint.next_token_weight} is not positive; joint.next_token_gradient=False keeps "
+            "the next-token loss from the tokenizer"
+        )
+    if joint.prediction_weight < 0:
+        raise UsageError(f"joint.prediction_weight={joint.prediction_weight} is negative; 0 switches it off")
+    if quantizer != "ibq" and (joint.next_token_gradient or joint.prediction_weight):
+        raise UsageError(
+            "joint.next_token_gradient and joint.prediction_weight need tokenizer.quantizer.name=ibq; with "
+            f"{quantizer} set them to False and 0"
+        )
+    if config.train.grad_accum_steps != 1:
+        raise UsageError(
+            f"train.grad_accum_steps={config.train.grad_accum_steps}: the joint stage takes its batch at once; use "
+            "more devices, tokenizer.model.remat=blocks or a smaller data.batch_size"
+        )
+    if config.generator.model.use_pretrained_codebook:
+        raise UsageError(
+            "generator.model.use_pretrained_codebook=True is for stage two, whose codebook stays as it is; the joint "
+            "stage needs False"
+        )
+
+
+def _check_part(name: str, check: Callable[[ConfigDict, Mesh], None], part: ConfigDict, config: ConfigDict, mesh: Mesh):
+    """Checks a part as its stage does; an error names the field as it is called here."""
+    try:
+        check(part, mesh)
+    except UsageError as error:
+        message = str(error)
+        own = message.partition("=")[0] in flatten(config[name])
+        raise UsageError(f"{name}.{message}" if own else message) from None

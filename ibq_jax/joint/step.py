@@ -1,0 +1,233 @@
+"""The joint stage's train state and train step: a tokenizer and a generator of its codes, trained together.
+
+Shapes: B images [B, H, W, 3] in [-1, 1], latents z [B, h, w, D], codes i [B, h, w]; S = h w; codebook E [K, D]; token
+embeddings T [K, C] and head U [K, C] of the generator; labels int32 [B].
+
+EOSTok (arXiv 2605.00503) minimises one sum over tokenizer and generator:
+
+    L = L_tok + next_token_weight L_NTP + prediction_weight L_APR
+
+    L_tok   the losses of stage one (`ibq_jax.tokenizer.step`), the discriminator and the alignment among them
+    L_NTP   mean of -log p(i_n | class, h_1 .. h_(n-1)), where h = (onehot(i) + p - sg(p)) T with p = softmax(z E^T) is
+            `soft_lookup(z, E, T)`: the embeddings of the codes, with a gradient that reaches encoder and codebook
+    L_APR   mean of (x - decode(v))^2 over all pixels and colours + loss.perceptual_weight LPIPS(x, decode(v)), where
+            v = (onehot(argmax g) + q - sg(q)) E with g the generator's logits and q = softmax(g) is
+            `soft_lookup(hidden, U, E)`: what the generator predicts at every position, given the true codes before it
+
+L_NTP alone lets the tokenizer make its codes easy to predict, by using few of them; L_APR, whose images have to be
+right, works against that (there, table of ablations: 99.8% of the codes in use become 51.8%, and 99.7% again).
+
+The tokenizer's optimizer follows the gradient of L, and the generator's that of L / next_token_weight, so that its clip
+and its losses are those of stage two. Each has its own settings and its own averages, and all is one backward pass.
+Without `joint.next_token_gradient` the codes are constants in h, and only L_APR's way through E and the decoder is left
+to the tokenizer; with prediction_weight 0 too, the tokenizer is trained as in stage one. GEAR (arXiv
+2606.32039) keeps the next-token loss from the tokenizer in the same way, and guides it by an alignment loss.
+
+As in the sources at hand (notes on EOSTok, a re-implementation by others): predictions are teacher forced, and L_APR
+sends gradients to generator, decoder and codebook, and through h to the encoder. Assumed, where these do not tell: both
+weights, that L_APR is a mean and has no adversarial term, and that h and v have the step's dropout.
+
+Metrics of a step: those of `ibq_jax.tokenizer.step` (`optimizer/...` is the tokenizer's), with loss/total as L, and
+
+| name | meaning |
+|---|---|
+| loss/next_token, loss/perplexity | L_NTP, nats, with dropout; its exponential |
+| loss/next_token_relative | L_NTP / log(codebook/perplexity): 1 for codes of which only the frequencies are known |
+| loss/prediction | L_APR; absent if its weight is 0 |
+| codebook/gradient_norm_reconstruction | of L_tok's gradient at the codebook |
+| codebook/gradient_norm_next_token | the same of what comes through h, weighted |
+| codebook/gradient_norm_prediction | the same of what comes through v, weighted |
+| generator/gradient_norm, generator/learning_rate, generator/weight_decay | of the generator's optimizer |
+
+Validation adds that of stage one, and for the generator on the codes of the same images validation/next_token (nats),
+validation/next_token_relative (to validation/entropy) and validation/perplexity_by_position ([h, w]).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ibq_jax.autoregressive.step import GeneratorState, GeneratorTrainer
+from ibq_jax.base.sharding import abstract_state, batch_sharding, jit_step, replicated, with_sharding
+from ibq_jax.data.preprocess import to_float
+from ibq_jax.joint.parts import generator_part, tokenizer_part
+from ibq_jax.ops import soft_lookup
+from ibq_jax.tokenizer.net_losses import Nets, weight_shapes
+from ibq_jax.tokenizer.parts import PARTS, only, without
+from ibq_jax.tokenizer.step import TokenizerState, TokenizerTrainer
+
+CODEBOOK = PARTS["codebook"]  # modules of the tokenizer's parameters
+DECODING = (*PARTS["codebook"], *PARTS["decoder"])
+LEAST_ENTROPY = 1e-3  # nats; codes with less are one code
+
+
+@flax.struct.dataclass
+class JointState:
+    """Everything that a step changes: the states of both stages."""
+
+    tokenizer: TokenizerState
+    generator: GeneratorState
+
+    @property
+    def params(self) -> dict:
+        """The parameters of both networks."""
+        return {"tokenizer": self.tokenizer.params, "generator": self.generator.params}
+
+
+@dataclass(frozen=True)
+class JointTrainer:
+    """The models, optimizers and step functions of a joint config on one mesh; its methods are pure functions.
+
+    The config is resolved (`ibq_jax.joint.parts.resolve`).
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    steps_per_epoch: int
+
+    @cached_property
+    def tokenizer(self) -> TokenizerTrainer:
+        return TokenizerTrainer(tokenizer_part(self.config), self.mesh, self.steps_per_epoch)
+
+    @cached_property
+    def generator(self) -> GeneratorTrainer:
+        return GeneratorTrainer(generator_part(self.config), self.mesh, self.steps_per_epoch)
+
+    @cached_property
+    def create_state(self) -> Callable[[int], JointState]:
+        """Seed -> the state before the first step, its parameters boxed with their logical axis names."""
+        return jax.jit(lambda seed: JointState(self.tokenizer.create_state(seed), self.generator.create_state(seed)))
+
+    def everywhere(self, state: JointState) -> dict[str, dict]:
+        """Returns both networks' averaged weights where their models compute with them; called outside of steps."""
+        return {
+            "tokenizer": self.tokenizer.placement.everywhere(state.tokenizer.weights("ema")),
+            "generator": self.generator.placement.everywhere(state.generator.weights("ema")),
+        }
+
+    def code_losses(self, weights: Mapping[str, dict], images: jax.Array, labels: jax.Array) -> jax.Array:
+        """Returns -log p of every code of images [B, H, W, 3], float32 [B, S], as for evaluation."""
+        model = self.tokenizer.encoding_model
+        codes = model.apply({"params": weights["tokenizer"]}, to_float(images), method="encode")
+        return self.generator.code_losses(weights["generator"], codes, labels)
+
+    def train_step(self, state: JointState, nets: Nets | None, images: jax.Array, labels: jax.Array):
+        """Takes one step on images [B, H, W, 3], uint8 or float, and their labels [B].
+
+        Returns:
+            (state, metrics): the metrics of the module's table, float32 scalars, and "finite", a bool.
+        """
+        images, nets = to_float(images), nets or {}
+        weights = self.tokenizer.gathered(state.tokenizer.params)
+        forward = self.tokenizer.run_forward(weights, images, nets, self.config.joint.next_token_gradient)
+        judged = self.tokenizer.judge(forward, weights, state.tokenizer, nets, images)
+
+        trained = without(weights, self.tokenizer.frozen)
+        varied = {"generator": self.generator.gathered(state.generator.params)}
+        if self.config.joint.next_token_gradient:
+            varied |= {"latents": forward.latents, "keys": only(trained, CODEBOOK)}
+        if self.config.joint.prediction_weight:
+            varied |= {"decoding": only(trained, DECODING)}
+        labels, dropout_key = self.generator.draw(state.generator.step, labels)
+        (_, scalars), slopes = jax.value_and_grad(self._generator_loss, has_aux=True)(
+            varied, weights, forward.indices, images, labels, dropout_key, nets
+        )
+        weighted = jax.tree.map(
+            lambda leaf: self.config.joint.next_token_weight * leaf, without(slopes, ("generator",))
+        )
+        gradient, norms = self._add_up(forward.pull_back(judged.cotangent, weighted.get("latents")), weighted)
+
+        tokenizer, metrics = self.tokenizer.stepped(state.tokenizer, forward, judged, gradient)
+        gradient = self.generator.placement.scatter(slopes["generator"])
+        generator, of_generator = self.generator.stepped(state.generator, scalars["loss/next_token"], gradient)
+        return JointState(tokenizer, generator), self._metrics(metrics, of_generator, scalars, norms)
+
+    def _generator_loss(self, varied: dict, weights: dict, codes, images, labels, dropout_key, nets: Nets):
+        """Returns (L / next_token_weight without the tokenizer's losses, its terms by name).
+
+        It is differentiated by all that `varied` has: the generator's weights, and of the tokenizer the latents, the
+        codebook as keys, and what decodes; what it lacks is constant. `weights` are all of the tokenizer's.
+        """
+        params, embeddings = varied["generator"], None
+        if "latents" in varied:
+            embeddings = self._embed(varied["latents"], only(weights, CODEBOOK) | varied["keys"], params)
+        hidden = self.generator.hidden(params, codes, labels, dropout_key, embeddings)
+        loss = self.generator.loss_at(hidden, params, codes)
+        scalars = {"loss/next_token": loss}
+        if "decoding" in varied:
+            predicted = self._predict(hidden, params, only(weights, DECODING) | varied["decoding"])
+            distances = self.tokenizer.perceptual_distance(images, predicted, nets)
+            prediction = jnp.mean((images - predicted) ** 2)
+            prediction += self.tokenizer.config.loss.perceptual_weight * jnp.mean(distances)
+            scalars["loss/prediction"] = prediction
+            loss += self.config.joint.prediction_weight / self.config.joint.next_token_weight * prediction
+        return loss, jax.lax.stop_gradient(scalars)
+
+    def _embed(self, latents: jax.Array, keys: dict, params: dict) -> jax.Array:
+        """Returns h, the token embeddings of all codes but the last [B, S - 1, C]."""
+        table = params["tok_emb"]["embedding"]
+        embeddings = self.tokenizer.model.apply({"params": keys}, latents, table, method="look_up")
+        return embeddings.reshape(len(latents), -1, table.shape[1])[:, :-1]
+
+    def _predict(self, hidden: jax.Array, params: dict, decoding: dict) -> jax.Array:
+        """Returns decode(v) [B, H, W, 3], given the head's inputs [B, S, C]."""
+        model, dtype, (height, width) = self.tokenizer.model, self.generator.model.dtype, self.generator.model.grid
+        vectors = model.apply({"params": decoding}, method="code_vectors")
+        flat = hidden.reshape(-1, hidden.shape[-1]).astype(dtype)
+        chosen = soft_lookup(flat, params["head"].astype(dtype), vectors, mesh=self.mesh).value
+        chosen = chosen.reshape(len(hidden), height, width, -1)
+        return model.apply({"params": decoding}, chosen, method="decode_vectors")
+
+    def _add_up(self, gradient: dict, weighted: Mapping) -> tuple[dict, dict[str, jax.Array]]:
+        """Returns the tokenizer's whole gradient, spread like its state, and the norms of its parts at the codebook."""
+        parts = {"reconstruction": gradient, "next_token": weighted.get("keys"), "prediction": weighted.get("decoding")}
+        at_codebook = {
+            name: self.tokenizer.placement.scatter(only(part, CODEBOOK))
+            for name, part in parts.items()
+            if part is not None and only(part, CODEBOOK)
+        }
+        for name, leaves in without(weighted.get("decoding", {}), CODEBOOK).items():
+            gradient = gradient | {name: jax.tree.map(jnp.add, gradient[name], leaves)}
+        gradient = self.tokenizer.placement.scatter(without(gradient, CODEBOOK))
+        if at_codebook:
+            gradient |= jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *at_codebook.values())
+        norms = {f"codebook/gradient_norm_{name}": optax.tree.norm(part) for name, part in at_codebook.items()}
+        return gradient, norms
+
+    def _metrics(self, of_tokenizer: dict, of_generator: dict, scalars: dict, norms: dict) -> dict[str, jax.Array]:
+        joint, finite = self.config.joint, of_tokenizer["finite"] & of_generator["finite"]
+        total = of_tokenizer["loss/total"] + joint.next_token_weight * scalars["loss/next_token"]
+        if "loss/prediction" in scalars:
+            total += joint.prediction_weight * scalars["loss/prediction"]
+        entropy = jnp.maximum(jnp.log(of_tokenizer["codebook/perplexity"]), LEAST_ENTROPY)
+        metrics: dict[str, Any] = {**of_tokenizer, **scalars, **norms, "loss/total": total}
+        metrics["loss/perplexity"] = of_generator["loss/perplexity"]
+        metrics["loss/next_token_relative"] = scalars["loss/next_token"] / entropy
+        for name in ("gradient_norm", "learning_rate", "weight_decay"):
+            metrics[f"generator/{name}"] = of_generator[f"optimizer/{name}"]
+        return metrics | {"finite": finite & jnp.isfinite(total)}
+
+
+def jit_train_step(trainer: JointTrainer):
+    """Returns `trainer.train_step(state, nets, images, labels)`, jitted and sharded; it donates the state."""
+    mesh, changes = trainer.mesh, trainer.config.train.compiler_options
+    batch = batch_sharding(mesh)
+    return jit_step(trainer.train_step, trainer.create_state, mesh, (replicated(mesh), batch, batch), changes)
+
+
+def abstract_arguments(trainer: JointTrainer) -> tuple:
+    """Returns shapes, types and shardings of the step's arguments, with all frozen networks that the config wants."""
+    mesh, data = trainer.mesh, trainer.tokenizer.config.data
+    state, _ = abstract_state(trainer.create_state, mesh, 0)
+    nets = with_sharding(weight_shapes(trainer.tokenizer.config), replicated(mesh)) or None
+    shapes = ((data.batch_size, data.image_size, data.image_size, 3), jnp.uint8), ((data.batch_size,), jnp.int32)
+    batch = (jax.ShapeDtypeStruct(*shape, sharding=batch_sharding(mesh)) for shape in shapes)
+    return state, nets, *batch

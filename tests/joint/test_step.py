@@ -1,0 +1,235 @@
+"""The joint step: gradients against PyTorch in float64, the switch to the bit, eight devices as one."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+import torch
+from support import released
+from support.small_runs import ROOT, SMALL_JOINT
+
+from ibq_jax.base.config import load_config
+from ibq_jax.base.sharding import AXES, abstract_state, batch_sharding, make_mesh
+from ibq_jax.interop import generator_names, tokenizer_names, torch_model
+from ibq_jax.joint.parts import resolve, tokenizer_part
+from ibq_jax.joint.step import JointState, JointTrainer, abstract_arguments, jit_train_step
+from ibq_jax.tokenizer.step import TokenizerTrainer
+from ibq_jax.tokenizer.step import jit_train_step as jit_tokenizer_step
+
+# Float32 against float64, as a share of each tensor's largest gradient; a difference of two gradients loses a digit.
+# Measured: 7.0e-6 at most, on two cores of an Intel Xeon.
+TOLERANCE = 5e-5
+pytestmark = pytest.mark.slow
+
+WEIGHTS = 0.5, 2.0  # of the next-token and of the prediction loss
+LINKED = (f"joint.next_token_weight={WEIGHTS[0]}", f"joint.prediction_weight={WEIGHTS[1]}")
+APART = ("joint.next_token_gradient=false", "joint.prediction_weight=0.0")
+STILL = ("generator.model.dropout=0.0", "generator.loss.class_dropout=0.0", "generator.optimizer.gradient_clip=0.0")
+SMALLEST = ("tokenizer.model.channel_multipliers=(1,)", "tokenizer.data.image_size=4", "tokenizer.data.resize=4")
+NO_DISCRIMINATOR = (
+    "tokenizer.loss.adversarial_weight=0.0",
+    "tokenizer.loss.perceptual_weight=0.0",
+    "tokenizer.quantizer.entropy_group_tokens=0",
+)
+FIELDS = (*SMALL_JOINT, *SMALLEST, *STILL, *NO_DISCRIMINATOR)
+DIRECTIONS = ("tokenizer.quantizer.l2_normalize=true", "tokenizer.quantizer.logit_temperature=0.2")
+ONE = (1, 1, 1)
+
+
+def make_trainer(*overrides: str, sizes=ONE) -> JointTrainer:
+    config = load_config(
+        f"{ROOT}/configs/joint.py:openmoji32", [f"--config.{field}" for field in (*FIELDS, *overrides)]
+    )
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)])
+    return JointTrainer(resolve(config, {"num_classes": 5}), mesh, steps_per_epoch=1)
+
+
+def first_state(trainer: JointTrainer) -> JointState:
+    """A state before the first step whose random weights make every part count: the real one has a head of zeros."""
+    shapes, shardings = abstract_state(trainer.create_state, trainer.mesh, 0)
+    random = np.random.default_rng(0)
+
+    def initial(path, leaf):
+        if path[-1].key == "scale":
+            return np.ones(leaf.shape, np.float32)
+        kernel = 1 / math.sqrt(max(1, math.prod(leaf.shape[:-1])))
+        width = {"kernel": kernel, "head": 0.3, "codebook": 0.7, "embedding": 1.0}.get(path[-1].key, 0.1)
+        return (width * random.standard_normal(leaf.shape)).astype(np.float32)
+
+    parts = {}
+    for name in ("tokenizer", "generator"):
+        part = getattr(shapes, name)
+        params = jax.tree_util.tree_map_with_path(initial, part.params)
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), part)
+        parts[name] = zeros.replace(params=params, ema=part.ema and params)
+    return jax.device_put(JointState(**parts), shardings)
+
+
+@functools.cache
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(1)
+    return random.integers(0, 256, (8, 4, 4, 3), np.uint8), random.integers(0, 5, 8).astype(np.int32)
+
+
+@functools.cache
+def take_step(*overrides: str, sizes=ONE):
+    """Returns (trainer, state before, state after, metrics), the latter two on the host."""
+    trainer = make_trainer(*overrides, sizes=sizes)
+    before = first_state(trainer)
+    on_host = jax.device_get(before)
+    state, metrics = jit_train_step(trainer)(before, None, *jax.device_put(batch(), batch_sharding(trainer.mesh)))
+    return trainer, on_host, jax.device_get(state), {name: float(value) for name, value in metrics.items()}
+
+
+def first_moments(optimizer):
+    def has_moments(part) -> bool:
+        return hasattr(part, "mu")
+
+    return next(part.mu for part in jax.tree.leaves(optimizer, is_leaf=has_moments) if has_moments(part))
+
+
+def gradients(trainer: JointTrainer, state: JointState) -> tuple[dict, dict]:
+    """Returns those that led to `state`, read off Adam's first moments after one step, under published names."""
+    parts = []
+    for part, config in ((state.tokenizer, trainer.tokenizer.config), (state.generator, trainer.generator.config)):
+        beta = config.optimizer.beta1
+        parts.append(jax.tree.map(lambda moment, beta=beta: moment / (1 - beta), first_moments(part.optimizer)))
+    return tokenizer_names.tokenizer_to_torch(parts[0]), generator_names.generator_to_torch(parts[1], "")
+
+
+def in_pytorch(trainer: JointTrainer, before: JointState, next_token_gradient: bool):
+    """Both losses as one would write them down, in float64; returns them and the gradients of both networks."""
+    networks = []
+    for kind, params, names, to_torch in (
+        (torch_model.Tokenizer, before.tokenizer.params, tokenizer_names, tokenizer_names.tokenizer_to_torch),
+        (torch_model.Generator, before.generator.params, generator_names, functools.partial(
+            generator_names.generator_to_torch, prefix="")),
+    ):  # fmt: skip
+        part = trainer.tokenizer if kind is torch_model.Tokenizer else trainer.generator
+        network = kind.of(names.published_architecture(part.config.to_dict()) | {"no_class": False}).double()
+        tensors = {name: torch.tensor(np.asarray(array)).double() for name, array in to_torch(params).items()}
+        network.load_state_dict(tensors)
+        networks.append(network)
+    tokenizer, generator = networks
+    images, labels = batch()
+    x, labels = torch.tensor(images).double().permute(0, 3, 1, 2) / 127.5 - 1, torch.tensor(labels).long()
+    z = tokenizer.latent(x).permute(0, 2, 3, 1).flatten(1, 2)  # [B, S, D]
+    settings = trainer.tokenizer.config.quantizer
+    rows = tokenizer.quantize.vectors(tokenizer.quantize.embedding.weight)
+    soft = torch.softmax(tokenizer.quantize.vectors(z) @ rows.T / settings.logit_temperature, dim=-1)
+    codes = soft.argmax(dim=-1)
+
+    def straight_through(p):
+        return torch.nn.functional.one_hot(p.argmax(dim=-1), p.shape[-1]) + p - p.detach()
+
+    if next_token_gradient:
+        generator.embed = lambda known: (straight_through(soft) @ generator.tok_emb.weight)[:, :-1]
+    logits = generator(codes, labels)
+    next_token = torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
+    side = x.shape[-1]
+    vectors = (straight_through(torch.softmax(logits, dim=-1)) @ rows).unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    predicted = tokenizer.decoder(tokenizer.post_quant_conv(vectors))
+    prediction = ((x - predicted) ** 2).mean()
+    total = WEIGHTS[0] * next_token + WEIGHTS[1] * prediction
+    total.backward()
+    slopes = [
+        {name: np.zeros(tensor.shape) if tensor.grad is None else tensor.grad.numpy() for name, tensor in
+         network.named_parameters()}
+        for network in networks
+    ]  # fmt: skip
+    return (next_token.item(), prediction.item()), *slopes
+
+
+@pytest.mark.parametrize("fields", [(), DIRECTIONS, ("joint.next_token_gradient=false",)])
+def test_gradients_are_pytorchs(fields):
+    """Compares the gradients that stage one lacks, and the generator's, with those of the two losses in PyTorch."""
+    linked = "joint.next_token_gradient=false" not in fields
+    trainer, before, state, metrics = take_step(*LINKED, *fields)
+    alone, _, apart, _ = take_step(*APART, *[field for field in fields if "joint" not in field])
+    (next_token, prediction), tokenizer, generator = in_pytorch(trainer, before, linked)
+    assert metrics["loss/next_token"] == pytest.approx(next_token, rel=1e-5)
+    assert metrics["loss/prediction"] == pytest.approx(prediction, rel=1e-5)
+    (ours, of_generator), (stage_one, _) = gradients(trainer, state), gradients(alone, apart)
+    assert ours.keys() == tokenizer.keys() and of_generator.keys() == generator.keys()
+    largest = max(np.abs(array).max() for array in ours.values())
+    for name, expected in tokenizer.items():
+        error = np.abs(ours[name] - stage_one[name].astype(np.float64) - expected).max()
+        assert error <= TOLERANCE * max(np.abs(expected).max(), 1e-2 * largest), name
+    for name, expected in generator.items():
+        released.assert_close(WEIGHTS[0] * of_generator[name], expected, TOLERANCE)
+    reached = (
+        np.abs(tokenizer["encoder.conv_in.weight"]).max() > 0,
+        np.abs(tokenizer["decoder.conv_in.weight"]).max() > 0,
+    )
+    assert reached == (linked, True)
+
+
+def test_apart_nothing_of_the_generator_reaches_the_tokenizer():
+    """With another generator and other labels the tokenizer is the same to the bit."""
+    trainer, before, state, metrics = take_step(*APART)
+    other = before.replace(
+        generator=before.generator.replace(params=jax.tree.map(np.negative, before.generator.params))
+    )
+    other = jax.device_put(other, abstract_state(trainer.create_state, trainer.mesh, 0)[1])
+    images, labels = jax.device_put(batch(), batch_sharding(trainer.mesh))
+    after, logged = jit_train_step(trainer)(other, None, images, 4 - labels)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.tokenizer), state.tokenizer)
+    assert float(logged["loss/next_token"]) != metrics["loss/next_token"]
+
+
+def test_apart_the_tokenizer_is_trained_as_in_stage_one():
+    """Losses to the bit, and gradients to the rounding of what XLA fuses: to the bit where it fuses nothing."""
+    trainer, before, state, metrics = take_step(*APART)
+    alone = TokenizerTrainer(tokenizer_part(trainer.config), trainer.mesh, steps_per_epoch=1)
+    expected, logged = jit_tokenizer_step(alone)(jax.device_put(before.tokenizer), None, batch()[0])
+    for name in logged.keys() - {"loss/total", "optimizer/gradient_norm"}:
+        assert metrics[name] == float(logged[name]), name
+    ours, theirs = (first_moments(tokenizer.optimizer) for tokenizer in (state.tokenizer, jax.device_get(expected)))
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(theirs))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6 * largest), ours, theirs)
+    assert not any(name.endswith(("norm_next_token", "norm_prediction")) for name in metrics)
+    assert metrics["loss/total"] == pytest.approx(float(logged["loss/total"]) + 0.1 * metrics["loss/next_token"])
+
+
+def test_eight_devices_take_the_step_of_one():
+    _, _, state, metrics = take_step(*LINKED, sizes=(2, 2, 2))
+    _, _, expected, logged = take_step(*LINKED)
+    assert metrics.keys() == logged.keys()
+    for name, value in logged.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    for part in ("tokenizer", "generator"):
+        ours, theirs = (first_moments(getattr(side, part).optimizer) for side in (state, expected))
+        largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(theirs))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4 * largest), ours, theirs)
+
+
+def test_metrics():
+    trainer, _, state, metrics = take_step(*LINKED)
+    joint = WEIGHTS[0] * metrics["loss/next_token"] + WEIGHTS[1] * metrics["loss/prediction"]
+    assert metrics["loss/total"] == pytest.approx(metrics["loss/nll"] + metrics["loss/codebook"] + joint, rel=1e-6)
+    entropy = math.log(metrics["codebook/perplexity"])
+    assert metrics["loss/next_token_relative"] == pytest.approx(metrics["loss/next_token"] / entropy, rel=1e-5)
+    assert metrics["finite"]
+    assert metrics["generator/learning_rate"] == pytest.approx(2e-3)
+    norms = [metrics[f"codebook/gradient_norm_{name}"] for name in ("reconstruction", "next_token", "prediction")]
+    whole = np.linalg.norm(gradients(trainer, state)[0]["quantize.embedding.weight"])
+    assert min(norms) > 0 and max(norms) < whole + sum(norms) and whole <= sum(norms)
+
+
+def test_what_is_off_is_not_compiled():
+    """Without the prediction loss the program has one decoder."""
+    counts = []
+    for fields in ((), ("joint.prediction_weight=0.0",)):
+        trainer = make_trainer(*fields)
+        program = str(jax.make_jaxpr(trainer.train_step)(*abstract_arguments(trainer)))
+        counts.append(program.count("conv_general_dilated["))
+    assert counts[0] > 1.3 * counts[1]
+
+
+def test_frozen_parts_stay_as_they_are():
+    trainer = make_trainer(*LINKED, "tokenizer.finetune.freeze=codebook")
+    state, metrics = jax.eval_shape(trainer.train_step, *abstract_arguments(trainer))
+    assert "quantize" not in state.tokenizer.ema and "encoder" in state.tokenizer.ema
+    assert not any(name.startswith("codebook/gradient_norm") for name in metrics)
