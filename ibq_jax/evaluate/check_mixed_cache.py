@@ -102,4 +102,5 @@ def _of_few_shapes(sampled: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[n
 def _squares(images: list[np.ndarray]) -> np.ndarray:
     """Fits images of mixed sizes into white squares of one size: uint8 [N, S, S, 3]."""
     side = min(SHOWN_PIXELS, max(max(pixels.shape) for pixels in images))
-    return np.stack([ImageOps.pad(Image.fromarray(pixels), (side, side), color="white") for pixels in images])
+    squares = (ImageOps.pad(Image.fromarray(pixels), (side, side), color="white") for pixels in images)
+    return np.stack([np.asarray(square) for square in squares])
