@@ -1,6 +1,6 @@
 """Two kinds of logits for VQ's entropy term: IBQ's dot products, or those by which VQ chooses.
 
-Which part was run, and what came out, is in docs/collapse.md.
+One point was run: docs/collapse.md.
 
 python -m ibq_jax sweep --study=configs/studies/entropy_logits.py --workdir=runs/entropy_logits
 """

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from ibq_jax.base.config import differences, flatten, upgraded
 from ibq_jax.base.errors import UsageError
@@ -33,7 +32,7 @@ class Baseline:
     """The curves of several runs of one config.
 
     Attributes:
-        config: of the first of the runs.
+        config: the fields of the runs' config that decide what is computed and measured, by their dotted names.
         runs: how many there are.
         steps: at which the shortest of them ended.
         off: scalars that all of them logged as 0 throughout, because what they measure was off.
@@ -46,7 +45,7 @@ class Baseline:
     off: tuple[str, ...]
     bands: Mapping[str, Band]
 
-    def fits(self, config: ConfigDict, history: History) -> bool:
+    def fits(self, config: Mapping, history: History) -> bool:
         """Returns whether a run computes what these runs did: the same config, and nothing on that was off here."""
         on = any(name in history and history[name].values.any() for name in self.off)
         return not on and not _differences(self.config, config)
@@ -85,7 +84,7 @@ def make_baseline(runs: Sequence[Run]) -> Baseline:
     off = [name for name in names if not any(run.history[name].values.any() for run in runs)]
     bands = {name: band for name in names if name not in off if (band := _band([run.history for run in runs], name))}
     steps = min(run.history.last_step for run in runs)
-    return Baseline(first.config.to_dict(), len(runs), steps, tuple(off), bands)
+    return Baseline(_deciding(first.config), len(runs), steps, tuple(off), bands)
 
 
 def write_baseline(baseline: Baseline, path: Path) -> None:
@@ -123,13 +122,16 @@ def _shipped() -> Iterator[Baseline]:
     return (read_baseline(path) for path in sorted(FOLDER.glob("*.json")))
 
 
-def _differences(ours: Mapping, theirs: ConfigDict) -> list[str]:
-    """Returns the fields that differ in what is computed, the seed and the places of files aside."""
-    ours = upgraded(ConfigDict(ours).to_dict())
-    roles = ROLES[ours["stage"]]
-    differing = differences(ours, theirs, ignore=(*roles.free, *roles.location, "seed"))
-    old, new = ({name: fields.get(name) for name in MEASURING} for fields in (flatten(ours), flatten(theirs)))
-    return differing + differences(old, new)
+def _deciding(config: Mapping) -> dict:
+    """Returns the fields that decide what is computed and measured; the seed and the places of files do not."""
+    fields = flatten(upgraded(flatten(config)))
+    roles = ROLES[fields["stage"]]
+    ignored = (*roles.free, *roles.location, "seed")
+    return {name: value for name, value in fields.items() if not name.startswith(ignored) or name in MEASURING}
+
+
+def _differences(ours: Mapping, theirs: Mapping) -> list[str]:
+    return differences(_deciding(ours), _deciding(theirs))
 
 
 def _band(histories: Sequence[History], name: str) -> Band | None:

@@ -78,11 +78,17 @@ def test_it_fits_runs_that_compute_the_same(three, tmp_path):
     assert not fits("lpips", logged=[{"step": 1, "loss/l1": 0.5, "loss/lpips": 0.2}])  # off in the baseline
 
 
+def test_it_holds_no_path_of_the_machine(tmp_path):
+    runs = [write_run(tmp_path / f"p{seed}", seed, rows(0.0), "data.dir=/home/me") for seed in range(2)]
+    write_baseline(make_baseline(runs), tmp_path / "b.json")
+    assert "/home/me" not in (tmp_path / "b.json").read_text()
+
+
 def test_an_older_runs_config_fits(three, tmp_path):
     """A baseline that is shipped today stays valid when a field is added later."""
     write_baseline(make_baseline(three), tmp_path / "b.json")
     fields = json.loads((tmp_path / "b.json").read_text())
-    del fields["config"]["quantizer"]["entropy_logits"]
+    del fields["config"]["quantizer.entropy_logits"]
     (tmp_path / "b.json").write_text(json.dumps(fields))
     assert read_baseline(tmp_path / "b.json").fits(three[0].config, three[0].history)
 
@@ -149,3 +155,12 @@ def test_the_report_draws_a_shipped_or_given_one(three, tmp_path, monkeypatch, c
     ):
         assert main(["report", f"--out={out}", "--overwrite", *flags]) == 2
         assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(baselines.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_a_shipped_file_is_of_a_preset_as_it_is(path):
+    found, (stage, _, preset) = read_baseline(path), path.stem.partition("_")
+    assert path.stat().st_size < 100_000 and found.runs >= 3
+    if stage == "tokenizer":
+        config = load_config(f"{ROOT}/configs/tokenizer.py:{preset}")
+        assert found.fits(config, History({}, {}))
