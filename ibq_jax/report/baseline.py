@@ -18,13 +18,17 @@ from ibq_jax.base.json_files import read_json
 from ibq_jax.report.curves import PANELS, Band
 from ibq_jax.report.history import History
 from ibq_jax.report.run import Run
-from ibq_jax.training import generator, tokenizer
+from ibq_jax.training import generator, joint, tokenizer
 
 FOLDER = Path(__file__).parent / "baselines"
 MAX_POINTS = 100  # of a band; more are put into groups
 DIGITS = 4  # significant ones
 MEASURING = ("evaluate.protocol", "evaluate.examples")  # fields that do not change a run but what is measured
-ROLES = {"tokenizer": tokenizer.FIELD_ROLES, "autoregressive": generator.FIELD_ROLES}
+ROLES = {
+    "tokenizer": tokenizer.FIELD_ROLES,
+    "autoregressive": generator.FIELD_ROLES,
+    "joint": joint.FIELD_ROLES,
+}
 
 
 @dataclass(frozen=True)
