@@ -45,7 +45,8 @@ def _joint(tokenizer: str, generator: str) -> ConfigDict:
     # True: the gradient of the next-token loss reaches the encoder and the codebook through the token embeddings.
     # False: the codes are constants for it, as in stage two.
     config.joint.next_token_gradient = True
-    # Of the next-token loss and of the prediction loss, next to the tokenizer's own losses. The sources give none.
+    # These two multiply the next-token loss and the prediction loss, which are added to the tokenizer's own losses.
+    # The sources give no such weights.
     config.joint.next_token_weight = 0.1
     config.joint.prediction_weight = 1.0  # 0: predictions are not decoded
     config.joint.init_tokenizer = ""  # the run whose weights a new run starts from; empty: random ones

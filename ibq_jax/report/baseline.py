@@ -18,17 +18,12 @@ from ibq_jax.base.json_files import read_json
 from ibq_jax.report.curves import PANELS, Band
 from ibq_jax.report.history import History
 from ibq_jax.report.run import Run
-from ibq_jax.training import generator, joint, tokenizer
+from ibq_jax.training.train import STAGES
 
 FOLDER = Path(__file__).parent / "baselines"
 MAX_POINTS = 100  # of a band; more are put into groups
 DIGITS = 4  # significant ones
 MEASURING = ("evaluate.protocol", "evaluate.examples")  # fields that do not change a run but what is measured
-ROLES = {
-    "tokenizer": tokenizer.FIELD_ROLES,
-    "autoregressive": generator.FIELD_ROLES,
-    "joint": joint.FIELD_ROLES,
-}
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,7 @@ def read_baseline(path: Path) -> Baseline:
         }
         if any({len(array) for array in vars(band).values()} != {len(band.steps)} for band in bands.values()):
             raise ValueError("a band whose arrays differ in length")
-        if found["config"]["stage"] not in ROLES:
+        if found["config"]["stage"] not in STAGES:
             raise ValueError(f"of an unknown stage {found['config']['stage']!r}")
         return Baseline(found["config"], int(found["runs"]), int(found["steps"]), tuple(found["off"]), bands)
     except FileNotFoundError:
@@ -129,7 +124,7 @@ def _shipped() -> Iterator[Baseline]:
 def _deciding(config: Mapping) -> dict:
     """Returns the fields that decide what is computed and measured; the seed and the places of files do not."""
     fields = flatten(upgraded(flatten(config)))
-    roles = ROLES[fields["stage"]]
+    roles = STAGES[fields["stage"]].roles
     ignored = (*roles.free, *roles.location, "seed")
     return {name: value for name, value in fields.items() if not name.startswith(ignored) or name in MEASURING}
 

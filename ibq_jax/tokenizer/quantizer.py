@@ -13,9 +13,13 @@ from jax.nn.initializers import normal
 from jax.sharding import Mesh
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.ops.index_backprop import index_backprop, nearest_codes, soft_lookup, unit
+from ibq_jax.ops.index_backprop import IndexBackprop, SoftLookup, index_backprop, nearest_codes, soft_lookup, unit
 
 BETA_ON = ("codebook", "commitment")
+LOOKUP_FIELDS = (
+    *("entropy_temperature", "entropy_group_tokens", "precision", "gradient_precision"),
+    *("block_size", "implementation", "mesh"),
+)
 
 
 @flax.struct.dataclass
@@ -59,6 +63,21 @@ class Quantizer(Protocol):
 def straight_through(value: jax.Array, z: jax.Array) -> jax.Array:
     """Returns `value` with its gradient copied unchanged to `z` (straight-through estimator)."""
     return jax.lax.stop_gradient(value) + (z - jax.lax.stop_gradient(z))
+
+
+def lookup_form(quantizer: Any) -> dict[str, Any]:
+    """Returns the arguments of `index_backprop` and `soft_lookup` that are fields of a quantizer."""
+    return {name: getattr(quantizer, name) for name in LOOKUP_FIELDS}
+
+
+def entropy_terms(quantizer: Any, found: IndexBackprop | SoftLookup) -> dict[str, jax.Array]:
+    """Returns the fields of `Quantized` about entropies, with the quantizer's two weights in the loss."""
+    sample_term = quantizer.sample_entropy_weight * found.sample_entropy
+    return {
+        "sample_entropy": found.sample_entropy,
+        "batch_entropy": found.batch_entropy,
+        "entropy_loss": sample_term - quantizer.batch_entropy_weight * found.batch_entropy,
+    }
 
 
 class IndexBackpropQuantizer(nn.Module):
@@ -126,18 +145,15 @@ class IndexBackpropQuantizer(nn.Module):
     def __call__(self, z: jax.Array) -> Quantized:
         z = self.project_latents(z)
         out = index_backprop(
-            z.reshape(-1, self.dim), self.code_vectors(), logit_temperature=self.logit_temperature, **self._lookup_form
+            z.reshape(-1, self.dim), self.code_vectors(), logit_temperature=self.logit_temperature, **lookup_form(self)
         )
-        sample_term = self.sample_entropy_weight * out.sample_entropy
         z_q = out.z_q.reshape(z.shape)
         indices = out.indices.reshape(z.shape[:-1])
         return Quantized(
             z_q=z_q,
             indices=indices,
             quant_loss=self._quant_loss(z, z_q, indices),
-            sample_entropy=out.sample_entropy,
-            batch_entropy=out.batch_entropy,
-            entropy_loss=sample_term - self.batch_entropy_weight * out.batch_entropy,
+            **entropy_terms(self, out),
             max_probability=out.max_probability,
             max_logit=out.max_logit,
         )
@@ -148,20 +164,8 @@ class IndexBackpropQuantizer(nn.Module):
         Differentiable in all three, as z_q is in latents and codebook (`ibq_jax.ops.soft_lookup`).
         """
         flat = self.project_latents(z).reshape(-1, self.dim)
-        out = soft_lookup(flat, self.code_vectors(), values, temperature=self.logit_temperature, **self._lookup_form)
+        out = soft_lookup(flat, self.code_vectors(), values, temperature=self.logit_temperature, **lookup_form(self))
         return out.value.reshape(*z.shape[:-1], -1)
-
-    @property
-    def _lookup_form(self) -> dict[str, Any]:
-        return {
-            "entropy_temperature": self.entropy_temperature,
-            "entropy_group_tokens": self.entropy_group_tokens,
-            "precision": self.precision,
-            "gradient_precision": self.gradient_precision,
-            "block_size": self.block_size,
-            "implementation": self.implementation,
-            "mesh": self.mesh,
-        }
 
     def _quant_loss(self, z: jax.Array, z_q: jax.Array, indices: jax.Array) -> jax.Array:
         # The released code has no switch between the paper's "double" and "single" loss, and the ablation gives no

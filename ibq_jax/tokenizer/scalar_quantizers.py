@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.ops.index_backprop import index_backprop
-from ibq_jax.tokenizer.quantizer import Quantized, straight_through
+from ibq_jax.tokenizer.quantizer import Quantized, entropy_terms, lookup_form, straight_through
 
 PAPER_LEVELS = ((8, 6, 5), (8, 5, 5, 5), (7, 5, 5, 5, 5), (8, 8, 8, 6, 5), (8, 8, 8, 5, 5, 5))  # arXiv 2309.15505
 MOST_LEVELS = 256  # per dimension; with many more, EPSILON would add another level
@@ -58,22 +58,13 @@ class LookupFreeQuantizer(nn.Module):
         out = index_backprop(
             2.0 * z.reshape(-1, self.latent_dim),
             self.lookup(jnp.arange(self.codebook_size)),
-            entropy_temperature=self.entropy_temperature,
-            entropy_group_tokens=self.entropy_group_tokens,
-            precision=self.precision,
-            gradient_precision=self.gradient_precision,
-            block_size=self.block_size,
-            implementation=self.implementation,
-            mesh=self.mesh,
+            **lookup_form(self),
         )
         return Quantized(
             z_q=straight_through(corner, z),
             indices=indices,
             quant_loss=self.beta * jnp.mean((corner - z) ** 2),
-            entropy_loss=self.sample_entropy_weight * out.sample_entropy
-            - self.batch_entropy_weight * out.batch_entropy,
-            sample_entropy=out.sample_entropy,
-            batch_entropy=out.batch_entropy,
+            **entropy_terms(self, out),
         )
 
     def nearest(self, z: jax.Array) -> jax.Array:

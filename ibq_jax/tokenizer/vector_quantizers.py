@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from ibq_jax.base.precision import FULL
 from ibq_jax.ops.index_backprop import SoftLookup, nearest_codes, soft_lookup, unit
-from ibq_jax.tokenizer.quantizer import Quantized, straight_through
+from ibq_jax.tokenizer.quantizer import Quantized, entropy_terms, lookup_form, straight_through
 
 
 class NearestRowQuantizer(nn.Module):
@@ -78,14 +78,7 @@ class NearestRowQuantizer(nn.Module):
         )
         if self.entropy_logits == "own":
             return quantized
-        found = self._entropies(z)
-        sample_term = self.sample_entropy_weight * found.sample_entropy
-        return dataclasses.replace(
-            quantized,
-            entropy_loss=sample_term - self.batch_entropy_weight * found.batch_entropy,
-            sample_entropy=found.sample_entropy,
-            batch_entropy=found.batch_entropy,
-        )
+        return dataclasses.replace(quantized, **entropy_terms(self, self._entropies(z)))
 
     def _entropies(self, z: jax.Array) -> SoftLookup:
         z, keys = z.reshape(-1, self.dim), self.code_vectors()
@@ -95,13 +88,7 @@ class NearestRowQuantizer(nn.Module):
             z,
             keys,
             jnp.zeros_like(keys[:, :1]),  # the values are not used: as narrow as can be
-            entropy_temperature=self.entropy_temperature,
-            entropy_group_tokens=self.entropy_group_tokens,
-            precision=self.precision,
-            gradient_precision=self.gradient_precision,
-            block_size=self.block_size,
-            implementation=self.implementation,
-            mesh=self.mesh,
+            **lookup_form(self),
         )
 
     def nearest(self, z: jax.Array) -> jax.Array:

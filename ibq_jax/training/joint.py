@@ -129,11 +129,7 @@ def train_joint(
     source = open_split(data.name, data.dir, data.train_split)
     config = resolve_sizes(config, {"num_classes": source.num_classes})
     check_config(config, mesh)
-    steps_per_epoch = len(source) // config.data.batch_size
-    if not steps_per_epoch:
-        raise UsageError(
-            f"data.batch_size={config.data.batch_size} is more than the {len(source)} images of the data set"
-        )
+    steps_per_epoch = tokenizer.count_steps(source, config.data.batch_size)
     trainer = trainer_class(config, mesh, steps_per_epoch)
     stage = JointStage(trainer, load_nets(trainer.tokenizer.config, mesh), source.class_names)
     check_same_run(workdir, config, FIELD_ROLES)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.files import resolve
 from ibq_jax.base.sharding import make_mesh, process_rows
-from ibq_jax.data.pipeline import open_split, training_batches
+from ibq_jax.data.pipeline import ImageSource, open_split, training_batches
 from ibq_jax.evaluate.feature_nets import find_feature_nets
 from ibq_jax.evaluate.protocols import find_protocol
 from ibq_jax.evaluate.validation import validation_evaluator
@@ -130,11 +130,7 @@ def train_tokenizer(
     mesh = make_mesh(config.mesh)
     check_config(config, mesh)
     source = open_split(config.data.name, config.data.dir, config.data.train_split)
-    steps_per_epoch = len(source) // config.data.batch_size
-    if not steps_per_epoch:
-        raise UsageError(
-            f"data.batch_size={config.data.batch_size} is more than the {len(source)} images of the data set"
-        )
+    steps_per_epoch = count_steps(source, config.data.batch_size)
     trainer = trainer_class(config, mesh, steps_per_epoch)
     stage = TokenizerStage(trainer, load_nets(config, mesh))
     check_same_run(workdir, config, FIELD_ROLES)
@@ -164,6 +160,13 @@ def train_tokenizer(
     if keeps_codes(config):
         print(check_codes(workdir, stage.codes(state)))
     return state
+
+
+def count_steps(source: ImageSource, batch_size: int) -> int:
+    """Returns the steps of an epoch. Raises UsageError if the images do not fill one batch."""
+    if batch_size > len(source):
+        raise UsageError(f"data.batch_size={batch_size} is more than the {len(source)} images of the data set")
+    return len(source) // batch_size
 
 
 def batch_fields(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:

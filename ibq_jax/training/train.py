@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -11,14 +12,25 @@ from ibq_jax.base.files import as_path
 from ibq_jax.base.saved_run import SavedRun
 from ibq_jax.joint.step import JointTrainer
 from ibq_jax.tokenizer.step import TokenizerTrainer
+from ibq_jax.training import generator, joint, tokenizer
+from ibq_jax.training.fit import FieldRoles
 from ibq_jax.training.generator import train_generator
 from ibq_jax.training.joint import train_joint
 from ibq_jax.training.tokenizer import train_tokenizer
 
+
+class Stage(NamedTuple):
+    """A stage's trainer, the function that trains its configs, and what their fields mean to a run."""
+
+    trainer_class: type
+    train: Callable
+    roles: FieldRoles
+
+
 STAGES = {
-    "tokenizer": (TokenizerTrainer, train_tokenizer),
-    "autoregressive": (GeneratorTrainer, train_generator),
-    "joint": (JointTrainer, train_joint),
+    "tokenizer": Stage(TokenizerTrainer, train_tokenizer, tokenizer.FIELD_ROLES),
+    "autoregressive": Stage(GeneratorTrainer, train_generator, generator.FIELD_ROLES),
+    "joint": Stage(JointTrainer, train_joint, joint.FIELD_ROLES),
 }
 
 
@@ -54,7 +66,7 @@ def train(
     """
     if config.stage not in STAGES:
         raise UsageError(f"the config is of stage {config.stage!r}; the stages are {', '.join(STAGES)}")
-    stage_trainer, train_stage = STAGES[config.stage]
+    stage_trainer, train_stage, _ = STAGES[config.stage]
     trainer_class = trainer_class or stage_trainer
     if not issubclass(trainer_class, stage_trainer):
         raise UsageError(
