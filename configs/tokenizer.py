@@ -97,7 +97,7 @@ def _add_quantizer(config: ConfigDict, codebook_size: int) -> None:
     config.codebook = ConfigDict()
     config.codebook.size = codebook_size  # number of codes
     config.codebook.dim = 256  # dimensions of a code; lfq and fsq derive theirs from the size
-    config.codebook.init_scale = 1.0  # ibq: standard deviation of the initial codebook; 1 as released
+    config.codebook.init_scale = 0.0  # ibq and vq: standard deviation of the initial codes; 0: as published
     config.codebook.block_size = 0  # codes per block of the streamed quantizer; 0: chosen by a memory budget
     config.codebook.implementation = "streamed"  # or "dense", the plain form; for ibq and lfq
 

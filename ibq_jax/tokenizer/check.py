@@ -44,13 +44,13 @@ POSITIVE = (
     "model.z_channels",
     "codebook.size",
     "codebook.dim",
-    "codebook.init_scale",
     "quantizer.entropy_temperature",
     "quantizer.logit_temperature",
     "discriminator.channels",
     "discriminator.r1_every",
 )
 NOT_NEGATIVE = (
+    "codebook.init_scale",
     "discriminator.ramp_steps",
     "discriminator.r1_weight",
     "discriminator.net_side",
@@ -81,7 +81,7 @@ def _check_not_negative(config: ConfigDict) -> None:
     fields = flatten(config)
     for name in NOT_NEGATIVE:
         if fields[name] < 0:
-            raise UsageError(f"{name}={fields[name]} is negative; 0 switches it off")
+            raise UsageError(f"{name}={fields[name]} is negative; it must be at least 0")
 
 
 def _check_images(config: ConfigDict) -> None:

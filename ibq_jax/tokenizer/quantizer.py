@@ -81,12 +81,13 @@ def entropy_terms(quantizer: Any, found: IndexBackprop | SoftLookup) -> dict[str
 
 
 class IndexBackpropQuantizer(nn.Module):
-    """Index Backpropagation Quantization with a codebook [codebook_size, dim], initialised normal(0, init_scale).
+    """Index Backpropagation Quantization with a codebook [codebook_size, dim].
 
     With e the chosen row and sg the stop-gradient, quant_loss is the sum of three mean squares: (z_q - z)^2, whose
     gradient reaches every row; the commitment term (sg(e) - z)^2; and the codebook term (e - sg(z))^2. `beta` scales
     the codebook term, as in the released code, or with beta_on="commitment" the commitment term, as in the paper.
-    Without `double_loss` the first term is left out, and VQ's loss remains.
+    Without `double_loss` the first term is left out, and VQ's loss remains. The codebook starts as normal(0, init_scale),
+    where 0 stands for 1, as released.
 
     `l2_normalize` divides latents and rows by their lengths before anything else, as in Emu3.5's quantizer: logits,
     losses, z_q and what `lookup` returns are of vectors of length one, |z . e| / `logit_temperature` stays within
@@ -102,7 +103,7 @@ class IndexBackpropQuantizer(nn.Module):
     beta: float = 0.25
     beta_on: str = "codebook"
     double_loss: bool = True
-    init_scale: float = 1.0
+    init_scale: float = 0.0
     l2_normalize: bool = False
     logit_temperature: float = 1.0
     entropy_temperature: float = 0.01
@@ -119,7 +120,7 @@ class IndexBackpropQuantizer(nn.Module):
     def setup(self):
         if self.beta_on not in BETA_ON:
             raise UsageError(f"quantizer.beta_on is {self.beta_on!r}; it must be one of {', '.join(BETA_ON)}")
-        initial = normal(self.init_scale)
+        initial = normal(self.init_scale or 1.0)
 
         def initial_directions(key, shape, dtype):
             return unit(initial(key, shape, dtype))

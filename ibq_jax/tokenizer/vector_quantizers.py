@@ -106,15 +106,18 @@ class NearestRowQuantizer(nn.Module):
 
 
 class VectorQuantizer(NearestRowQuantizer):
-    """VQ-VAE's quantizer (arXiv 1711.00937), its codebook initialised uniformly in +-1/K as in VQGAN.
+    """VQ-VAE's quantizer (arXiv 1711.00937).
 
+    The codebook starts as normal(0, init_scale), where 0 stands for VQGAN's start, uniform in +-1/K.
     `l2_normalize` first divides latents and codes by their lengths (ViT-VQGAN, arXiv 2110.04627, section 3.2).
     """
 
+    init_scale: float = 0.0
     l2_normalize: bool = False
 
     def setup(self):
-        init = nn.with_logical_partitioning(uniform_within(1.0 / self.codebook_size), ("codes", "code_dim"))
+        initial = normal(self.init_scale) if self.init_scale else uniform_within(1.0 / self.codebook_size)
+        init = nn.with_logical_partitioning(initial, ("codes", "code_dim"))
         self.codebook = jnp.asarray(self.param("codebook", init, (self.codebook_size, self.dim), jnp.float32))
 
     def code_vectors(self) -> jax.Array:

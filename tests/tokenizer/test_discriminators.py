@@ -245,7 +245,7 @@ def test_none_leaves_the_state_without_a_discriminator():
         (["discriminator.name=gan"], "discriminator.name=gan is not one of patch, stylegan, dino, none"),
         (["discriminator.loss=wgan"], "discriminator.loss=wgan is not one of hinge, non_saturating, lsgan"),
         (["discriminator.augment=color,flip"], "there is no 'flip'; there are color, translation, cutout"),
-        (["discriminator.r1_weight=-1.0"], "discriminator.r1_weight=-1.0 is negative; 0 switches it off"),
+        (["discriminator.r1_weight=-1.0"], "discriminator.r1_weight=-1.0 is negative; it must be at least 0"),
         (["discriminator.r1_every=0"], "discriminator.r1_every=0 is not positive"),
         (["discriminator.name=none", "finetune.discriminator_warmup_steps=3"], "and discriminator.name is none"),
         (["discriminator.name=stylegan", "discriminator.norm_group=3"], "norm_group=3 does not divide"),

@@ -73,6 +73,14 @@ def test_a_vq_codebook_starts_uniform_within_one_over_k():
     assert abs(box.value.std() * 1024 - 3**-0.5) < 0.01
 
 
+def test_a_vq_codebook_may_start_normal():
+    module = VectorQuantizer(1024, 16, init_scale=0.5)
+    box = module.init(jax.random.key(0), jnp.zeros((1, 1, 1, 16)))["params"]["codebook"]
+    assert box.names == ("codes", "code_dim")
+    assert abs(box.value.mean()) < 0.02 and abs(box.value.std() - 0.5) < 0.01
+    assert 1.5 < np.abs(box.value).max() < 3.5  # not uniform, which would end at 0.5 * 3**0.5
+
+
 def test_simvq_trains_the_layer_and_not_the_codebook():
     z, upstream, module = normal(0, *SHAPE, 8), normal(2, *SHAPE, 8), SimVectorQuantizer(16, 8, beta=BETA)
     params = meta.unbox(module.init(jax.random.key(0), z)["params"])
