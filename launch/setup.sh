@@ -19,5 +19,8 @@ echo "installing ${files[*]} into $venv ..."
 arguments=()
 for file in "${files[@]}"; do arguments+=(-r "$file"); done
 # Python compiles a module when it is first imported; all of them at once would take as long as the rest of the installation.
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "${arguments[@]}" --editable . 2> >(grep -v '^WARNING: Location' >&2)
+# Where it may not store what it compiled, however, every start would compile all that it imports, for seconds.
+compile=--no-compile
+[ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || compile=--compile
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$compile" "${arguments[@]}" --editable . 2> >(grep -v '^WARNING: Location' >&2)
 touch "$marker"

@@ -2,6 +2,7 @@
 # Sets up .venv and runs every test. Arguments go to pytest:  bash launch/test.sh -m 'not slow'
 set -euo pipefail
 cd "$(dirname "$0")/.."
+unset PYTHONDONTWRITEBYTECODE  # a hundred processes are started, which would each compile every module again
 bash launch/setup.sh tests torch hub
 # Megatron's own reader of the files that `export` writes; it runs without the package's dependencies. Absent, its test is skipped.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: "megatron-core==0.16.1" || true

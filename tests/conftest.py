@@ -1,5 +1,6 @@
 """Eight simulated devices for every test, set here and nowhere else, and the fixtures that several rooms share."""
 
+import gc
 import os
 
 import jax
@@ -15,6 +16,7 @@ COMPILED = compile_in_less_time()  # a folder that lives as long as this process
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
+gc.set_threshold(50_000, 20, 1_000)  # a session's traces and programs are millions of objects that live to its end
 
 
 def pytest_addoption(parser):

@@ -11,7 +11,7 @@ STEPS = 40
 FEW = os.environ.get("IBQ_FAULTS") == "few"
 KILLS = 1 if FEW else 20
 not_few = pytest.mark.skipif(FEW, reason="left out by IBQ_FAULTS=few")
-PACE = (CALM, f"train.steps={STEPS}", "evaluate.every=20", "log.images_every=20")
+PACE = (CALM, f"train.steps={STEPS}", "evaluate.every=20", "log.images_every=1_000")
 
 
 class Trials:
