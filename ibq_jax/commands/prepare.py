@@ -270,9 +270,13 @@ def _by_class(class_names: tuple[str, ...], counts: Counter) -> str:
 
 
 def _next_command(args: Namespace) -> str:
-    own = args.source == "photos" and args.name in ("photos32", "photos64") and args.name == f"photos{args.size}"
-    command = f"python -m ibq_jax train --config=configs/tokenizer.py:{args.name if own else PRESETS[args.source]}"
-    if not own and args.name not in ("openmoji", "imagenet2012"):
+    preset, own = PRESETS[args.source], args.name in ("openmoji", "imagenet2012")
+    if args.source == "openmoji" and args.size == 32:
+        preset = "openmoji32"
+    if args.source == "photos" and args.size in (32, 64) and args.name == f"photos{args.size}":
+        preset, own = args.name, True
+    command = f"python -m ibq_jax train --config=configs/tokenizer.py:{preset}"
+    if not own:
         command += f" --config.data.name={args.name}"
     if args.data_dir != "data":
         command += f" --config.data.dir={shlex.quote(args.data_dir)}"

@@ -59,12 +59,12 @@ def test_a_folder_becomes_a_data_set(photos, tmp_path, capsys):
 
 
 def test_openmoji_end_to_end(tmp_path, capsys):
-    run("openmoji", "--size=16", data_dir=tmp_path)
+    run("openmoji", "--size=32", data_dir=tmp_path)
     out = capsys.readouterr().out
     assert "train: 1,709 images (77 Activities," in out
     assert "validation: 189 images (8 Activities," in out
     assert "OpenMoji" in out and "CC BY-SA 4.0" in out
-    assert out.splitlines()[-1].startswith("next: python -m ibq_jax train --config=configs/tokenizer.py:openmoji64")
+    assert out.splitlines()[-1].startswith("next: python -m ibq_jax train --config=configs/tokenizer.py:openmoji32 ")
     batches = evaluation_batches(
         open_split("openmoji", tmp_path, "validation"), image_size=16, resize=16, batch_size=64
     )
