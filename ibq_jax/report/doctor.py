@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from ibq_jax.joint.parts import tokenizer_part
 from ibq_jax.report.history import History
-from ibq_jax.tokenizer.quantizers import WITH_TRAINED_ROWS, has_entropy_loss
+from ibq_jax.tokenizer.quantizers import has_entropy_loss
 
 FALLEN = 0.8  # of its peak: usage fell by a fifth
 LITTLE_USED = 0.5  # published IBQ codebooks use 84% and more of their codes (arXiv 2412.02692)
@@ -110,15 +110,21 @@ def _easy_codes(history: History, config: ConfigDict) -> Iterator[Finding]:
 
 def _advice_on_usage(quantizer: ConfigDict) -> str:
     """Returns what brought more codes into use in the studies of docs/."""
+    if quantizer.name == "vq":
+        return (
+            "use quantizer.name=ibq, or simvq with quantizer.entropy_logits=dot: vq lost nearly all codes with an "
+            "entropy loss and without (docs/collapse.md); or a smaller codebook.size; `convert --prune` removes unused "
+            "codes"
+        )
     if has_entropy_loss(quantizer):
         return (
             "raise loss.entropy_weight, which mattered most with IBQ, while a lower optimizer.learning_rate did not "
             "help (docs/collapse.md); or use a smaller codebook.size"
         )
-    if quantizer.name in WITH_TRAINED_ROWS:
+    if quantizer.name == "simvq":
         return (
-            "use quantizer.name=ibq, which keeps many more codes in use than vq (docs/codebook_scaling.md), or a "
-            "smaller codebook.size; `convert --prune` removes unused codes"
+            "use a smaller codebook.size, or set quantizer.entropy_logits=dot, with which tokens were spread over more "
+            "codes (docs/collapse.md)"
         )
     return "use a smaller codebook.size"
 
