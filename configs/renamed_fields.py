@@ -81,6 +81,7 @@ ADDED = {
         "loss.adversarial": "non_saturating",
         "loss.adaptive_limit": 0.0,
         "alignment.weight": 0.0,
+        "alignment.adaptive_limit": 0.0,
         "alignment.net": "dinov2_vits14",
         "alignment.of": "latents",
         "alignment.cosine_margin": 0.5,
@@ -98,5 +99,5 @@ ADDED = {
         "train.compiler_options": "",
     },
     "autoregressive": {"optimizer.moment_dtype": "float32", "train.compiler_options": ""},
-    "joint": {},
+    "joint": {"tokenizer.alignment.adaptive_limit": 0.0},
 }

@@ -235,7 +235,10 @@ class Layout(nn.Module, kw_only=True):
 
 
 class Encoder(Layout):
-    """Images float [B, H, W, 3] in [-1, 1] -> [B, h, w, Z]."""
+    """Images float [B, H, W, 3] in [-1, 1] -> [B, h, w, Z].
+
+    Losses that ask for the collection `SEEN` get "last_input", what the last convolution gets.
+    """
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -250,6 +253,7 @@ class Encoder(Layout):
                 x = conv(c, stride=2, padding=right_and_bottom, name=f"downsample_{i}")(x)
         x = Middle(self.computing, name="middle")(x)
         x = GroupNorm(True, self.computing, name="norm_out")(x)
+        self.sow(SEEN, "last_input", x)
         return conv(self.z_channels, name="conv_out")(x)
 
 

@@ -58,6 +58,7 @@ NOT_NEGATIVE = (
     "loss.logits_weight",
     "loss.adaptive_limit",
     "alignment.weight",
+    "alignment.adaptive_limit",
     "optimizer.weight_decay",
 )
 
@@ -136,9 +137,17 @@ def _check_finetuning(config: ConfigDict) -> None:
 
 
 def _check_alignment(config: ConfigDict) -> None:
-    part = {"latents": "encoder", "decoder": "decoder"}[config.alignment.of]
-    if config.alignment.weight and part in frozen_parts(config):
+    settings = config.alignment
+    if not settings.weight:
+        return
+    part = {"latents": "encoder", "decoder": "decoder"}[settings.of]
+    if part in frozen_parts(config):
         raise UsageError(
-            f"alignment.of={config.alignment.of} trains the {part}, which finetune.freeze={config.finetune.freeze} "
+            f"alignment.of={settings.of} trains the {part}, which finetune.freeze={config.finetune.freeze} "
             "leaves as it is; set alignment.weight=0"
+        )
+    if settings.adaptive_limit and settings.of != "latents":
+        raise UsageError(
+            f"alignment.adaptive_limit={settings.adaptive_limit} compares gradients at the encoder's last layer and "
+            f"needs alignment.of=latents; with alignment.of={settings.of} set it to 0"
         )
