@@ -91,6 +91,7 @@ def _add_discriminator(config: ConfigDict) -> None:
     config.discriminator.augment = ""  # of all it sees: any of "color,translation,cutout" (DiffAugment)
     config.discriminator.net = "efficientnet"  # dino: or "convnext_small", "dino_vits16", "dinov2_vits14", ...
     config.discriminator.net_side = 224  # dino: pixels to which images are resized for the network; 0: none
+    config.discriminator.heads = "maps"  # dino: or "tokens" of a vision transformer, in one dimension, as in VAR
 
 
 def _add_quantizer(config: ConfigDict, codebook_size: int) -> None:

@@ -8,10 +8,11 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import PRECISIONS
 from ibq_jax.base.sharding import check_batch
 from ibq_jax.base.state import check_moments
-from ibq_jax.pretrained.frozen_nets import CLASSIFIERS, NETS
+from ibq_jax.pretrained.frozen_nets import CLASSIFIERS, NETS, TRANSFORMERS
 from ibq_jax.tokenizer.autoencoder import NORM_GROUPS
 from ibq_jax.tokenizer.diff_augment import augmentations
-from ibq_jax.tokenizer.discriminators import DISCRIMINATORS, NONE, has_discriminator
+from ibq_jax.tokenizer.discriminators import DISCRIMINATORS, NONE, frozen_net, has_discriminator
+from ibq_jax.tokenizer.feature_discriminator import MAPS, TOKENS
 from ibq_jax.tokenizer.losses import ADVERSARIAL_LOSSES, DISCRIMINATOR_LOSSES
 from ibq_jax.tokenizer.model import downsampling, latent_dim
 from ibq_jax.tokenizer.parts import PARTS, frozen_parts
@@ -30,6 +31,7 @@ CHOICES = {
     "discriminator.name": (*DISCRIMINATORS, NONE),
     "discriminator.loss": tuple(DISCRIMINATOR_LOSSES),
     "discriminator.net": tuple(NETS),
+    "discriminator.heads": (MAPS, TOKENS),
     "optimizer.moment_dtype": ("float32", "bfloat16"),
     "loss.adversarial": tuple(ADVERSARIAL_LOSSES),
     "loss.features_net": tuple(NETS),
@@ -75,6 +77,7 @@ def check_config(config: ConfigDict, mesh: Mesh) -> None:
     _check_finetuning(config)
     check_moments(config.optimizer.beta1, config.optimizer.beta2, config.optimizer.moment_dtype)
     augmentations(config.discriminator.augment)  # raises UsageError for an unknown one
+    _check_heads(config)
     _check_alignment(config)
 
 
@@ -134,6 +137,15 @@ def _check_finetuning(config: ConfigDict) -> None:
         rate = finetune[f"{part}_rate"]
         if rate < 0 or (not rate and part not in frozen):
             raise UsageError(f"finetune.{part}_rate={rate} is not positive; finetune.freeze={part} leaves it as it is")
+
+
+def _check_heads(config: ConfigDict) -> None:
+    net = frozen_net(config)
+    if net is not None and config.discriminator.heads == TOKENS and net not in TRANSFORMERS:
+        raise UsageError(
+            f"discriminator.heads={TOKENS} reads the tokens of a vision transformer, and discriminator.net={net} has "
+            f"none; choose one of {', '.join(TRANSFORMERS)}, or discriminator.heads={MAPS}"
+        )
 
 
 def _check_alignment(config: ConfigDict) -> None:
