@@ -178,13 +178,18 @@ class TokenizerTrainer:
         if self.config.alignment.weight:
             key, channels = jax.random.fold_in(autoencoder_key, 1), aligned_channels(self.config)
             params = {**params, PROJECTION: initial_projection(self.config, key, channels)}
+        discriminator = self.adversarial.create(discriminator_key) if has_discriminator(self.config) else None
+        return self.first_state(params, discriminator)
+
+    def first_state(self, params: dict, discriminator: DiscriminatorState | None) -> TokenizerState:
+        """Returns the state before the first step of given parameters, boxed with their logical axis names or not."""
         window, trained = CodebookWindow.empty(self.config.codebook.size), without(params, self.frozen)
         return TokenizerState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             optimizer=self.tokenizer_optimizer.init(trained),
             ema=jax.tree.map(jnp.copy, trained),
-            discriminator=self.adversarial.create(discriminator_key) if has_discriminator(self.config) else None,
+            discriminator=discriminator,
             window=jax.tree.map(lambda leaf: nn.LogicallyPartitioned(leaf, ("codes",)), window),
         )
 
