@@ -74,6 +74,7 @@ ADDED = {
         "discriminator.augment": "",
         "discriminator.net": "efficientnet",
         "discriminator.net_side": 224,
+        "discriminator.heads": "maps",
         "loss.features_weight": 0.0,
         "loss.features_net": "efficientnet",
         "loss.logits_weight": 0.0,
@@ -81,6 +82,7 @@ ADDED = {
         "loss.adversarial": "non_saturating",
         "loss.adaptive_limit": 0.0,
         "alignment.weight": 0.0,
+        "alignment.adaptive_limit": 0.0,
         "alignment.net": "dinov2_vits14",
         "alignment.of": "latents",
         "alignment.cosine_margin": 0.5,
@@ -98,5 +100,5 @@ ADDED = {
         "train.compiler_options": "",
     },
     "autoregressive": {"optimizer.moment_dtype": "float32", "train.compiler_options": ""},
-    "joint": {},
+    "joint": {"tokenizer.alignment.adaptive_limit": 0.0, "tokenizer.discriminator.heads": "maps"},
 }

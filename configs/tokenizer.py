@@ -91,6 +91,7 @@ def _add_discriminator(config: ConfigDict) -> None:
     config.discriminator.augment = ""  # of all it sees: any of "color,translation,cutout" (DiffAugment)
     config.discriminator.net = "efficientnet"  # dino: or "convnext_small", "dino_vits16", "dinov2_vits14", ...
     config.discriminator.net_side = 224  # dino: pixels to which images are resized for the network; 0: none
+    config.discriminator.heads = "maps"  # dino: or "tokens" of a vision transformer, in one dimension, as in VAR
 
 
 def _add_quantizer(config: ConfigDict, codebook_size: int) -> None:
@@ -143,6 +144,7 @@ def _add_training(config: ConfigDict, drop_epochs: tuple[int, ...]) -> None:
 
     config.alignment = ConfigDict()  # of latents with a frozen network's features (VA-VAE's VF loss)
     config.alignment.weight = 0.0  # there 0.1; 0: off
+    config.alignment.adaptive_limit = 0.0  # largest factor of VA-VAE's adaptive weight, there 1e8; 0: no such factor
     config.alignment.net = "dinov2_vits14"  # as discriminator.net
     config.alignment.of = "latents"  # or "decoder": its hidden map at the lowest resolution
     config.alignment.cosine_margin = 0.5  # positions whose cosine is within this of 1 cost nothing

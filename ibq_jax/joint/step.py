@@ -143,7 +143,7 @@ class JointTrainer:
         weighted = jax.tree.map(
             lambda leaf: self.config.joint.next_token_weight * leaf, without(slopes, ("generator",))
         )
-        gradient, norms = self._add_up(forward.pull_back(judged.cotangent, weighted.get("latents")), weighted)
+        gradient, norms = self._add_up(forward.pull_back(judged, weighted.get("latents")), weighted)
 
         tokenizer, metrics = self.tokenizer.stepped(state.tokenizer, forward, judged, gradient)
         gradient = self.generator.placement.scatter(slopes["generator"])

@@ -113,6 +113,7 @@ NETS = {
     ),
     **{kind: _vit(kind) for kind in vit.FORMS},
 }
+TRANSFORMERS = tuple(vit.FORMS)
 CLASSIFIERS = tuple(name for name, net in NETS.items() if net.logits is not None)
 
 

@@ -39,15 +39,15 @@ class Computing(NamedTuple):
 
 
 class Conv(nn.Module):
-    """A size x size convolution, [B, H, W, any] -> [B, H', W', features].
+    """A size x size convolution, or one of a (height, width), [B, H, W, any] -> [B, H', W', features].
 
     Weights and biases are initialised uniformly in +-1 / sqrt(fan in), PyTorch's default; `kernel_init` replaces that
-    for the weights. `padding` is ((above, below), (left, right)), by default size // 2 on each side. With `doubled`,
-    pixels are repeated before, down and across: then H' = 2H and W' = 2W.
+    for the weights. `padding` is ((above, below), (left, right)), by default half the kernel's sides, rounded down.
+    With `doubled`, pixels are repeated before, down and across: then H' = 2H and W' = 2W.
     """
 
     features: int
-    size: int = 3
+    size: int | tuple[int, int] = 3
     stride: int = 1
     padding: tuple[tuple[int, int], tuple[int, int]] | None = None
     doubled: bool = False
@@ -57,16 +57,17 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (self.size, self.size, x.shape[-1], self.features)
-        bound = (self.size * self.size * x.shape[-1]) ** -0.5
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        shape = (height, width, x.shape[-1], self.features)
+        bound = (height * width * x.shape[-1]) ** -0.5
 
         def uniform(key, shape, dtype):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         kernel_init = nn.with_logical_partitioning(self.kernel_init or uniform, (None, None, "conv_in", "conv_out"))
         kernel = self.param("kernel", kernel_init, shape, jnp.float32)
-        dtype, half = self.computing.dtype, self.size // 2
-        padding = ((half, half), (half, half)) if self.padding is None else self.padding
+        dtype = self.computing.dtype
+        padding = ((height // 2,) * 2, (width // 2,) * 2) if self.padding is None else self.padding
         precision = convolution_precision(self.computing.precision)
         x, kernel = x.astype(dtype), kernel.astype(dtype)
         y: Any  # as `jax.custom_vjp` says
@@ -235,7 +236,10 @@ class Layout(nn.Module, kw_only=True):
 
 
 class Encoder(Layout):
-    """Images float [B, H, W, 3] in [-1, 1] -> [B, h, w, Z]."""
+    """Images float [B, H, W, 3] in [-1, 1] -> [B, h, w, Z].
+
+    Losses that ask for the collection `SEEN` get "last_input", what the last convolution gets.
+    """
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -250,6 +254,7 @@ class Encoder(Layout):
                 x = conv(c, stride=2, padding=right_and_bottom, name=f"downsample_{i}")(x)
         x = Middle(self.computing, name="middle")(x)
         x = GroupNorm(True, self.computing, name="norm_out")(x)
+        self.sow(SEEN, "last_input", x)
         return conv(self.z_channels, name="conv_out")(x)
 
 

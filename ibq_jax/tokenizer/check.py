@@ -8,10 +8,11 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import PRECISIONS
 from ibq_jax.base.sharding import check_batch
 from ibq_jax.base.state import check_moments
-from ibq_jax.pretrained.frozen_nets import CLASSIFIERS, NETS
+from ibq_jax.pretrained.frozen_nets import CLASSIFIERS, NETS, TRANSFORMERS
 from ibq_jax.tokenizer.autoencoder import NORM_GROUPS
 from ibq_jax.tokenizer.diff_augment import augmentations
-from ibq_jax.tokenizer.discriminators import DISCRIMINATORS, NONE, has_discriminator
+from ibq_jax.tokenizer.discriminators import DISCRIMINATORS, NONE, frozen_net, has_discriminator
+from ibq_jax.tokenizer.feature_discriminator import MAPS, TOKENS
 from ibq_jax.tokenizer.losses import ADVERSARIAL_LOSSES, DISCRIMINATOR_LOSSES
 from ibq_jax.tokenizer.model import downsampling, latent_dim
 from ibq_jax.tokenizer.parts import PARTS, frozen_parts
@@ -30,6 +31,7 @@ CHOICES = {
     "discriminator.name": (*DISCRIMINATORS, NONE),
     "discriminator.loss": tuple(DISCRIMINATOR_LOSSES),
     "discriminator.net": tuple(NETS),
+    "discriminator.heads": (MAPS, TOKENS),
     "optimizer.moment_dtype": ("float32", "bfloat16"),
     "loss.adversarial": tuple(ADVERSARIAL_LOSSES),
     "loss.features_net": tuple(NETS),
@@ -58,6 +60,7 @@ NOT_NEGATIVE = (
     "loss.logits_weight",
     "loss.adaptive_limit",
     "alignment.weight",
+    "alignment.adaptive_limit",
     "optimizer.weight_decay",
 )
 
@@ -74,6 +77,7 @@ def check_config(config: ConfigDict, mesh: Mesh) -> None:
     _check_finetuning(config)
     check_moments(config.optimizer.beta1, config.optimizer.beta2, config.optimizer.moment_dtype)
     augmentations(config.discriminator.augment)  # raises UsageError for an unknown one
+    _check_heads(config)
     _check_alignment(config)
 
 
@@ -135,10 +139,27 @@ def _check_finetuning(config: ConfigDict) -> None:
             raise UsageError(f"finetune.{part}_rate={rate} is not positive; finetune.freeze={part} leaves it as it is")
 
 
-def _check_alignment(config: ConfigDict) -> None:
-    part = {"latents": "encoder", "decoder": "decoder"}[config.alignment.of]
-    if config.alignment.weight and part in frozen_parts(config):
+def _check_heads(config: ConfigDict) -> None:
+    net = frozen_net(config)
+    if net is not None and config.discriminator.heads == TOKENS and net not in TRANSFORMERS:
         raise UsageError(
-            f"alignment.of={config.alignment.of} trains the {part}, which finetune.freeze={config.finetune.freeze} "
+            f"discriminator.heads={TOKENS} reads the tokens of a vision transformer, and discriminator.net={net} has "
+            f"none; choose one of {', '.join(TRANSFORMERS)}, or discriminator.heads={MAPS}"
+        )
+
+
+def _check_alignment(config: ConfigDict) -> None:
+    settings = config.alignment
+    if not settings.weight:
+        return
+    part = {"latents": "encoder", "decoder": "decoder"}[settings.of]
+    if part in frozen_parts(config):
+        raise UsageError(
+            f"alignment.of={settings.of} trains the {part}, which finetune.freeze={config.finetune.freeze} "
             "leaves as it is; set alignment.weight=0"
+        )
+    if settings.adaptive_limit and settings.of != "latents":
+        raise UsageError(
+            f"alignment.adaptive_limit={settings.adaptive_limit} compares gradients at the encoder's last layer and "
+            f"needs alignment.of=latents; with alignment.of={settings.of} set it to 0"
         )

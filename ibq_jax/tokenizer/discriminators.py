@@ -47,7 +47,7 @@ def _stylegan(config: ConfigDict, dtype: jnp.dtype) -> nn.Module:
 
 
 def _dino(config: ConfigDict, dtype: jnp.dtype) -> nn.Module:
-    return FeatureDiscriminator(config.channels, config.norm_group, dtype)
+    return FeatureDiscriminator(config.channels, config.norm_group, config.heads, dtype)
 
 
 DISCRIMINATORS: dict[str, Callable[[ConfigDict, jnp.dtype], nn.Module]] = {

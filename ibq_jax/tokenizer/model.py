@@ -65,7 +65,10 @@ class TokenizerModel(Layout, kw_only=True):
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, Quantized]:
         """Images -> (reconstructions float32 [B, H, W, 3], the quantizer's output)."""
-        latent = self.latent(images)
+        return self.from_latents(self.latent(images))
+
+    def from_latents(self, latent: jax.Array) -> tuple[jax.Array, Quantized]:
+        """Latents [B, h, w, D] -> what a call returns for the images that they are of."""
         self.sow(SEEN, "latent", latent)
         quantized = self.quantize(latent)
         return self.decode_vectors(quantized.z_q), quantized

@@ -6,6 +6,7 @@ formulas and their sources.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from ibq_jax.pretrained import lpips
 from ibq_jax.pretrained.frozen_nets import NETS, grid_features, resized
 from ibq_jax.pretrained.normalisation import unit_channels
 from ibq_jax.tokenizer.discriminators import frozen_net
+from ibq_jax.tokenizer.micro_batches import MicroBatches, merge
 from ibq_jax.tokenizer.model import latent_dim
 
 LPIPS_NET = "vgg16"
@@ -118,6 +120,19 @@ def measure_alignment(config: ConfigDict, nets: Nets, projection: dict, images: 
     projected = jnp.einsum("bhwd,dc->bhwc", aligned.astype(jnp.float32), projection["kernel"], precision=FULL)
     features = jax.lax.stop_gradient(features)
     return sum(alignment_losses(projected, features, settings.cosine_margin, settings.distance_margin))
+
+
+def alignment_gradients(
+    config: ConfigDict, nets: Nets, projection: dict, images: jax.Array, latents: jax.Array, micro_batches: MicroBatches
+) -> tuple[jax.Array, dict, jax.Array]:
+    """Returns (`measure_alignment` of a batch's latents, its gradients at the projection and at the latents)."""
+
+    def measure(images, latents):
+        return jax.value_and_grad(measure_alignment, argnums=(2, 4))(config, nets, projection, images, latents)
+
+    alignment, (of_projection, of_latents) = micro_batches.map(measure, images, latents)
+    of_projection = jax.tree.map(partial(jnp.mean, axis=0), of_projection)
+    return jnp.mean(alignment), of_projection, merge(of_latents) / micro_batches.count
 
 
 def aligned_channels(config: ConfigDict) -> int:

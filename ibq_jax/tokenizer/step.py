@@ -13,7 +13,8 @@ Metrics of a step; those of a part that is switched off, or that the quantizer l
 | loss/total | what is minimised: loss/nll + loss/codebook + weighted loss/adversarial and loss/alignment |
 | loss/nll, loss/l1, loss/lpips | all distances, weighted; mean absolute error in [-1, 1]; LPIPS (0 if off) |
 | loss/features, loss/logits, loss/alignment | of frozen networks, see `net_losses` |
-| loss/adversarial, loss/adaptive_weight | loss.adversarial against the discriminator; VQGAN's weight of it |
+| loss/alignment_adaptive_weight | VA-VAE's factor of alignment.weight |
+| loss/adversarial, loss/adaptive_weight | loss.adversarial against the discriminator; VQGAN's factor of its weight |
 | loss/codebook, loss/quantizer, loss/entropy | weighted sum of the quantizer's loss and of its entropy loss |
 | codebook/sample_entropy, codebook/batch_entropy | nats |
 | codebook/max_probability, codebook/max_logit | mean over tokens of the chosen code's probability; largest logit |
@@ -53,23 +54,23 @@ from ibq_jax.base.state import AveragedWeights, adam, adamw, apply_gradient, dro
 from ibq_jax.data.preprocess import to_float
 from ibq_jax.pretrained.lpips import lpips
 from ibq_jax.tokenizer import losses
-from ibq_jax.tokenizer.autoencoder import SEEN, Conv
 from ibq_jax.tokenizer.codebook_monitor import CodebookWindow
 from ibq_jax.tokenizer.discriminators import DiscriminatorState, DiscriminatorTrainer, has_discriminator
-from ibq_jax.tokenizer.forward import Forward, Judged
+from ibq_jax.tokenizer.forward import EncoderEnd, Forward, ForwardPass, Judged
+from ibq_jax.tokenizer.last_layers import at_last_layer_of_decoder, at_last_layer_of_encoder
 from ibq_jax.tokenizer.micro_batches import MicroBatches, merge
 from ibq_jax.tokenizer.model import PROJECTION, TokenizerModel, build_model, downsampling, used_in_model_type
 from ibq_jax.tokenizer.net_losses import (
     LPIPS_NET,
     Nets,
     aligned_channels,
+    alignment_gradients,
     initial_projection,
-    measure_alignment,
     measure_features,
     measure_logits,
     weight_shapes,
 )
-from ibq_jax.tokenizer.parts import at_rates, frozen_parts, learning_rates, modules_of, only, without
+from ibq_jax.tokenizer.parts import at_rates, frozen_parts, learning_rates, modules_of, without
 from ibq_jax.tokenizer.quantizers import WITH_TRAINED_ROWS
 
 
@@ -152,6 +153,10 @@ class TokenizerTrainer:
         return modules_of(frozen_parts(self.config))
 
     @cached_property
+    def forward_pass(self) -> ForwardPass:
+        return ForwardPass(self.config, self.model, self._micro_batches, self.frozen)
+
+    @cached_property
     def window_steps(self) -> int:
         """Number of steps after which an unchosen code no longer counts as used."""
         data = self.config.data
@@ -173,13 +178,18 @@ class TokenizerTrainer:
         if self.config.alignment.weight:
             key, channels = jax.random.fold_in(autoencoder_key, 1), aligned_channels(self.config)
             params = {**params, PROJECTION: initial_projection(self.config, key, channels)}
+        discriminator = self.adversarial.create(discriminator_key) if has_discriminator(self.config) else None
+        return self.first_state(params, discriminator)
+
+    def first_state(self, params: dict, discriminator: DiscriminatorState | None) -> TokenizerState:
+        """Returns the state before the first step of given parameters, boxed with their logical axis names or not."""
         window, trained = CodebookWindow.empty(self.config.codebook.size), without(params, self.frozen)
         return TokenizerState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             optimizer=self.tokenizer_optimizer.init(trained),
             ema=jax.tree.map(jnp.copy, trained),
-            discriminator=self.adversarial.create(discriminator_key) if has_discriminator(self.config) else None,
+            discriminator=discriminator,
             window=jax.tree.map(lambda leaf: nn.LogicallyPartitioned(leaf, ("codes",)), window),
         )
 
@@ -193,7 +203,7 @@ class TokenizerTrainer:
         weights = self.gathered(state.params)
         forward = self.run_forward(weights, images, nets)
         judged = self.judge(forward, weights, state, nets, images)
-        gradient = self.placement.scatter(forward.pull_back(judged.cotangent))
+        gradient = self.placement.scatter(forward.pull_back(judged))
         return self.stepped(state, forward, judged, gradient)
 
     def gathered(self, params: dict) -> dict:
@@ -202,13 +212,7 @@ class TokenizerTrainer:
 
     def run_forward(self, weights: dict, images: jax.Array, nets: Nets, with_latents: bool = False) -> Forward:
         """Runs images [B, H, W, 3] in [-1, 1] through the tokenizer with gathered weights, for a step."""
-        frozen = only(weights, self.frozen)
-        outputs, pull_back, (indices, metrics, last_input) = jax.vjp(
-            lambda trained: self._reconstruct(trained | frozen, images, nets, with_latents),
-            without(weights, self.frozen),
-            has_aux=True,
-        )
-        return Forward(*outputs, indices, metrics, last_input, pull_back)
+        return self.forward_pass.run(weights, images, nets, with_latents)
 
     def judge(self, forward: Forward, weights: dict, state: TokenizerState, nets: Nets, images: jax.Array) -> Judged:
         """Updates the discriminator on images and reconstructions, and measures these against the new one."""
@@ -216,16 +220,19 @@ class TokenizerTrainer:
         if discriminator is not None:
             net = nets.get(self.config.discriminator.net)
             discriminator, metrics = self.adversarial.train(discriminator, images, reconstructions, state.step, net)
-        if forward.last_input is None or discriminator is None:
+        if discriminator is None or (forward.last_input is None and forward.encoder_end is None):
             (loss, (discriminator, scalars)), cotangent = jax.value_and_grad(self._image_loss, has_aux=True)(
                 reconstructions, discriminator, nets, images, state.step
             )
+            of_distances = cotangent
         else:
-            at_last_layer = partial(self._at_last_layer, weights["decoder"]["conv_out"], forward.last_input)
-            loss, (discriminator, scalars), cotangent = self._weighed_image_loss(
-                reconstructions, discriminator, nets, images, state.step, at_last_layer
+            loss, (discriminator, scalars), cotangent, of_distances = self._weighed_image_loss(
+                forward, weights, discriminator, nets, images, state.step
             )
-        return Judged(discriminator, loss, cotangent, metrics | scalars)
+        judged = Judged(discriminator, loss, cotangent, metrics | scalars)
+        if forward.encoder_end is None:
+            return judged
+        return self._align(forward.encoder_end, judged, of_distances, weights, nets, images)
 
     def stepped(self, state: TokenizerState, forward: Forward, judged: Judged, gradient: dict):
         """Returns (state, metrics) as `train_step` does, after an update along a gradient that is spread like it."""
@@ -267,48 +274,6 @@ class TokenizerTrainer:
         indices = self.encoding_model.apply(variables, to_float(images), method="encode")
         return jnp.clip(self.encoding_model.apply(variables, indices, method="decode"), -1.0, 1.0), indices
 
-    def _reconstruct(self, params: dict, images: jax.Array, nets: Nets, with_latents: bool):
-        """Returns the fields of `Forward` up to `latents`, and the next three, of which it is not differentiated."""
-        config = self.config
-        aligns, adapts = config.alignment.weight and config.alignment.net in nets, config.loss.adaptive_limit > 0
-
-        def reconstruct(micro_batch):
-            reconstruction, quantized, seen = self._forward(params, micro_batch, bool(aligns or adapts or with_latents))
-            scalars = {
-                "loss/quantizer": quantized.quant_loss,
-                "loss/entropy": quantized.entropy_loss,
-                "codebook/sample_entropy": quantized.sample_entropy,
-                "codebook/batch_entropy": quantized.batch_entropy,
-                "codebook/max_probability": quantized.max_probability,
-            }
-            scalars = {name: value for name, value in scalars.items() if value is not None}
-            if aligns:
-                aligned = seen[config.alignment.of]
-                scalars["loss/alignment"] = measure_alignment(config, nets, params[PROJECTION], micro_batch, aligned)
-            maxima = {} if quantized.max_logit is None else {"codebook/max_logit": quantized.max_logit}
-            latents, last_input = seen["latents"] if with_latents else None, seen["last"] if adapts else None
-            return reconstruction, latents, quantized.indices, scalars, maxima, last_input
-
-        reconstructions, latents, indices, scalars, maxima, last = self._micro_batches.map(reconstruct, images)
-        scalars = jax.tree.map(jnp.mean, scalars)
-        weights = config.loss
-        loss = weights.quantizer_weight * scalars["loss/quantizer"] + weights.entropy_weight * scalars["loss/entropy"]
-        metrics = scalars | {"loss/codebook": loss} | jax.tree.map(jnp.max, maxima)
-        if aligns:
-            loss += config.alignment.weight * scalars["loss/alignment"]
-        aux = merge(indices), metrics, None if last is None else merge(last)
-        outputs = merge(reconstructions), loss, None if latents is None else merge(latents)
-        return outputs, jax.lax.stop_gradient(aux)
-
-    def _forward(self, params: dict, images: jax.Array, look: bool) -> tuple:
-        """Returns (reconstructions, the quantizer's output, {} or with `look` what losses may look at, by name)."""
-        if not look:
-            return *self.model.apply({"params": params}, images), {}
-        (reconstructions, quantized), kept = self.model.apply({"params": params}, images, mutable=[SEEN])
-        (latents,), decoder = kept[SEEN]["latent"], kept[SEEN]["decoder"]
-        seen = {"latents": latents, "decoder": decoder["lowest_map"][0], "last": decoder["last_input"][0]}
-        return reconstructions, quantized, seen
-
     def reconstruction_loss(
         self, images: jax.Array, reconstructions: jax.Array, nets: Nets
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -347,32 +312,53 @@ class TokenizerTrainer:
         return loss, (discriminator, metrics)
 
     def _weighed_image_loss(
-        self, reconstructions, discriminator: DiscriminatorState, nets: Nets, images, step, at_last_layer: Callable
+        self, forward: Forward, weights: dict, discriminator: DiscriminatorState, nets: Nets, images, step
     ):
-        """Returns what `_image_loss` does, with VQGAN's adaptive weight, and the gradient of the loss."""
-        config, net = self.config.loss, nets.get(self.config.discriminator.net)
+        """Returns what `_image_loss` does, the gradient of the loss, and that of the distances alone.
+
+        The adversarial loss has VQGAN's adaptive weight, if the config wants that.
+        """
+        config, net, reconstructions = (
+            self.config.loss,
+            nets.get(self.config.discriminator.net),
+            forward.reconstructions,
+        )
         (loss, scalars), gradient = jax.value_and_grad(self.reconstruction_loss, argnums=1, has_aux=True)(
             images, reconstructions, nets
         )
         (adversarial, discriminator), adversarial_gradient = jax.value_and_grad(
             lambda images: self.adversarial.loss_of(discriminator, images, step, net), has_aux=True
         )(reconstructions)
-        weight = losses.adaptive_weight(
-            at_last_layer(gradient), at_last_layer(adversarial_gradient), config.adaptive_limit
+        metrics = {f"loss/{name}": value for name, value in scalars.items()} | {"loss/adversarial": adversarial}
+        factor: Any = 1.0
+        if forward.last_input is not None:
+            at_last_layer = partial(at_last_layer_of_decoder, self.model, weights, forward.last_input)
+            factor = losses.adaptive_weight(
+                at_last_layer(gradient), at_last_layer(adversarial_gradient), config.adaptive_limit
+            )
+            metrics["loss/adaptive_weight"] = factor
+        weight = factor * (config.adversarial_weight * self.adversarial.share(step))
+        whole = gradient + weight * adversarial_gradient
+        return loss + weight * adversarial, (discriminator, metrics), whole, gradient
+
+    def _align(self, end: EncoderEnd, judged: Judged, of_distances, weights: dict, nets: Nets, images) -> Judged:
+        """Adds the alignment of latents with VA-VAE's adaptive weight, given the distances' gradient at images."""
+        config = self.config.alignment
+        alignment, of_projection, of_latents = alignment_gradients(
+            self.config, nets, weights[PROJECTION], images, end.latents, self._micro_batches
         )
-        metrics = {f"loss/{name}": value for name, value in scalars.items()}
-        metrics |= {"loss/adversarial": adversarial, "loss/adaptive_weight": weight}
-        weight *= config.adversarial_weight * self.adversarial.share(step)
-        return loss + weight * adversarial, (discriminator, metrics), gradient + weight * adversarial_gradient
-
-    def _at_last_layer(self, layer: dict, inputs: jax.Array, gradient: jax.Array) -> jax.Array:
-        """Returns a loss's gradient with respect to the decoder's last kernel, from that to reconstructions."""
-
-        def reconstruct(kernel: jax.Array) -> jax.Array:
-            conv = Conv(3, computing=self.model.computing)
-            return conv.apply({"params": {**layer, "kernel": kernel}}, inputs).astype(jnp.float32)
-
-        return jax.vjp(reconstruct, layer["kernel"])[1](gradient)[0].astype(jnp.float32)
+        at_last_layer = partial(at_last_layer_of_encoder, self.model, weights, end.inputs)
+        factor = losses.adaptive_weight(
+            at_last_layer(end.pull_back(of_distances)), at_last_layer(of_latents), config.adaptive_limit
+        )
+        weight = config.weight * factor
+        metrics = {"loss/alignment": alignment, "loss/alignment_adaptive_weight": factor}
+        return judged._replace(
+            loss=judged.loss + weight * alignment,
+            metrics=judged.metrics | metrics,
+            of_latents=weight * of_latents,
+            of_projection={PROJECTION: jax.tree.map(lambda leaf: weight * leaf, of_projection)},
+        )
 
     @property
     def _micro_batches(self) -> MicroBatches:

@@ -1,4 +1,7 @@
-"""The joint step: gradients against PyTorch in float64, the switch to the bit, eight devices as one."""
+"""The joint step: gradients against PyTorch in float64, the switch to the bit, eight devices as one.
+
+With LPIPS on a small trunk and alignment with a small network, too; their weights are made up.
+"""
 
 import functools
 import math
@@ -8,13 +11,18 @@ import numpy as np
 import pytest
 import torch
 from support import released
+from support.small_nets import small_net
 from support.small_runs import ROOT, SMALL_JOINT
+from torch.nn import functional as F
 
 from ibq_jax.base.config import load_config
 from ibq_jax.base.sharding import AXES, abstract_state, batch_sharding, make_mesh
 from ibq_jax.interop import generator_names, tokenizer_names, torch_model
 from ibq_jax.joint.parts import resolve, tokenizer_part
 from ibq_jax.joint.step import JointState, JointTrainer, abstract_arguments, jit_train_step
+from ibq_jax.pretrained.frozen_nets import NETS
+from ibq_jax.pretrained.lpips import SCALE, SHIFT, TRUNKS, Convolution, Trunk, weight_shapes
+from ibq_jax.tokenizer.net_losses import wanted_nets
 from ibq_jax.tokenizer.step import TokenizerTrainer
 from ibq_jax.tokenizer.step import jit_train_step as jit_tokenizer_step
 
@@ -35,7 +43,57 @@ NO_DISCRIMINATOR = (
 )
 FIELDS = (*SMALL_JOINT, *SMALLEST, *STILL, *NO_DISCRIMINATOR)
 DIRECTIONS = ("tokenizer.quantizer.l2_normalize=true", "tokenizer.quantizer.logit_temperature=0.2")
+PERCEPTUAL, ALIGNMENT = 0.7, 0.3
+WITH_NETS = (
+    f"tokenizer.loss.perceptual_weight={PERCEPTUAL}",
+    f"tokenizer.alignment.weight={ALIGNMENT}",
+    "tokenizer.alignment.net=efficientnet",
+    "tokenizer.alignment.adaptive_limit=1e8",
+)
+STAGES = ((Convolution(0, 8), Convolution(2, 8)), (Convolution(5, 12),))
 ONE = (1, 1, 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_small_nets():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(NETS, "efficientnet", small_net()[0])
+        patch.setitem(TRUNKS, "vgg16", Trunk(STAGES, pooled=(1,), pool=2, min_side=4, heads=""))
+        yield
+    take_step.cache_clear()
+
+
+def perceptual_weights() -> dict:
+    """Returns LPIPS' weights for the small trunk; its heads are positive, as learned ones are."""
+    random = np.random.default_rng(2)
+
+    def made_up(leaf) -> np.ndarray:
+        width = 1 / math.sqrt(math.prod(leaf.shape[:-1])) if len(leaf.shape) == 4 else 0.5
+        return (width * random.standard_normal(leaf.shape)).astype(np.float32)
+
+    weights = jax.tree.map(made_up, weight_shapes())
+    return weights | {"heads": [np.abs(head) for head in weights["heads"]]}
+
+
+def nets_of(trainer: JointTrainer | TokenizerTrainer) -> dict | None:
+    """Returns the frozen networks that a config wants."""
+    part = trainer.tokenizer if isinstance(trainer, JointTrainer) else trainer
+    weights = {"vgg16": perceptual_weights(), "efficientnet": small_net()[1]}
+    return {name: weights[name] for name in wanted_nets(part.config)} or None
+
+
+def lpips_in_pytorch(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """LPIPS of images [B, 3, H, W] on the small trunk, the mean over the batch."""
+    weights = jax.tree.map(lambda array: torch.tensor(array).double(), perceptual_weights())
+    shift, scale = (torch.tensor(values).double()[:, None, None] for values in (SHIFT, SCALE))
+    x, y, total = (x - shift) / scale, (y - shift) / scale, torch.zeros(()).double()
+    for number, (stage, head) in enumerate(zip(weights["stages"], weights["heads"], strict=True)):
+        x, y = (F.max_pool2d(images, 2) if number else images for images in (x, y))
+        for layer in stage:
+            kernel = layer["kernel"].permute(3, 2, 0, 1)
+            x, y = (F.relu(F.conv2d(images, kernel, layer["bias"], padding=1)) for images in (x, y))
+        total = total + (head[:, None, None] * (F.normalize(x) - F.normalize(y)) ** 2).sum(1).mean()
+    return total
 
 
 def make_trainer(*overrides: str, sizes=ONE) -> JointTrainer:
@@ -79,7 +137,8 @@ def take_step(*overrides: str, sizes=ONE):
     trainer = make_trainer(*overrides, sizes=sizes)
     before = first_state(trainer)
     on_host = jax.device_get(before)
-    state, metrics = jit_train_step(trainer)(before, None, *jax.device_put(batch(), batch_sharding(trainer.mesh)))
+    arrays = jax.device_put(batch(), batch_sharding(trainer.mesh))
+    state, metrics = jit_train_step(trainer)(before, nets_of(trainer), *arrays)
     return trainer, on_host, jax.device_get(state), {name: float(value) for name, value in metrics.items()}
 
 
@@ -132,6 +191,8 @@ def in_pytorch(trainer: JointTrainer, before: JointState, next_token_gradient: b
     vectors = (straight_through(torch.softmax(logits, dim=-1)) @ rows).unflatten(1, (side, side)).permute(0, 3, 1, 2)
     predicted = tokenizer.decoder(tokenizer.post_quant_conv(vectors))
     prediction = ((x - predicted) ** 2).mean()
+    if weight := trainer.tokenizer.config.loss.perceptual_weight:
+        prediction = prediction + weight * lpips_in_pytorch(x, predicted)
     total = WEIGHTS[0] * next_token + WEIGHTS[1] * prediction
     total.backward()
     slopes = [
@@ -142,7 +203,7 @@ def in_pytorch(trainer: JointTrainer, before: JointState, next_token_gradient: b
     return (next_token.item(), prediction.item()), *slopes
 
 
-@pytest.mark.parametrize("fields", [(), DIRECTIONS, ("joint.next_token_gradient=false",)])
+@pytest.mark.parametrize("fields", [(), DIRECTIONS, ("joint.next_token_gradient=false",), WITH_NETS])
 def test_gradients_are_pytorchs(fields):
     """Compares the gradients that stage one lacks, and the generator's, with those of the two losses in PyTorch."""
     linked = "joint.next_token_gradient=false" not in fields
@@ -179,13 +240,18 @@ def test_apart_nothing_of_the_generator_reaches_the_tokenizer():
     assert float(logged["loss/next_token"]) != metrics["loss/next_token"]
 
 
-def test_apart_the_tokenizer_is_trained_as_in_stage_one():
+@pytest.mark.parametrize("fields", [(), WITH_NETS])
+def test_apart_the_tokenizer_is_trained_as_in_stage_one(fields):
     """Losses to the bit, and gradients to the rounding of what XLA fuses: to the bit where it fuses nothing."""
-    trainer, before, state, metrics = take_step(*APART)
+    trainer, before, state, metrics = take_step(*APART, *fields)
     alone = TokenizerTrainer(tokenizer_part(trainer.config), trainer.mesh, steps_per_epoch=1)
-    expected, logged = jit_tokenizer_step(alone)(jax.device_put(before.tokenizer), None, batch()[0])
-    for name in logged.keys() - {"loss/total", "optimizer/gradient_norm"}:
+    expected, logged = jit_tokenizer_step(alone)(jax.device_put(before.tokenizer), nets_of(alone), batch()[0])
+    for name in logged.keys() - {"loss/total", "optimizer/gradient_norm", "loss/alignment_adaptive_weight"}:
         assert metrics[name] == float(logged[name]), name
+    if fields:
+        factor = "loss/alignment_adaptive_weight"
+        assert metrics[factor] == pytest.approx(float(logged[factor]), rel=1e-6)
+        assert min(metrics["loss/lpips"], metrics["loss/alignment"], metrics[factor]) > 0
     ours, theirs = (first_moments(tokenizer.optimizer) for tokenizer in (state.tokenizer, jax.device_get(expected)))
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(theirs))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6 * largest), ours, theirs)
@@ -216,6 +282,15 @@ def test_metrics():
     norms = [metrics[f"codebook/gradient_norm_{name}"] for name in ("reconstruction", "next_token", "prediction")]
     whole = np.linalg.norm(gradients(trainer, state)[0]["quantize.embedding.weight"])
     assert min(norms) > 0 and max(norms) < whole + sum(norms) and whole <= sum(norms)
+
+
+def test_metrics_with_frozen_networks():
+    _, _, _, metrics = take_step(*LINKED, *WITH_NETS)
+    joint = WEIGHTS[0] * metrics["loss/next_token"] + WEIGHTS[1] * metrics["loss/prediction"]
+    alignment = ALIGNMENT * metrics["loss/alignment_adaptive_weight"] * metrics["loss/alignment"]
+    distances = metrics["loss/l1"] + PERCEPTUAL * metrics["loss/lpips"]
+    assert metrics["loss/nll"] == pytest.approx(distances, rel=1e-6)
+    assert metrics["loss/total"] == pytest.approx(distances + metrics["loss/codebook"] + alignment + joint, rel=1e-6)
 
 
 def test_what_is_off_is_not_compiled():

@@ -70,6 +70,52 @@ def feature_heads(params: dict, maps: list[Tensor], group: int) -> Tensor:
     return torch.cat(logits, 1).permute(0, 2, 3, 1)
 
 
+class TokenHead(torch.nn.Module):
+    """StyleGAN-T's head on the tokens of a vision transformer, [B, C, L] -> [B, 1, L], of PyTorch's own layers.
+
+    `params` and `vectors` are those of one of the package's heads. Biases, which that lacks, are random.
+    """
+
+    def __init__(self, params: dict, vectors: dict, group: int):
+        super().__init__()
+        self.group, layers = group, []
+        for number, length in enumerate((1, 9, 1)):
+            kernel = tensors(params[f"conv_{number}"]["kernel"])[0].permute(2, 1, 0).contiguous()
+            layer = torch.nn.Conv1d(*kernel.shape[1::-1], length, padding=length // 2, padding_mode="circular").double()
+            layer = torch.nn.utils.spectral_norm(layer, eps=1e-12)
+            with torch.no_grad():
+                layer.weight_orig.copy_(kernel)
+                layer.weight_u.copy_(tensors(vectors[f"conv_{number}"]["kernel"]))
+                if number == 2:
+                    layer.bias.copy_(tensors(params["conv_2"]["bias"]))
+            layers.append(layer)
+        self.convs = torch.nn.ModuleList(layers)
+        norms = tensors([params[f"norm_{number}"] for number in range(2)], requires_grad=True)
+        self.scales, self.biases = ([norm[name] for norm in norms] for name in ("scale", "bias"))
+
+    def block(self, x: Tensor, number: int) -> Tensor:
+        grouped = self.convs[number](x).unflatten(0, (-1, self.group))
+        mean, variance = grouped.mean((1, 3), keepdim=True), grouped.var((1, 3), keepdim=True, unbiased=False)
+        normed = ((grouped - mean) / (variance + 1e-5).sqrt()).flatten(0, 1)
+        return F.leaky_relu(normed * self.scales[number][:, None] + self.biases[number][:, None], 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x, 0)
+        return self.convs[2]((x + self.block(x, 1)) / 2**0.5)
+
+    def gradients(self) -> dict:
+        """Returns the gradients as a tree of the package's head."""
+        found = {
+            f"conv_{number}": {"kernel": conv.weight_orig.grad.permute(2, 1, 0)[None].numpy()}
+            for number, conv in enumerate(self.convs)
+        }
+        found["conv_2"]["bias"] = self.convs[2].bias.grad.numpy()
+        for number in range(2):
+            layer = {"scale": self.scales[number], "bias": self.biases[number]}
+            found[f"norm_{number}"] = {name: leaf.grad.numpy() for name, leaf in layer.items()}
+        return found
+
+
 def discriminator_loss(name: str, real: Tensor, fake: Tensor) -> Tensor:
     one, zero = torch.ones_like(real), torch.zeros_like(fake)
     return {

@@ -25,6 +25,7 @@ from ibq_jax.pretrained import efficientnet, inception, lpips
 from ibq_jax.pretrained.frozen_nets import NETS
 from ibq_jax.tokenizer.diff_augment import DRAWS, augment
 from ibq_jax.tokenizer.discriminator import PatchDiscriminator
+from ibq_jax.tokenizer.feature_discriminator import FeatureDiscriminator
 from ibq_jax.tokenizer.losses import input_gradients
 from ibq_jax.tokenizer.net_losses import alignment_losses
 from ibq_jax.tokenizer.style_discriminator import StyleDiscriminator
@@ -202,6 +203,18 @@ def test_the_style_discriminator_is_float32_with_its_penalty():
         return jnp.sum(input_gradients(lambda images: model.apply({"params": params}, images), images))
 
     assert_full(products(jax.value_and_grad(loss, (0, 1)), params, images), at_least=4 * 7)
+
+
+@pytest.mark.parametrize("form", ["maps", "tokens"])
+def test_heads_on_hidden_maps_are_float32(form):
+    model, maps = FeatureDiscriminator(channels=8, norm_group=2, form=form), [array(4, 4, 4, 8)]
+    variables = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), maps))
+
+    def loss(params, maps, batch_stats):
+        return model.apply({"params": params, "batch_stats": batch_stats}, maps).sum()
+
+    found = products(jax.value_and_grad(loss, (0, 1)), variables["params"], maps, variables["batch_stats"])
+    assert_full(found, at_least=3 * 3)
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,6 +159,39 @@ def test_heads_on_hidden_maps_have_the_values_and_gradients_of_pytorch():
         released.assert_close(ours, other.grad.numpy(), TOLERANCE)
 
 
+def test_heads_on_tokens_are_stylegan_ts():
+    """With spectral normalisation, and in PyTorch with biases before the batch norms, which undo them."""
+    random = np.random.default_rng(0)
+    maps = [random.normal(size=(4, 3, 4, 5)).astype(np.float32) for _ in range(2)]
+    module = FeatureDiscriminator(channels=6, norm_group=GROUP, form="tokens")
+    variables = nn.meta.unbox(jax.jit(module.init)(jax.random.key(0), maps))
+    params = jax.tree.map(lambda x: x + random.normal(0, 0.2, x.shape).astype(np.float32), variables["params"])
+    vectors = spectral_norm.initial_vectors(jax.random.key(1), params)
+
+    def weighed(params, maps):
+        normalised, _ = spectral_norm.normalise(params, vectors)
+        logits = module.apply({"params": normalised, "batch_stats": variables["batch_stats"]}, maps)
+        return jnp.sum(jnp.sin(logits)), logits
+
+    (_, logits), found = jax.jit(jax.value_and_grad(weighed, argnums=(0, 1), has_aux=True))(params, maps)
+    heads = [theirs.TokenHead(params[name], vectors[name], GROUP) for name in ("head_0", "head_1")]
+    their_maps = theirs.tensors(maps, requires_grad=True)
+    expected = torch.cat([head(x.flatten(1, 2).mT) for head, x in zip(heads, their_maps, strict=True)], 1)
+    expected.sin().sum().backward()
+    released.assert_close(logits, expected.detach().mT.unflatten(1, (3, 4)).numpy(), TOLERANCE)
+    assert_trees_close(found[0], {f"head_{number}": head.gradients() for number, head in enumerate(heads)})
+    for ours, other in zip(found[1], their_maps, strict=True):
+        released.assert_close(ours, other.grad.numpy(), TOLERANCE)
+
+
+def test_heads_on_dinos_tokens_have_the_size_of_vars():
+    """VAR's five heads have 7,386,245 parameters, of which 5 * 2 * 384 are biases that batch norms undo."""
+    fields = ("discriminator.net=dino_vits16", "discriminator.heads=tokens", "discriminator.channels=384")
+    trainer = trainer_with("discriminator.name=dino", *fields)
+    state = nn.meta.unbox(jax.eval_shape(trainer.create, jax.random.key(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == 7_386_245 - 5 * 2 * 384
+
+
 def test_spectral_normalisation_finds_the_largest_singular_value():
     random = np.random.default_rng(0)
     params = {"conv": {"kernel": random.normal(size=(3, 3, 4, 6)).astype(np.float32), "bias": np.ones(6)}}
@@ -182,11 +216,14 @@ def test_the_adaptive_weight_is_the_clipped_ratio_of_lengths():
     assert float(losses.adaptive_weight(nll, 1e-9 * adversarial, 100.0)) == 100.0
 
 
-@pytest.mark.parametrize("name", DISCRIMINATORS)
-def test_eight_devices_and_micro_batches_take_the_same_step(name, monkeypatch):
+ON_NET = ("discriminator.spectral_norm=True", "discriminator.net_side=16", "discriminator.net=dino_vits16")
+
+
+@pytest.mark.parametrize(("name", "heads"), [*((name, "maps") for name in DISCRIMINATORS), ("dino", "tokens")])
+def test_eight_devices_and_micro_batches_take_the_same_step(name, heads, monkeypatch):
     net, weights = small_net()
-    monkeypatch.setitem(NETS, "efficientnet", net)
-    others = ("discriminator.spectral_norm=True", "discriminator.net_side=16") if name == "dino" else ALL
+    monkeypatch.setitem(NETS, "dino_vits16", net)
+    others = (*ON_NET, f"discriminator.heads={heads}") if name == "dino" else ALL
     fields = (f"discriminator.name={name}", *TINY, *others, AUGMENTED, "data.batch_size=16")
     results = []
     for devices, micro_batches in ((1, 1), (8, 2)):
@@ -243,6 +280,11 @@ def test_none_leaves_the_state_without_a_discriminator():
     ("fields", "message"),
     [
         (["discriminator.name=gan"], "discriminator.name=gan is not one of patch, stylegan, dino, none"),
+        (["discriminator.heads=lines"], "discriminator.heads=lines is not one of maps, tokens"),
+        (
+            ["discriminator.name=dino", "discriminator.heads=tokens"],
+            r"and discriminator.net=efficientnet has none; choose one of dino_vits16, .*, or discriminator.heads=maps",
+        ),
         (["discriminator.loss=wgan"], "discriminator.loss=wgan is not one of hinge, non_saturating, lsgan"),
         (["discriminator.augment=color,flip"], "there is no 'flip'; there are color, translation, cutout"),
         (["discriminator.r1_weight=-1.0"], "discriminator.r1_weight=-1.0 is negative; it must be at least 0"),

@@ -192,7 +192,9 @@ def test_the_adaptive_weight_and_the_gradient_are_those_of_the_losses_as_functio
     trainer, before, after, images = one.trainer, one.states[0], one.states[1], to_float(jnp.asarray(IMAGES[0]))
 
     def losses(params):
-        (reconstructions, latents, _), _ = trainer._reconstruct(params, images, one.nets, with_latents=False)
+        (reconstructions, latents, _), _ = trainer.forward_pass.reconstruct(
+            params, images, one.nets, with_latents=False
+        )
         nll, _ = trainer.reconstruction_loss(images, reconstructions, one.nets)
         discriminator = jax.tree.map(jnp.asarray, after.discriminator)
         adversarial, _ = trainer.adversarial.loss_of(discriminator, reconstructions, jnp.int32(0), None)
