@@ -86,8 +86,8 @@ class IndexBackpropQuantizer(nn.Module):
     With e the chosen row and sg the stop-gradient, quant_loss is the sum of three mean squares: (z_q - z)^2, whose
     gradient reaches every row; the commitment term (sg(e) - z)^2; and the codebook term (e - sg(z))^2. `beta` scales
     the codebook term, as in the released code, or with beta_on="commitment" the commitment term, as in the paper.
-    Without `double_loss` the first term is left out, and VQ's loss remains. The codebook starts as normal(0, init_scale),
-    where 0 stands for 1, as released.
+    Without `double_loss` the first term is left out, and VQ's loss remains. The codebook starts as
+    normal(0, init_scale), where 0 stands for 1, as released.
 
     `l2_normalize` divides latents and rows by their lengths before anything else, as in Emu3.5's quantizer: logits,
     losses, z_q and what `lookup` returns are of vectors of length one, |z . e| / `logit_temperature` stays within
