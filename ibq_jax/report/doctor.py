@@ -123,8 +123,8 @@ def _advice_on_usage(quantizer: ConfigDict) -> str:
         )
     if quantizer.name == "simvq":
         return (
-            "use a smaller codebook.size, or set quantizer.entropy_logits=dot, with which tokens were spread over more "
-            "codes (docs/collapse.md)"
+            "use a smaller codebook.size; quantizer.entropy_logits=dot made the use more even but brought no more "
+            "codes into use, and cost PSNR (docs/collapse.md)"
         )
     return "use a smaller codebook.size"
 

@@ -70,7 +70,7 @@ def test_a_healthy_tokenizer_has_no_complaint(tokenizer):
         ("lfq", r"raise loss\.entropy_weight, .* with IBQ.* or use a smaller codebook\.size$"),
         ("vq", r"use quantizer\.name=ibq, or simvq .*docs/collapse\.md.* `convert --prune` removes"),
         ("vq --config.quantizer.entropy_logits=dot", r"use quantizer\.name=ibq, or simvq "),
-        ("simvq", r"use a smaller codebook\.size, or set quantizer\.entropy_logits=dot, "),
+        ("simvq", r"use a smaller codebook\.size; quantizer\.entropy_logits=dot made "),
         ("simvq --config.quantizer.entropy_logits=dot", r"raise loss\.entropy_weight, "),
         ("fsq", r"use a smaller codebook\.size$"),
     ],
