@@ -2,7 +2,7 @@
 
 EOSTok (arXiv 2605.00503) reports that the next-token loss alone lowers usage from 99.8% to 51.8%, and that the
 prediction loss restores it. Four settings at equal steps and parameters: both losses on or off. Without both, the
-tokenizer is trained as in stage one, and the generator on its codes meanwhile. It has not been run yet.
+tokenizer is trained as in stage one, and the generator on its codes meanwhile. Shorter runs of it are in docs/joint.md.
 
 python -m ibq_jax sweep --study=configs/studies/joint.py --workdir=runs/joint
 """
