@@ -82,7 +82,6 @@ def test_a_complete_run_is_left_alone_and_can_be_made_longer(whole, data_dir, tr
     assert logged(workdir)[-2]["step"] == 13
 
 
-@pytest.mark.usefixtures("optimized")  # as above
 def test_a_run_continues_with_more_codes_and_with_fewer(whole, data_dir, train, tmp_path, capsys):
     grown, pruned = tmp_path / "grown", tmp_path / "pruned"
     assert main(["convert", f"--in={whole[0]}", f"--out={grown}", "--codebook-size=128"]) == 0
@@ -95,14 +94,14 @@ def test_a_run_continues_with_more_codes_and_with_fewer(whole, data_dir, train, 
     renumbered = np.load(pruned / "old_to_new.npy")
     assert renumbered.shape == (128,) and np.all(renumbered[kept] == np.arange(size))
     assert np.sum(renumbered == -1) == 128 - size
-    numbers = tmp_path / "numbers.json"
-    results = []
-    for run in (grown, pruned):
-        assert main(["evaluate", f"--run={run}", f"--json={numbers}"]) == 0
-        results.append(json.loads(numbers.read_text())["metrics"])
-    assert results[1]["usage"] == 1.0  # of what is left every code is used
-    assert results[1]["psnr"] == pytest.approx(results[0]["psnr"], rel=1e-5)
-    assert results[1]["perplexity"] == pytest.approx(results[0]["perplexity"], rel=1e-5)
+    split = open_split("openmoji", data_dir, "validation")
+    (images,) = evaluation_batches(split, image_size=16, resize=16, batch_size=len(split))
+    tokenizers = Tokenizer.load(grown), Tokenizer.load(pruned)
+    codes = [np.asarray(tokenizer.encode(images["image"])) for tokenizer in tokenizers]
+    np.testing.assert_array_equal(codes[1], renumbered[codes[0]])
+    assert set(codes[1].flat) == set(range(size))  # of what is left every code is used
+    decoded = [np.asarray(tokenizer.decode(codes), int) for tokenizer, codes in zip(tokenizers, codes, strict=True)]
+    np.testing.assert_allclose(decoded[1], decoded[0], atol=1)  # rounding to uint8 may go the other way
 
 
 def test_convert_used_wrongly_is_one_line_and_writes_nothing(whole, tmp_path, capsys):
