@@ -112,9 +112,8 @@ def _advice_on_usage(quantizer: ConfigDict) -> str:
     """Returns what brought more codes into use in the studies of docs/."""
     if quantizer.name == "vq":
         return (
-            "use quantizer.name=ibq, or simvq with quantizer.entropy_logits=dot: vq lost nearly all codes with an "
-            "entropy loss and without (docs/collapse.md); or a smaller codebook.size; `convert --prune` removes unused "
-            "codes"
+            "use quantizer.name=ibq, or simvq: vq lost nearly all codes with an entropy loss and without "
+            "(docs/collapse.md); or a smaller codebook.size; `convert --prune` removes unused codes"
         )
     if has_entropy_loss(quantizer):
         return (

@@ -58,13 +58,14 @@ def test_a_folder_becomes_a_data_set(photos, tmp_path, capsys):
     assert [line.split(":")[0] for line in metadata["skipped"]] == ["cat/3.jpg", "dog/5.jpg", "dog/gone.jpg"]
 
 
-def test_openmoji_end_to_end(tmp_path, capsys):
-    run("openmoji", "--size=32", data_dir=tmp_path)
+@pytest.mark.parametrize(("size", "preset"), [(16, "openmoji64"), (32, "openmoji32")])
+def test_openmoji_end_to_end(size, preset, tmp_path, capsys):
+    run("openmoji", f"--size={size}", data_dir=tmp_path)
     out = capsys.readouterr().out
     assert "train: 1,709 images (77 Activities," in out
     assert "validation: 189 images (8 Activities," in out
     assert "OpenMoji" in out and "CC BY-SA 4.0" in out
-    assert out.splitlines()[-1].startswith("next: python -m ibq_jax train --config=configs/tokenizer.py:openmoji32 ")
+    assert out.splitlines()[-1].startswith(f"next: python -m ibq_jax train --config=configs/tokenizer.py:{preset} ")
     batches = evaluation_batches(
         open_split("openmoji", tmp_path, "validation"), image_size=16, resize=16, batch_size=64
     )

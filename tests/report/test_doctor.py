@@ -68,8 +68,8 @@ def test_a_healthy_tokenizer_has_no_complaint(tokenizer):
     [
         ("ibq", r"raise loss\.entropy_weight, .*\(docs/collapse\.md\)"),
         ("lfq", r"raise loss\.entropy_weight, .* with IBQ.* or use a smaller codebook\.size$"),
-        ("vq", r"use quantizer\.name=ibq, or simvq .*docs/collapse\.md.* `convert --prune` removes"),
-        ("vq --config.quantizer.entropy_logits=dot", r"use quantizer\.name=ibq, or simvq "),
+        ("vq", r"use quantizer\.name=ibq, or simvq: .*docs/collapse\.md.* `convert --prune` removes"),
+        ("vq --config.quantizer.entropy_logits=dot", r"use quantizer\.name=ibq, or simvq: "),
         ("simvq", r"use a smaller codebook\.size; quantizer\.entropy_logits=dot made "),
         ("simvq --config.quantizer.entropy_logits=dot", r"raise loss\.entropy_weight, "),
         ("fsq", r"use a smaller codebook\.size$"),

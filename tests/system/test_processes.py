@@ -57,9 +57,9 @@ def test_several_processes_train_as_one(processes, whole, start, data_dir, tmp_p
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_elsewhere(whole, start, data_dir, tmp_path):
+def test_a_checkpoint_goes_on_elsewhere_and_back(whole, start, data_dir, tmp_path):
     workdir = tmp_path / "moved"
-    for steps, processes, devices, mesh in ((6, 1, 2, 1), (STEPS, 2, 4, 4)):
+    for steps, processes, devices, mesh in ((4, 2, 4, 4), (8, 1, 2, 1), (STEPS, 2, 4, 4)):
         fields = (CALM, f"train.steps={steps}", f"mesh.codebook={mesh}")
         finished(start(*[arguments(workdir, data_dir, *fields)] * processes, devices=devices))
     losses = [

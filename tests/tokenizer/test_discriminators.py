@@ -21,7 +21,7 @@ from ibq_jax.base.state import adam
 from ibq_jax.pretrained.frozen_nets import NETS
 from ibq_jax.tokenizer import diff_augment, losses, spectral_norm
 from ibq_jax.tokenizer.check import check_config
-from ibq_jax.tokenizer.discriminators import DiscriminatorTrainer
+from ibq_jax.tokenizer.discriminators import DISCRIMINATORS, DiscriminatorTrainer
 from ibq_jax.tokenizer.feature_discriminator import FeatureDiscriminator
 from ibq_jax.tokenizer.step import TokenizerTrainer
 from ibq_jax.tokenizer.style_discriminator import StyleDiscriminator
@@ -219,8 +219,7 @@ def test_the_adaptive_weight_is_the_clipped_ratio_of_lengths():
 ON_NET = ("discriminator.spectral_norm=True", "discriminator.net_side=16", "discriminator.net=dino_vits16")
 
 
-# The patch discriminator on eight devices and in micro-batches is in test_train_step.py.
-@pytest.mark.parametrize(("name", "heads"), [("stylegan", "maps"), ("dino", "maps"), ("dino", "tokens")])
+@pytest.mark.parametrize(("name", "heads"), [*((name, "maps") for name in DISCRIMINATORS), ("dino", "tokens")])
 def test_eight_devices_and_micro_batches_take_the_same_step(name, heads, monkeypatch):
     net, weights = small_net()
     monkeypatch.setitem(NETS, "dino_vits16", net)

@@ -133,7 +133,7 @@ def test_latents_in_bfloat16_are_quantized_in_float32():
     np.testing.assert_array_equal(narrow.quant_loss, wide.quant_loss)
 
 
-@pytest.mark.parametrize(("init_scale", "scale"), [(0.0, 1.0), (0.05, 0.05)])
+@pytest.mark.parametrize(("init_scale", "scale"), [(0.0, 1.0), (1.0, 1.0), (0.05, 0.05)])
 def test_the_codebook_starts_normal(init_scale, scale):
     module = IndexBackpropQuantizer(4096, 16, init_scale=init_scale)
     variables = module.init(jax.random.key(0), jnp.zeros((1, 1, 1, 16)))
