@@ -270,13 +270,11 @@ def _by_class(class_names: tuple[str, ...], counts: Counter) -> str:
 
 
 def _next_command(args: Namespace) -> str:
-    preset, own = PRESETS[args.source], args.name in ("openmoji", "imagenet2012")
-    if args.source == "openmoji" and args.size == 32:
-        preset = "openmoji32"
-    if args.source == "photos" and args.size in (32, 64) and args.name == f"photos{args.size}":
-        preset, own = args.name, True
+    preset = PRESETS[args.source]
+    if args.source in ("openmoji", "photos") and args.size in (32, 64):
+        preset = f"{args.source}{args.size}"
     command = f"python -m ibq_jax train --config=configs/tokenizer.py:{preset}"
-    if not own:
+    if args.name != {"openmoji": "openmoji", "photos": preset, "imagenet": "imagenet2012"}.get(args.source):
         command += f" --config.data.name={args.name}"
     if args.data_dir != "data":
         command += f" --config.data.dir={shlex.quote(args.data_dir)}"

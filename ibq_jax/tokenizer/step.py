@@ -318,11 +318,8 @@ class TokenizerTrainer:
 
         The adversarial loss has VQGAN's adaptive weight, if the config wants that.
         """
-        config, net, reconstructions = (
-            self.config.loss,
-            nets.get(self.config.discriminator.net),
-            forward.reconstructions,
-        )
+        config, reconstructions = self.config.loss, forward.reconstructions
+        net = nets.get(self.config.discriminator.net)
         (loss, scalars), gradient = jax.value_and_grad(self.reconstruction_loss, argnums=1, has_aux=True)(
             images, reconstructions, nets
         )

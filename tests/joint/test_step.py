@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support import released
+from support.made_up_weights import made_up_params
 from support.small_nets import small_net
 from support.small_runs import ROOT, SMALL_JOINT
 from torch.nn import functional as F
@@ -108,18 +109,10 @@ def first_state(trainer: JointTrainer) -> JointState:
     """A state before the first step whose random weights make every part count: the real one has a head of zeros."""
     shapes, shardings = abstract_state(trainer.create_state, trainer.mesh, 0)
     random = np.random.default_rng(0)
-
-    def initial(path, leaf):
-        if path[-1].key == "scale":
-            return np.ones(leaf.shape, np.float32)
-        kernel = 1 / math.sqrt(max(1, math.prod(leaf.shape[:-1])))
-        width = {"kernel": kernel, "head": 0.3, "codebook": 0.7, "embedding": 1.0}.get(path[-1].key, 0.1)
-        return (width * random.standard_normal(leaf.shape)).astype(np.float32)
-
     parts = {}
     for name in ("tokenizer", "generator"):
         part = getattr(shapes, name)
-        params = jax.tree_util.tree_map_with_path(initial, part.params)
+        params = made_up_params(part.params, random, head=0.3, embedding=1.0)
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), part)
         parts[name] = zeros.replace(params=params, ema=part.ema and params)
     return jax.device_put(JointState(**parts), shardings)

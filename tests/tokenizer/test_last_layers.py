@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import released
 from support import torch_discriminators as theirs
+from support.made_up_weights import made_up_params
 from support.small_nets import small_net
 from support.small_runs import SMALL, SMALL_TOKENIZER
 from torch.nn import functional as F
@@ -59,18 +60,10 @@ def first_state(trainer: TokenizerTrainer):
     """A state before the first step whose random weights are as wide as the model's own."""
     shapes, shardings = abstract_state(trainer.create_state, trainer.mesh, 0)
     random = np.random.default_rng(0)
-
-    def initial(path, leaf):
-        if path[-1].key == "scale":
-            return np.ones(leaf.shape, np.float32)
-        kernel = 1 / math.sqrt(max(1, math.prod(leaf.shape[:-1])))
-        width = {"kernel": kernel, "codebook": 0.7}.get(path[-1].key, 0.1)
-        return (width * random.standard_normal(leaf.shape)).astype(np.float32)
-
-    params = jax.tree_util.tree_map_with_path(initial, shapes.params)
+    params = made_up_params(shapes.params, random)
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes).replace(params=params)
     if state.discriminator is not None:
-        networks = jax.tree_util.tree_map_with_path(initial, shapes.discriminator.params)
+        networks = made_up_params(shapes.discriminator.params, random)
         state = state.replace(discriminator=state.discriminator.replace(params=networks))
     return jax.device_put(state, shardings)
 
@@ -99,6 +92,14 @@ def gradients(state) -> tuple[dict, np.ndarray]:
     found = jax.tree.map(lambda moment: moment / (1 - BETA1), state.optimizer[0].mu)
     projection = found.pop("alignment")["kernel"]
     return tokenizer_names.tokenizer_to_torch(found), projection
+
+
+def check_gradients(state, expected, tolerance: float) -> None:
+    """Compares the gradients of two first steps, by their largest."""
+    ours, theirs = (jax.tree.leaves(state.optimizer[0].mu) for state in (state, expected))
+    largest = max(np.abs(leaf).max() for leaf in theirs)
+    for leaf, other in zip(ours, theirs, strict=True):
+        assert np.abs(leaf - other).max() <= tolerance * largest
 
 
 def features_of(images: torch.Tensor) -> torch.Tensor:
@@ -180,10 +181,7 @@ def test_a_factor_at_its_limit_is_a_weight_by_itself():
     assert metrics.keys() - logged.keys() == {"loss/alignment_adaptive_weight"}
     for name, value in logged.items():
         assert metrics[name] == pytest.approx(value, rel=1e-6), name
-    ours, theirs = (jax.tree.leaves(state.optimizer[0].mu) for state in (after, expected))
-    largest = max(np.abs(leaf).max() for leaf in theirs)
-    for leaf, other in zip(ours, theirs, strict=True):
-        assert np.abs(leaf - other).max() <= 1e-6 * largest
+    check_gradients(after, expected, 1e-6)
 
 
 @pytest.mark.slow
@@ -193,10 +191,7 @@ def test_eight_devices_take_the_step_of_one():
     assert metrics.keys() == logged.keys()
     for name, value in logged.items():
         assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-    ours, theirs = (jax.tree.leaves(state.optimizer[0].mu) for state in (eight, one))
-    largest = max(np.abs(leaf).max() for leaf in theirs)
-    for leaf, other in zip(ours, theirs, strict=True):
-        assert np.abs(leaf - other).max() <= 1e-5 * largest
+    check_gradients(eight, one, 1e-5)
 
 
 @pytest.mark.slow
