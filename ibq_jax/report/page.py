@@ -13,6 +13,7 @@ TEMPLATE = "page.html.jinja"
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 SECTIONS = (
     "key",
+    "published",
     "missing",
     "findings",
     "runs",

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from ml_collections import ConfigDict
 
+from ibq_jax.base.config import flatten
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.saved_run import total_steps
 from ibq_jax.joint.parts import generator_part, tokenizer_part
@@ -12,6 +13,7 @@ from ibq_jax.report.baseline import Baseline
 from ibq_jax.report.curves import PANELS, Band, plot, plot_grid
 from ibq_jax.report.images import images_of
 from ibq_jax.report.page import render
+from ibq_jax.report.published import published_for
 from ibq_jax.report.run import Run, evaluation_card
 from ibq_jax.tokenizer.model import latent_dim
 
@@ -51,6 +53,7 @@ def single_run_page(run: Run, baseline: Baseline | None = None) -> tuple[str, li
             for name, (label, form) in KEY_FIGURES.items()
             if name in run.history
         ],
+        published=[found.words() for found in published_for(flatten(run.config))],
         missing=missing,
         findings=[finding | {"run": ""} for finding in run.findings(steps)],
         numbers=[evaluation_card(evaluation) for evaluation in run.evaluations],
@@ -66,11 +69,13 @@ def single_run_page(run: Run, baseline: Baseline | None = None) -> tuple[str, li
 def _plots(run: Run, codebook: bool, behind: Mapping[str, Band]) -> Iterator[str]:
     """Yields the curves of the codebook, or all others, as SVG; "" for a panel without data."""
     levels = {}
+    for found in published_for(flatten(run.config)):
+        levels |= found.levels
     if run.unigram_entropy is not None:
-        levels = {"unigram entropy": run.unigram_entropy, "log K": math.log(run.config.model.vocab_size)}
+        levels["loss/total"] = {"unigram entropy": run.unigram_entropy, "log K": math.log(run.config.model.vocab_size)}
     for panel in PANELS[run.stage]:
         if panel.codebook == codebook:
-            yield plot(panel, {run.name: run.history}, levels if "loss/total" in panel.names else None, behind)
+            yield plot(panel, {run.name: run.history}, levels.get(panel.names[0]), behind)
     if not codebook:
         for name, values in run.history.grids.items():
             title = name.removeprefix("validation/").replace("_", " ")
