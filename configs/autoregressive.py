@@ -72,7 +72,7 @@ def _add_model(config: ConfigDict, layers: int, gamma_init: float) -> None:
     config.model.dropout = 0.1  # on embeddings, attention outputs and feed-forward outputs
     config.model.use_pretrained_codebook = False  # True: token embeddings from the tokenizer's codebook and two layers
     config.model.codebook_dim = 256  # dimensions of that codebook
-    config.model.attention = "xla"  # jax.nn.dot_product_attention's implementation; "cudnn": on GPUs, in bfloat16
+    config.model.attention = "auto"  # "xla", "cudnn" (NVIDIA GPUs, in bfloat16), or "auto": cuDNN's where it applies
     # The backward pass keeps of each layer, "dots": products and dropout masks; "blocks": its input; "none": all.
     config.model.remat = "dots"
 

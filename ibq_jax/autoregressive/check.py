@@ -4,6 +4,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ibq_jax.autoregressive.generate import LogitFilter
+from ibq_jax.autoregressive.layers import cudnn_applies
 from ibq_jax.autoregressive.model import REMAT, check_layout
 from ibq_jax.autoregressive.sample_codes import Guidance
 from ibq_jax.base.config import check_choices, check_positive, check_seed_and_length, flatten
@@ -13,7 +14,7 @@ from ibq_jax.base.state import check_moments
 
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
-    "model.attention": ("xla", "cudnn"),
+    "model.attention": ("auto", "xla", "cudnn"),
     "model.remat": tuple(REMAT),
     "loss.implementation": ("streamed", "dense"),
     "optimizer.moment_dtype": ("float32", "bfloat16"),
@@ -58,8 +59,12 @@ def check_config(config: ConfigDict, mesh: Mesh) -> None:
             raise UsageError(f"{name}={fields[name]} is negative")
     check_moments(config.optimizer.beta1, config.optimizer.beta2, config.optimizer.moment_dtype)
     _check_model(config.model, mesh)
-    if config.model.attention == "cudnn" and (mesh.devices.flat[0].platform != "gpu" or config.dtype != "bfloat16"):
-        raise UsageError("model.attention=cudnn is for NVIDIA GPUs and dtype=bfloat16; use xla otherwise")
+    channels = config.model.embed_dim // config.model.num_heads
+    if config.model.attention == "cudnn" and not cudnn_applies(mesh.devices.flat[0], config.dtype, channels):
+        raise UsageError(
+            "model.attention=cudnn is for NVIDIA GPUs of compute capability 8 and more, dtype=bfloat16 and heads of at "
+            "most 128 channels, a multiple of 8; use auto"
+        )
     check_batch(config.data.batch_size, mesh, config.train.grad_accum_steps, "data.batch_size")
     check_batch(config.evaluate.batch_size, mesh, 1, "evaluate.batch_size")
     sample = config.sample

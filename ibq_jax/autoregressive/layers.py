@@ -5,6 +5,7 @@ F hidden channels. Parameters are float32; `dtype` is what matrix products compu
 attention's softmax and the residual stream stay float32. Products of float32 keep every bit on every machine.
 """
 
+import re
 from collections.abc import Callable
 from typing import Literal
 
@@ -18,12 +19,26 @@ from jax.nn.initializers import normal, ones, zeros
 from ibq_jax.base.precision import FULL
 
 Kernel = Literal["xla", "cudnn"]  # of jax.nn.dot_product_attention
+CUDNN_CAPABILITY, CUDNN_CHANNELS = 8, 128  # the least compute capability and the most channels a head
 NORM_EPSILON = 1e-5
 INITIAL_DEVIATION = 0.02
 ROTARY_BASE = 10_000.0
 HIDDEN_MULTIPLE = 256
 KEPT = "kept"  # the name of arrays that the backward pass may keep
 MODULATIONS = 6  # gamma1, gamma2, scale1, scale2, shift1, shift2
+
+
+def cudnn_applies(device: jax.Device, dtype: jnp.dtype | str, head_channels: int) -> bool:
+    """Returns whether cuDNN has an attention kernel for heads of this type and number of channels on a device."""
+    capability = getattr(device, "compute_capability", "") if device.platform == "gpu" else ""
+    nvidia = re.fullmatch(r"(\d+)\.\d+", capability)  # AMD's are named, such as gfx942
+    return (
+        nvidia is not None
+        and int(nvidia[1]) >= CUDNN_CAPABILITY
+        and jnp.dtype(dtype) == jnp.bfloat16
+        and head_channels % 8 == 0
+        and head_channels <= CUDNN_CHANNELS
+    )
 
 
 def hidden_channels(width: int) -> int:

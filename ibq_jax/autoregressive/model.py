@@ -22,6 +22,7 @@ from ibq_jax.autoregressive.layers import (
     Kernel,
     Modulation,
     RMSNorm,
+    cudnn_applies,
     dense,
     drop,
     rotary_angles,
@@ -209,7 +210,13 @@ def check_layout(embed_dim: int, num_heads: int, num_kv_heads: int) -> None:
 def build_model(config: ConfigDict, mesh: Mesh | None = None) -> GeneratorModel:
     """Returns the model of a config from configs/autoregressive.py whose model sizes are all known.
 
-    A `mesh` splits the vocabulary's rows over its axis `codebook`.
+    A `mesh` splits the vocabulary's rows over its axis `codebook`. `model.attention` "auto" is cuDNN's kernel where it
+    applies to the devices of `mesh`, or without one to JAX's first device.
     """
     no_class = config.loss.class_dropout > 0 or not config.model.num_classes
-    return GeneratorModel(**config.model, no_class=no_class, dtype=jnp.dtype(config.dtype), mesh=mesh)
+    sizes, dtype = dict(config.model), jnp.dtype(config.dtype)
+    if sizes["attention"] == "auto":
+        device = mesh.devices.flat[0] if mesh else jax.devices()[0]
+        applies = cudnn_applies(device, dtype, sizes["embed_dim"] // sizes["num_heads"])
+        sizes["attention"] = "cudnn" if applies else "xla"
+    return GeneratorModel(**sizes, no_class=no_class, dtype=dtype, mesh=mesh)

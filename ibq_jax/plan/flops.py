@@ -17,6 +17,10 @@ from ibq_jax.plan.products import multiplied_bits
 
 CONVOLUTION = re.compile(r'custom_call_target="__cudnn\$conv(\w+)"')
 CUBLAS = re.compile(r'custom_call_target="__cublas\$')
+ATTENTION = re.compile(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"')
+ATTENTION_LOGITS = re.compile(r'"intermediate_tensor_shape":\s*\{.*?"dimensions":\s*(\[[^\]]*\])')
+# Matrix products in cuDNN's attention: logits and values; and in its gradient the logits again and four gradients.
+ATTENTION_PRODUCTS, ATTENTION_GRADIENT_PRODUCTS = 2, 5
 CONTRACTED = re.compile(r'"lhs_contracting_dimensions":(\[[^\]]*\])')
 # The calls of a convolution's two gradients. Their window is that of the forward convolution.
 BACKWARD_INPUT, BACKWARD_FILTER = "BackwardInput", "BackwardFilter"
@@ -40,7 +44,7 @@ def is_product(instruction: Instruction) -> bool:
     """Returns whether an instruction is a matrix product or convolution by itself."""
     return instruction.opcode in ("convolution", "dot") or (
         instruction.is_library_call
-        and bool(CONVOLUTION.search(instruction.attributes) or CUBLAS.search(instruction.attributes))
+        and any(call.search(instruction.attributes) for call in (CONVOLUTION, CUBLAS, ATTENTION))
     )
 
 
@@ -64,6 +68,10 @@ def _flops(computation: Computation, product: Instruction) -> float:
     if CUBLAS.search(product.attributes):
         contracted = json.loads(required_match(CONTRACTED, product.attributes)[1])
         return 2.0 * math.prod(result) * math.prod(left[int(i)] for i in contracted)
+    if attention := ATTENTION.search(product.attributes):
+        logits = json.loads(required_match(ATTENTION_LOGITS, product.attributes)[1])
+        count = ATTENTION_GRADIENT_PRODUCTS if attention[1] else ATTENTION_PRODUCTS
+        return 2.0 * count * math.prod(map(int, logits)) * left[-1]  # masked logits included
     called = CONVOLUTION.search(product.attributes)
     if called and called[1] == BACKWARD_INPUT:  # (gradient of the result, kernel) -> gradient of the input
         left, result = result, left

@@ -9,14 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ibq_jax.plan.clock import place
-from ibq_jax.plan.flops import CONVOLUTION, CUBLAS, is_product
+from ibq_jax.plan.flops import ATTENTION, CONVOLUTION, CUBLAS, is_product
 from ibq_jax.plan.hlo import COLLECTIVES, NO_TRAFFIC, Instruction, Module
 
-CONVOLUTIONS, CUBLAS_PRODUCTS, TRITON_PRODUCTS = "cuDNN convolutions", "cuBLAS products", "Triton products"
+CONVOLUTIONS, ATTENTIONS = "cuDNN convolutions", "cuDNN attention"
+CUBLAS_PRODUCTS, TRITON_PRODUCTS = "cuBLAS products", "Triton products"
 CALLS, TRITON, TRANSPOSES, COPIES = "other library calls", "other Triton kernels", "transposes", "copies"
 CASTS, REDUCTIONS, ELEMENTWISE, COLLECTIVE = "conversions of types", "reductions", "elementwise", "collectives"
 KINDS = (
-    *(CONVOLUTIONS, CUBLAS_PRODUCTS, TRITON_PRODUCTS, CALLS, TRITON, TRANSPOSES),
+    *(CONVOLUTIONS, ATTENTIONS, CUBLAS_PRODUCTS, TRITON_PRODUCTS, CALLS, TRITON, TRANSPOSES),
     *(COPIES, CASTS, REDUCTIONS, ELEMENTWISE, COLLECTIVE),
 )
 FUSION_BACKEND = re.compile(r'"fusion_backend_config":\{"kind":"([^"]*)"')
@@ -87,4 +88,6 @@ def _kind(module: Module, instruction: Instruction) -> str:
 def _kind_of_call(instruction: Instruction) -> str:
     if instruction.opcode == "convolution" or CONVOLUTION.search(instruction.attributes):
         return CONVOLUTIONS
+    if ATTENTION.search(instruction.attributes):
+        return ATTENTIONS
     return CUBLAS_PRODUCTS if CUBLAS.search(instruction.attributes) else CALLS

@@ -1,15 +1,35 @@
 """The generator's layers against plain formulas and published sizes."""
 
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import released
 
-from ibq_jax.autoregressive.layers import RMSNorm, hidden_channels, rotary_angles, rotate
+from ibq_jax.autoregressive.layers import RMSNorm, cudnn_applies, hidden_channels, rotary_angles, rotate
 
 PUBLISHED = json.loads((released.GOLDEN / "published_generators.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "channels", "applies"),
+    [
+        ({"platform": "gpu", "compute_capability": "9.0"}, "bfloat16", 64, True),
+        ({"platform": "gpu", "compute_capability": "10.0"}, "bfloat16", 128, True),
+        ({"platform": "gpu", "compute_capability": "8.6"}, "bfloat16", 8, True),
+        ({"platform": "gpu", "compute_capability": "7.5"}, "bfloat16", 64, False),
+        ({"platform": "gpu", "compute_capability": "gfx942"}, "bfloat16", 64, False),
+        ({"platform": "gpu", "compute_capability": "9.0"}, "float32", 64, False),
+        ({"platform": "gpu", "compute_capability": "9.0"}, "bfloat16", 12, False),
+        ({"platform": "gpu", "compute_capability": "9.0"}, "bfloat16", 136, False),
+        ({"platform": "tpu"}, "bfloat16", 64, False),
+        ({"platform": "cpu"}, "bfloat16", 64, False),
+    ],
+)
+def test_cudnns_attention_is_for_some_gpus_types_and_channels(device, dtype, channels, applies):
+    assert cudnn_applies(SimpleNamespace(**device), dtype, channels) is applies
 
 
 @pytest.mark.parametrize(("grid", "channels"), [((4, 4), 16), ((2, 8), 8), ((16, 16), 64), ((3, 1), 4)])

@@ -98,11 +98,32 @@ ENTRY %main (x: bf16[2,8,8,8], w: bf16[3,3,8,16], y: bf16[64,32], z: bf16[32,16]
 """  # noqa: E501
 # Of the windows of 3 x 3 on 8 x 8 pixels, 22 x 22 positions fall on pixels. Two images, 8 to 16 channels.
 CONVOLUTION = 2 * 2 * 22 * 22 * 8 * 16
+# The attention of 16 images, 256 positions and 4 heads of 64 channels, and its gradient, on one of 8 H100.
+ATTENTION = """HloModule jit_attention, is_scheduled=true
+
+ENTRY %main (q: bf16[2,256,4,64], k: bf16[2,256,4,64], v: bf16[2,256,4,64]) -> bf16[2,4,256,64] {
+  %q = bf16[2,256,4,64]{3,2,1,0} parameter(0)
+  %k = bf16[2,256,4,64]{3,2,1,0} parameter(1)
+  %v = bf16[2,256,4,64]{3,2,1,0} parameter(2)
+  %forward = (bf16[2,4,256,64]{3,1,2,0}, f32[2,4,256]{2,1,0}, u8[0]{0}) custom-call(%q, %k, %v), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config": {"fmha_scale": 0.125, "intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "4", "256", "256"], "tuple_shapes": []}, "mask_type": "CAUSAL"}}
+  %o = bf16[2,4,256,64]{3,1,2,0} get-tuple-element(%forward), index=0
+  %sums = f32[2,4,256]{2,1,0} get-tuple-element(%forward), index=1
+  %backward = (bf16[2,4,256,64]{3,1,2,0}, bf16[2,4,256,64]{3,1,2,0}, bf16[2,4,256,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %v, %sums, %o, /*index=5*/%o), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "4", "256", "256"]}}}
+  ROOT %dq = bf16[2,4,256,64]{3,1,2,0} get-tuple-element(%backward), index=0
+}
+"""  # noqa: E501
 
 
 def test_operations_of_library_calls_and_triton_kernels():
     flops = flops_by_bits(Module(PROGRAM), "gpu")
     assert flops == {8: 3 * CONVOLUTION + 2 * 64 * 32 * 16, 24: 3 * 2 * 64 * 16 * 64}
+
+
+def test_cudnns_attention_counts_two_products_and_its_gradient_five():
+    module = Module(ATTENTION)
+    assert flops_by_bits(module, "gpu") == {8: (2 + 5) * 2 * 2 * 4 * 256 * 256 * 64}
+    heads, sums = 2 * 2 * 256 * 4 * 64, 4 * 2 * 4 * 256  # bytes of one array of all heads, bytes of the logsumexp
+    assert by_kind(read_kernels(module)) == {kernels.ATTENTIONS: (2, 4 * heads + sums + 7 * heads + sums)}
 
 
 def test_kernels_count_as_often_as_they_run_with_the_bytes_that_they_move():

@@ -24,6 +24,7 @@ from ibq_jax.data.preprocess import to_uint8
 from ibq_jax.plan.gpus import gpu_devices
 from ibq_jax.plan.hlo import Module
 from ibq_jax.plan.kernels import (
+    ATTENTIONS,
     CONVOLUTIONS,
     COPIES,
     CUBLAS_PRODUCTS,
@@ -38,7 +39,7 @@ from ibq_jax.tokenizer.tokenize import encoding_program
 pytestmark = pytest.mark.slow
 MESHES = ({"data": 8}, {"data": 2, "codebook": 4}, {"data": 2, "fsdp": 2, "codebook": 2})
 DTYPES = "bfloat16", "float32"
-COUNTED = CONVOLUTIONS, CUBLAS_PRODUCTS, TRITON_PRODUCTS, TRANSPOSES, COPIES
+COUNTED = CONVOLUTIONS, ATTENTIONS, CUBLAS_PRODUCTS, TRITON_PRODUCTS, TRANSPOSES, COPIES
 TOKENIZER = (*SMALL, "loss.perceptual_weight=0.0", "quantizer.entropy_group_tokens=0", "model.num_res_blocks=1")
 GENERATOR = (
     "data.batch_size=8",
@@ -108,6 +109,7 @@ def test_a_training_step_launches_what_it_did(stage, dtype, check_golden):
         name = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
         found[name] = counts(*training_program(stage, made))
         assert found[name][TRITON_PRODUCTS] and (stage == "generator" or found[name][CONVOLUTIONS] > 50)
+        assert (ATTENTIONS in found[name]) == (stage == "generator" and dtype == "bfloat16")
     check_golden(f"gpu_kernels_{stage}_{dtype}.json", json.dumps(found, indent=1) + "\n")
 
 
