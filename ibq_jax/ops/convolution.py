@@ -117,10 +117,34 @@ def _doubled_forward(x, kernel, precision, mesh):
 
 
 def _doubled_backward(precision, mesh, saved, dy):
-    def of(form, **settings):
-        return lambda x, kernel, dy: jax.vjp(partial(form, precision=precision, **settings), x, kernel)[1](dy)
+    def of_repeated(x, kernel, dy):
+        return jax.vjp(partial(_repeated, precision=precision, mesh=mesh), x, kernel)[1](dy)
 
-    return lax.platform_dependent(*saved, dy, tpu=of(_spread), default=of(_repeated, mesh=mesh))
+    return lax.platform_dependent(*saved, dy, tpu=partial(_spread_backward, precision=precision), default=of_repeated)
+
+
+def _spread_backward(x, kernel, dy, precision):
+    """Returns the gradients of `_spread`.
+
+    With p a pixel of y, y[p] = sum_i x[i] s[2i - p + 2] for the summed kernel s, so that with b = 3 - a
+
+        ds[a] = sum_i x[i] dy[2i - 1 + b]
+
+    is a convolution of dy with x, whose pixels lie two apart. XLA by itself would reverse dy and write it once more.
+    """
+    (dx,) = jax.vjp(lambda x: _spread(x, kernel, precision), x)[1](dy)
+    of_b = lax.conv_general_dilated(
+        dy,
+        x,
+        (1, 1),
+        ((1, 1), (1, 1)),
+        rhs_dilation=(2, 2),
+        dimension_numbers=("CHWN", "IHWO", "HWCN"),
+        precision=precision,
+    )
+    summed = jnp.flip(of_b.astype(jnp.float32), (0, 1))
+    dkernel = summed[:-1, :-1] + summed[1:, :-1] + summed[:-1, 1:] + summed[1:, 1:]
+    return dx, dkernel.astype(kernel.dtype)
 
 
 convolve_doubled.defvjp(_doubled_forward, _doubled_backward)

@@ -85,10 +85,11 @@ def test_a_convolution_of_doubled_images_is_that_of_repeated_pixels():
         return plain_convolution(x.repeat(2, axis=1).repeat(2, axis=2), kernel, 1, ((1, 1), (1, 1)), FULL)
 
     expected = jax.vjp(plain, x, kernel)
-    for form in (convolve_doubled, module._spread):
-        value, pull_back = jax.vjp(lambda x, kernel, form=form: form(x, kernel, FULL), x, kernel)
-        np.testing.assert_allclose(value, expected[0], rtol=0, atol=1e-6 * np.abs(expected[0]).max())
-        for gradient, of_plain in zip(pull_back(dy), expected[1](dy), strict=True):
+    value, pull_back = jax.vjp(lambda x, kernel: convolve_doubled(x, kernel, FULL), x, kernel)
+    on_tpus = module._spread(x, kernel, FULL), module._spread_backward(x, kernel, dy, FULL)
+    for found, gradients in ((value, pull_back(dy)), on_tpus):
+        np.testing.assert_allclose(found, expected[0], rtol=0, atol=1e-6 * np.abs(expected[0]).max())
+        for gradient, of_plain in zip(gradients, expected[1](dy), strict=True):
             np.testing.assert_allclose(gradient, of_plain, rtol=0, atol=1e-6 * np.abs(of_plain).max())
 
 
