@@ -69,6 +69,7 @@ def describe(plan: Plan, config: str, batch_size: int, mesh: jax.sharding.Mesh, 
         "binding": binding,
         "images_a_second_at_best": batch_size / bounds[binding] if binding else None,
         "expected_seconds": expected,
+        "seconds_to_search_again": plan.seconds_for_few,
         "expected_images_a_second": batch_size / total if total else None,
         "expected_share_of_peak": bounds["matrix units"] / total if total else None,
         "kernels_without_estimate": plan.clock.unknown if plan.clock else None,
@@ -130,6 +131,9 @@ def _figures(report: dict, unit: str) -> list[tuple[str, str]]:
         )
         rows.append(("expected time", total))
         rows += [(f"expected: {kind}", f"{1e3 * seconds:.1f} ms") for kind, seconds in expected.items()]
+        if report["seconds_to_search_again"]:
+            again = f"{1e3 * report['seconds_to_search_again']:.1f} ms"
+            rows.append(("not in it: tokens that the search looks at again, each time", again))
         expected_rate = f"{report['expected_images_a_second']:,.0f} images/s expected"
         rows.append((f"all {report['devices']} {unit}", expected_rate))
     for row in report["collectives"]:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from ibq_jax.base.sharding import platform
+from ibq_jax.ops.exact_search import FOR_FEW
 from ibq_jax.plan.chips import Chip
 from ibq_jax.plan.clock import Clock, read_clock
 from ibq_jax.plan.flops import flops_by_bits, loop_flops
@@ -63,7 +64,8 @@ class Plan:
     collectives: tuple[Traffic, ...]
     compile_seconds: float
     chip: Chip | Gpu | None
-    clock: Clock | None  # the compiler's own estimate; None where it makes none
+    clock: Clock | None  # the compiler's own estimate, without loops for a few tokens; None where it makes none
+    seconds_for_few: float  # expected of one turn of those loops, which run for tokens that the search has to repeat
     kernels: tuple[Kernels, ...]  # empty except for GPUs
 
     @property
@@ -137,6 +139,9 @@ def read_plan(compiled, mesh: jax.sharding.Mesh, chip: Chip | Gpu | None, compil
     on_gpus = platform(mesh) == "gpu"
     # XLA counts the operations of fused convolutions, too, but not on GPUs, and no loop more than once.
     flops = flops_by_bits(module, "gpu") if on_gpus else {8: cost["flops"] + loop_flops(module)}
+    clock, everything = (
+        read_clock(module, chip, without) if isinstance(chip, Chip) else None for without in (FOR_FEW, "")
+    )
     return Plan(
         devices=mesh.size,
         memory=Memory(
@@ -150,7 +155,8 @@ def read_plan(compiled, mesh: jax.sharding.Mesh, chip: Chip | Gpu | None, compil
         collectives=_by_axes(module.collectives(), mesh, chip.nvlink_gpus if isinstance(chip, Gpu) else math.inf),
         compile_seconds=compile_seconds,
         chip=chip,
-        clock=read_clock(module, chip) if isinstance(chip, Chip) else None,
+        clock=clock,
+        seconds_for_few=everything.total - clock.total if everything and clock else 0.0,
         kernels=read_kernels(module) if on_gpus else (),
     )
 

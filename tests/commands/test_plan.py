@@ -245,6 +245,17 @@ def test_a_plan_for_a_tpu(capsys):
     assert "TokenizerModel/decoder" in table and "an estimate without overlap" in table
 
 
+@needs_libtpu
+@pytest.mark.slow
+def test_a_plan_of_encoding_counts_no_loop_over_undecided_tokens(capsys):
+    flags = [f"--config={CONFIG}", "--topology=v5e:1x1", "--what=encode", *SMALL, "--json"]
+    assert main(["plan", *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["seconds_to_search_again"] > 0
+    assert not any("search_again" in group["place"] for group in report["costliest"])
+    assert 0 < sum(group["seconds"] for group in report["costliest"]) <= sum(report["expected_seconds"].values())
+
+
 @needs_gpu_compiler
 @pytest.mark.slow
 def test_a_plan_for_nodes_of_gpus(capsys):
