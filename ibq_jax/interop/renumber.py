@@ -22,7 +22,6 @@ from ibq_jax.tokenizer.quantizers import check_trained_rows
 from ibq_jax.tokenizer.tokenize import fingerprint
 
 SAME = ("data", "preprocessing", "precision", "grid")  # fields that both caches share
-FREE = ("data.dir",)
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class RenumberedCodes:
     def check_settings(self, settings: Mapping) -> None:
         """Raises UsageError unless a cache of these settings would hold the same images at the same precision."""
         wanted = {name: settings[name] for name in SAME}
-        wanted["data"] = {name: value for name, value in wanted["data"].items() if f"data.{name}" not in FREE}
+        wanted["data"] = {name: value for name, value in wanted["data"].items() if name != "dir"}  # it may have moved
         check_manifest(self.manifest, wanted, self.path, "this command")
 
     def images(self, shard: Shard) -> Iterator[CodedImage]:

@@ -129,12 +129,13 @@ class ResidualBlock(nn.Module):
     def _by_bands(self, x: jax.Array) -> jax.Array:
         norm = GroupNormForm(NORM_GROUPS, NORM_EPSILON, True, self.computing.mesh)
         form = BlockForm(norm, self.computing.dtype, convolution_precision(self.computing.precision))
+        block: Any = self  # whose attribute `variables` pyright does not know
         whole = ResidualBlock(self.features, self.computing, may_band=False, parent=None)
 
         def plain(x: jax.Array, params: Any) -> jax.Array:
             return whole.apply({"params": params}, x)  # pyright: ignore[reportReturnType]
 
-        return residual_block(x, nn.meta.unbox(self.variables["params"]), form, plain)
+        return residual_block(x, nn.meta.unbox(block.variables["params"]), form, plain)
 
 
 class Attention(nn.Module):

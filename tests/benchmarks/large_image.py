@@ -38,7 +38,7 @@ def main() -> None:
         compare(tokenizer, photograph.resize((flags.compare, flags.compare), Image.Resampling.BICUBIC))
     image = photograph.resize((flags.side, flags.side), Image.Resampling.BICUBIC)
     start = time.time(), time.process_time()
-    codes = np.asarray(tokenizer.encode_image(image, max_pixels=flags.side**2))
+    codes = np.asarray(tokenizer.encode_image(image, min_pixels=flags.side**2, max_pixels=flags.side**2))
     elapsed, worked = time.time() - start[0], time.process_time() - start[1]
     print(
         f"{codes.shape} codes, {len(set(codes.flat)):,} different ones, in {elapsed:,.0f} s, {worked:,.0f} CPU seconds"

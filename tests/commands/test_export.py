@@ -61,6 +61,9 @@ def test_compact_tokens_of_mixed_sizes_decode_to_the_images_of_the_cache(tokeniz
     for one, other in zip(first.values(), second.values(), strict=True):
         np.testing.assert_array_equal(one, other)
     assert "note: " not in capsys.readouterr().out
+    prune = ["--prune", f"--codes={cache}", "--multiple-of=1"]
+    assert main(["convert", f"--in={tokenizer}", f"--out={tmp_path / 'pruned'}", *prune]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "pruned" / "old_to_new.npy"), np.load(out / "old_to_new.npy"))
 
 
 @pytest.mark.parametrize(
