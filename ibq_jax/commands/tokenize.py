@@ -241,7 +241,7 @@ def parser() -> Parser:
         type=Path,
         metavar="DIR",
         help="Token cache of the same images by the tokenizer that convert --prune made --run from: its codes get "
-        "their new numbers, and no image is encoded again. Default: encode the images.",
+        "their new numbers, instead of encoding the images again. Default: encode the images.",
     )
     add(
         "--precision",
