@@ -38,6 +38,8 @@ def main(argv: list[str]) -> None:
             command_line.error(f"unknown argument {argument}")
     if flags.out is None and not flags.verify:
         command_line.error("give --out=FILE or FOLDER, or --verify")
+    if flags.codes is not None and not flags.prune:
+        command_line.error("--codes says which codes --prune keeps: give both")
     if flags.out is not None and flags.out.exists():
         raise UsageError(f"--out={flags.out} exists already; name one that does not")
     source = download_if_hub(flags.input)
@@ -86,6 +88,7 @@ def _resize(flags: Namespace, source: Path) -> None:
         source,
         flags.out,
         codebook_size=None if flags.prune else flags.codebook_size,
+        codes=flags.codes,
         multiple_of=flags.multiple_of,
         spread=flags.spread,
     )
@@ -132,6 +135,7 @@ def parser() -> Parser:
             "--in=runs/tokenizer --out=hub --hub",
             "--in=runs/tokenizer --out=graphs --graphs=onnx",
             "--in=runs/codes1024 --out=runs/codes8192 --codebook-size=8192",
+            "--in=runs/emu35 --out=runs/pruned --prune --codes=runs/codes",
         ],
         notes=(
             "The kind of --out decides: from a file of weights, a folder becomes a run; from a run, a file gets its\n"
@@ -206,7 +210,13 @@ def parser() -> Parser:
     size.add_argument(
         "--prune",
         action="store_true",
-        help="Write a run without the codes that the validation split does not use.",
+        help="Write a run without the codes that the validation split, or the token cache --codes, does not use.",
+    )
+    parser.add_argument(
+        "--codes",
+        type=Path,
+        metavar="DIR",
+        help="Token cache of --in whose codes --prune keeps, of all its splits. Default: the validation split's codes.",
     )
     parser.add_argument(
         "--multiple-of",

@@ -50,7 +50,9 @@ def check_format_flags(flags: Namespace, mixed: bool = False) -> CodeLayout:
         if getattr(flags, name) is not None and flags.format != "megatron":
             raise UsageError(f"--{name} goes with --format=megatron")
     if flags.compact is not None and flags.format is None:
-        raise UsageError("--compact goes with --format: a token cache keeps the tokenizer's own codes")
+        raise UsageError(
+            "--compact goes with --format; a token cache has compact codes by convert --prune and --renumber"
+        )
     if flags.compact not in (None, USED):
         read_map(Path(flags.compact))
     layout = find_layout(flags.layout or "codes", flags.offset)

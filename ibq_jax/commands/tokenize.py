@@ -24,6 +24,7 @@ from ibq_jax.data.raw_images import find_images
 from ibq_jax.data.token_cache import COMPARED, SHEET, read_manifest
 from ibq_jax.evaluate.check_cache import check_token_cache
 from ibq_jax.evaluate.check_mixed_cache import check_mixed_cache
+from ibq_jax.interop.renumber import renumbered_codes
 from ibq_jax.tokenizer.model import downsampling
 from ibq_jax.tokenizer.restore import restore_run
 from ibq_jax.tokenizer.tokenize import TokenizeJob, check_job, tokenize
@@ -32,7 +33,7 @@ from ibq_jax.tokenizer.tokenize_mixed import MixedJob, check_mixed_job, tokenize
 SPLITS = ("train", "validation")  # their names in the cache
 TRAINING_VIEWS, VALIDATION_VIEWS = ("centre", "flip"), ("centre",)
 MAX_SHAPES = 24
-SQUARE_FLAGS = ("views", "resize", "data", "data_dir", "splits", "batch_size")
+SQUARE_FLAGS = ("views", "resize", "data", "data_dir", "splits", "batch_size", "renumber")
 MIXED_FLAGS = ("min_pixels", "max_pixels", "max_shapes", "batch_tokens")
 WHICH = "a data set's images are cropped to squares, images of mixed sizes keep their own"
 
@@ -70,7 +71,11 @@ def main(argv: list[str]) -> None:
         manifest = tokenize_mixed(trainer.model, params, job, flags.out, origin, check=check, **how)
     else:
         check = functools.partial(check_token_cache, model=trainer.model, params=params, job=job)
-        manifest = tokenize(trainer.model, params, job, flags.out, origin, check=check, **how)
+        known = None
+        if flags.renumber is not None:
+            model = trainer.model.for_encoding(job.precision)
+            known = renumbered_codes(flags.renumber, flags.run, model, params)
+        manifest = tokenize(trainer.model, params, job, flags.out, origin, check=check, known=known, **how)
     barrier("tokenized")  # the process that finishes last completes the cache
     if joined():
         manifest = (read_mixed_manifest if flags.images else read_manifest)(flags.out.resolve())
@@ -204,6 +209,7 @@ def parser() -> Parser:
             "--run=runs/quickstart/tokenizer --out=runs/codes",
             "--run=runs/imagenet --out=runs/codes --views=ten_crop --resize=282",
             "--run=runs/imagenet --out=runs/photos --data=photos --splits='train[:90%],train[90%:]'",
+            "--run=runs/pruned --out=runs/compact --renumber=runs/codes",
             "--run=runs/emu35 --out=runs/web --images='shards/*.tar' --min-pixels=65536 --max-pixels=1048576",
         ],
         notes="The same command continues an interrupted cache. Several processes may share the work.",
@@ -230,6 +236,13 @@ def parser() -> Parser:
     add("--data-dir", metavar="DIR", help=f"Folder that holds all data sets. {own}")
     add("--splits", type=_two_splits, metavar="A,B", help=f"Splits to train on and to validate on. {own}")
     add("--weights", choices=("ema", "raw"), default="ema", help="Averaged (ema) or raw weights. Default: ema.")
+    add(
+        "--renumber",
+        type=Path,
+        metavar="DIR",
+        help="Token cache of the same images by the tokenizer that convert --prune made --run from: its codes get "
+        "their new numbers, instead of encoding the images again. Default: encode the images.",
+    )
     add(
         "--precision",
         choices=PRECISIONS,

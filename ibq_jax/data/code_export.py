@@ -50,7 +50,7 @@ class CachedCodes:
     Attributes:
         path: the cache's folder.
         parts: its parts.
-        tokenizer: the manifest's fields about the tokenizer.
+        manifest: the cache's manifest.
         codebook_size: K.
         grid: (h, w) of every image; None in a cache of mixed sizes.
         texts: the names of all texts.
@@ -59,11 +59,16 @@ class CachedCodes:
 
     path: Path
     parts: tuple[CachePart, ...]
-    tokenizer: Mapping
+    manifest: Mapping
     codebook_size: int
     grid: tuple[int, int] | None
     texts: tuple[str, ...]
     histograms: tuple[Path, ...]
+
+    @property
+    def tokenizer(self) -> Mapping:
+        """The manifest's fields about the tokenizer."""
+        return self.manifest["tokenizer"]
 
     def counts(self) -> np.ndarray:
         """Returns how often each code occurs, int64 [K]. Raises UsageError if a histogram is missing or damaged."""
@@ -86,7 +91,7 @@ def open_codes(folder: str | Path) -> CachedCodes:
             CachePart(f"train-{number:05}-of-{count:05}", size, functools.partial(_mixed_images, cache, number))
             for number, size in enumerate(cache.manifest["parts"])
         )
-        about = cache.manifest["tokenizer"], cache.codebook_size, None, tuple(cache.manifest["texts"])
+        about = cache.manifest, cache.codebook_size, None, tuple(cache.manifest["texts"])
         return CachedCodes(folder, parts, *about, (folder / HISTOGRAM,))
     manifest = read_manifest(folder)
     sources = {split: open_token_cache(folder, split) for split in manifest["splits"]}
@@ -101,7 +106,7 @@ def open_codes(folder: str | Path) -> CachedCodes:
     )
     height, width = manifest["grid"]
     histograms = tuple(folder / f"{split}_histogram.npy" for split in sources)
-    return CachedCodes(folder, parts, manifest["tokenizer"], manifest["codebook_size"], (height, width), (), histograms)
+    return CachedCodes(folder, parts, manifest, manifest["codebook_size"], (height, width), (), histograms)
 
 
 def _grid_images(source, indices: range) -> Iterator[CodedImage]:

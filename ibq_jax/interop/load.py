@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.autoregressive.restore import restore_run as restore_generator
@@ -45,9 +46,8 @@ def load_tokenizer(source: str | Path, use_ema: bool, precision: str = "float32"
         return trainer.model.for_encoding(precision), restored.state.weights("ema" if use_ema else "raw")
     file, published = _open(path, TOKENIZER)
     averaged = use_ema and tokenizer_names.has_averages(file.shapes)
-    params = tokenizer_names.read_tokenizer(file.read, published, averaged)
-    model = TokenizerModel(**tokenizer_names.model_fields(published)).for_encoding(precision)
-    return model, jax.tree.map(jnp.asarray, params)
+    params = tokenizer_names.read_tokenizer(file.read, published, averaged, _on_device)
+    return TokenizerModel(**tokenizer_names.model_fields(published)).for_encoding(precision), params
 
 
 def load_generator(source: str | Path, use_ema: bool) -> tuple[GeneratorModel, Mapping, str]:
@@ -62,12 +62,17 @@ def load_generator(source: str | Path, use_ema: bool) -> tuple[GeneratorModel, M
         return trainer.model.clone(mesh=None), params, generator_names.PREFIX
     file, published = _open(path, GENERATOR)
     model, prefix = generator_names.build(published), generator_names.name_prefix(file.shapes)
-    return model, generator_names.read_generator(file.read, prefix, model, lambda _, array: jnp.asarray(array)), prefix
+    return model, generator_names.read_generator(file.read, prefix, model, _on_device), prefix
 
 
 def load_weights(source: str | Path, stage: str) -> Mapping:
     """Loads the parameters of a stage's network from `source`, as above; the averaged ones if there are any."""
     return load_tokenizer(source, use_ema=True)[1] if stage == TOKENIZER else load_generator(source, use_ema=True)[1]
+
+
+def _on_device(path: tuple[str, ...], array: np.ndarray) -> jax.Array:
+    """Places a leaf as soon as it is read, so that the weights are not in memory twice."""
+    return jnp.asarray(array)
 
 
 def _open(path: Path, stage: str) -> tuple[TensorFile, dict]:

@@ -15,6 +15,7 @@ so that two sums per image and channel are all that the gradient needs. Everythi
 gradients; of the activations only x is kept for the backward pass.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -42,10 +43,17 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, form: GroupNormF
 
 
 def _forward(x, scale, bias, form: GroupNormForm):
-    mean, rstd = _statistics(x, form)
+    mean, rstd = statistics(x, form)
+    return normalise(x, mean, rstd, scale, bias, form), (x, mean, rstd, scale, bias)
+
+
+def normalise(
+    x: jax.Array, mean: jax.Array, rstd: jax.Array, scale: jax.Array, bias: jax.Array, form: GroupNormForm
+) -> jax.Array:
+    """Returns what `group_norm` does of x [B, H, W, C], any rows of the images whose statistics [B, C] are given."""
     z = _normalised(x, mean, rstd) * _of_channels(scale) + _of_channels(bias)
     y = z * jax.nn.sigmoid(z) if form.silu else z
-    return y.astype(x.dtype), (x, mean, rstd, scale, bias)
+    return y.astype(x.dtype)
 
 
 def _backward(form: GroupNormForm, saved, dy):
@@ -70,8 +78,18 @@ def _backward(form: GroupNormForm, saved, dy):
 group_norm.defvjp(_forward, _backward)
 
 
-def _statistics(x: jax.Array, form: GroupNormForm) -> tuple[jax.Array, jax.Array]:
-    """Returns (mean, 1 / standard deviation) of each image's groups, for each channel [B, C]."""
+def squared_sums(x: jax.Array, mean: jax.Array, form: GroupNormForm) -> jax.Array:
+    """Returns the sums over pixels of (x - mean)^2, for x [B, H, W, C] and mean [B, C], float32 [B, C]."""
+    return image_sums(jnp.square(x - _of_images(mean)), form.mesh)
+
+
+def statistics(
+    x: jax.Array, form: GroupNormForm, squared_sums: Callable[..., jax.Array] = squared_sums
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (mean, 1 / standard deviation) of each image's groups, for each channel [B, C].
+
+    `squared_sums` may compute what the function of that name does in another way; it is asked for float32 only.
+    """
     pixels = x.shape[1] * x.shape[2]
     if x.dtype == jnp.bfloat16:
         # One pass, about the first pixel: the squares of what is left lose nothing where an image is flat.
@@ -83,7 +101,7 @@ def _statistics(x: jax.Array, form: GroupNormForm) -> tuple[jax.Array, jax.Array
         variance = _group_mean(variances + jnp.square(means - mean), form.groups)
     else:
         mean = _group_mean(image_sums(x, form.mesh) / pixels, form.groups)
-        variance = _group_mean(image_sums(jnp.square(x - _of_images(mean)), form.mesh) / pixels, form.groups)
+        variance = _group_mean(squared_sums(x, mean, form) / pixels, form.groups)
     return mean, lax.rsqrt(variance + form.epsilon)
 
 

@@ -22,11 +22,13 @@ from ibq_jax.base.precision import convolution_precision, product_precision
 from ibq_jax.ops.convolution import convolve, convolve_doubled
 from ibq_jax.ops.group_norm import GroupNormForm, group_norm
 from ibq_jax.ops.pixel_sums import add_bias
+from ibq_jax.ops.row_bands import BlockForm, residual_block
 
 NORM_GROUPS = 32
 NORM_EPSILON = 1e-6
 MOST_POSITIONS = 4096  # that attention takes at once, an image of 1,024 pixels with 16 per code; of more, by blocks
 QUERY_BLOCK = 1024  # positions
+MOST_PIXELS = 1024 * 1024  # of an image, of which residual blocks hold whole arrays; of more, CPUs by bands of rows
 SEEN = "intermediates"  # the collection of values that losses may ask for; otherwise nothing is kept
 
 
@@ -110,9 +112,12 @@ class ResidualBlock(nn.Module):
 
     features: int
     computing: Computing
+    may_band: bool = True  # see `ibq_jax.ops.row_bands`
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.may_band and x.shape[1] * x.shape[2] > MOST_PIXELS and not self.is_initializing():
+            return self._by_bands(x)
         y = GroupNorm(True, self.computing, name="norm1")(x)
         y = Conv(self.features, computing=self.computing, name="conv1")(y)
         y = GroupNorm(True, self.computing, name="norm2")(y)
@@ -120,6 +125,17 @@ class ResidualBlock(nn.Module):
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, computing=self.computing, name="shortcut")(x)
         return x + y
+
+    def _by_bands(self, x: jax.Array) -> jax.Array:
+        norm = GroupNormForm(NORM_GROUPS, NORM_EPSILON, True, self.computing.mesh)
+        form = BlockForm(norm, self.computing.dtype, convolution_precision(self.computing.precision))
+        block: Any = self  # whose attribute `variables` pyright does not know
+        whole = ResidualBlock(self.features, self.computing, may_band=False, parent=None)
+
+        def plain(x: jax.Array, params: Any) -> jax.Array:
+            return whole.apply({"params": params}, x)  # pyright: ignore[reportReturnType]
+
+        return residual_block(x, nn.meta.unbox(block.variables["params"]), form, plain)
 
 
 class Attention(nn.Module):

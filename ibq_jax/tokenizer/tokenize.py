@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -38,7 +38,7 @@ from ibq_jax.base.sharding import (
 from ibq_jax.data.batches import check_readers, iterate
 from ibq_jax.data.pipeline import ImageSource, check_sizes, decode_record
 from ibq_jax.data.preprocess import VIEWS, resize_shorter_side, to_float, views
-from ibq_jax.data.token_cache import VERSION, find_manifest, read_manifest, record_type
+from ibq_jax.data.token_cache import VERSION, CodedImage, find_manifest, read_manifest, record_type
 from ibq_jax.data.token_cache_writer import (
     Check,
     Shard,
@@ -68,6 +68,7 @@ DECIDING_FIELDS = (
 FINGERPRINT_NAMES = {"codebook_size": "num_codes"}  # the name this field had when the first caches were made
 
 Encode = Callable[[np.ndarray], jax.Array]  # uint8 [B, S, S, 3] -> codes int32 [B, h, w]
+WriteShard = Callable[[Shard, np.dtype, tqdm, Path], None]  # the shard, its records' type, the bar and the file
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,23 @@ class TokenizeJob:
         image = resize_shorter_side(decode_record(record, str(source)), self.resize)
         crops = views(image, self.views[split], self.image_size)
         return {"crops": crops, "label": np.asarray(record["label"], np.int32)}
+
+
+class KnownCodes(Protocol):
+    """Codes that need not be computed again, such as `ibq_jax.interop.renumber.RenumberedCodes`."""
+
+    @property
+    def manifest(self) -> Mapping:
+        """The manifest of the token cache that has them."""
+        ...
+
+    def check_settings(self, settings: Mapping) -> None:
+        """Raises UsageError unless a cache of these settings would hold the same images at the same precision."""
+        ...
+
+    def images(self, shard: Shard) -> Iterator[CodedImage]:
+        """Yields the images of a shard, in order."""
+        ...
 
 
 def fingerprint(model: TokenizerModel, params: Mapping) -> str:
@@ -126,6 +144,7 @@ def tokenize(
     origin: Mapping,
     *,
     check: Check | None = None,
+    known: KnownCodes | None = None,
     overwrite: bool,
     process_index: int,
     process_count: int,
@@ -139,6 +158,7 @@ def tokenize(
         folder: the cache's folder, created if absent; the same for all processes.
         origin: the manifest's fields about the tokenizer besides its fingerprint: path, step, weights, config.
         check: as for `token_cache_writer.finish`; called by the process that completes the cache.
+        known: the codes of all images, if they are known already; None to encode the images.
         overwrite: whether to empty the cache first.
         process_index: this process's index among process_count.
         process_count: the number of processes that share the shards.
@@ -147,20 +167,26 @@ def tokenize(
         the manifest, if these shards complete the cache; None while other processes write theirs.
 
     Raises:
-        UsageError: bad input, or a precision that this machine lacks, with nothing written; or a record that is not an
-            image, or a full disk, with whole shards kept.
+        UsageError: bad input, a precision that this machine lacks, or known codes of other images, with nothing
+            written; or a record that is not an image, or a full disk, with whole shards kept.
     """
     check_job(job)
     check_overwrite(overwrite, process_count, folder)
     model, mesh = on_local_devices(model, job.precision)
     folder, params = Path(folder).resolve(), jax.device_get(params)
     settings = _settings(model, params, job, origin, mesh)
+    if known is not None:
+        known.check_settings(settings)
+        settings["machine"] = known.manifest.get("machine", settings["machine"])  # the one that computed the codes
     with locked_cache(folder, settings, overwrite):
         if find_manifest(folder):
             print(f"{folder} is complete already; --overwrite makes it again")
             return read_manifest(folder)
         own = [shard for shard in list_shards(folder, settings) if shard.number % process_count == process_index]
-        _write_shards(own, settings, job, _encoder(model, params, mesh))
+        if known is None:
+            _write_shards(own, settings, functools.partial(_encode_shard, job, _encoder(model, params, mesh)))
+        else:
+            _write_shards(own, settings, functools.partial(_copy_shard, known))
         return finish(folder, settings, check)
 
 
@@ -257,7 +283,7 @@ def _encoder(model: TokenizerModel, params: Mapping, mesh: jax.sharding.Mesh) ->
     return lambda crops: encode(model, params, global_batch({"crops": crops}, mesh)["crops"])
 
 
-def _write_shards(shards: list[Shard], settings: Mapping, job: TokenizeJob, encode: Encode) -> None:
+def _write_shards(shards: list[Shard], settings: Mapping, write: WriteShard) -> None:
     """Writes the shards that are neither whole nor being written by another process."""
     missing = [shard for shard in shards if not shard.is_whole]
     total, left = (sum(len(shard.images) for shard in group) for group in (shards, missing))
@@ -266,11 +292,20 @@ def _write_shards(shards: list[Shard], settings: Mapping, job: TokenizeJob, enco
     with tqdm(total=total, initial=total - left, unit=" images", disable=None, dynamic_ncols=True) as bar:
         for shard in missing:
             dtype = record_type(shard.split, settings)
-            if not write_part(shard.path, functools.partial(_write_shard, shard, dtype, job, encode, bar)):
+            if not write_part(shard.path, functools.partial(write, shard, dtype, bar)):
                 bar.update(len(shard.images))
 
 
-def _write_shard(shard: Shard, dtype: np.dtype, job: TokenizeJob, encode: Encode, bar: tqdm, path: Path) -> None:
+def _copy_shard(known: KnownCodes, shard: Shard, dtype: np.dtype, bar: tqdm, path: Path) -> None:
+    """Writes the shard's known codes to `path`."""
+    records: Any = np.zeros(len(shard.images), dtype)
+    for record, image in zip(records, known.images(shard), strict=True):
+        record["index"], record["label"], record["codes"] = image["index"], image["label"], image["codes"]
+    write_records(path, records)
+    bar.update(len(records))
+
+
+def _encode_shard(job: TokenizeJob, encode: Encode, shard: Shard, dtype: np.dtype, bar: tqdm, path: Path) -> None:
     """Encodes the shard's images and writes them to `path`; the next crops are decoded while B are encoded."""
     records: Any = np.zeros(len(shard.images), dtype)
     records["index"] = shard.images
