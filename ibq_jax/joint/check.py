@@ -36,11 +36,6 @@ def _check_joint(config: ConfigDict) -> None:
             "joint.next_token_gradient and joint.prediction_weight need tokenizer.quantizer.name=ibq; with "
             f"{quantizer} set them to False and 0"
         )
-    if config.train.grad_accum_steps != 1:
-        raise UsageError(
-            f"train.grad_accum_steps={config.train.grad_accum_steps}: the joint stage takes its batch at once; use "
-            "more devices, tokenizer.model.remat=blocks or a smaller data.batch_size"
-        )
     if config.generator.model.use_pretrained_codebook:
         raise UsageError(
             "generator.model.use_pretrained_codebook=True is for stage two, whose codebook stays as it is; the joint "

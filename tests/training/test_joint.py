@@ -133,7 +133,7 @@ def test_a_joint_run_starts_from_two_runs(run, data_dir, tmp_path):
         ),
         (["joint.prediction_weight=-1.0"], "joint.prediction_weight=-1.0 is negative"),
         (["tokenizer.quantizer.name=vq"], "need tokenizer.quantizer.name=ibq; with vq set them to False and 0"),
-        (["train.grad_accum_steps=2"], "train.grad_accum_steps=2: the joint stage takes its batch at once"),
+        (["train.grad_accum_steps=3"], "data.batch_size=8 does not divide over 8 devices times 3 micro-batches"),
         (["generator.model.use_pretrained_codebook=true"], "generator.model.use_pretrained_codebook=True is for stage"),
         (["generator.model.vocab_size=32"], "generator.model.vocab_size=32, but tokenizer and data set have 64"),
         (["generator.model.num_heads=3"], "model.embed_dim=32 does not divide"),
