@@ -136,8 +136,35 @@ def test_a_joint_run_starts_from_two_runs(run, data_dir, tmp_path):
         (["train.grad_accum_steps=3"], "data.batch_size=8 does not divide over 8 devices times 3 micro-batches"),
         (["generator.model.use_pretrained_codebook=true"], "generator.model.use_pretrained_codebook=True is for stage"),
         (["generator.model.vocab_size=32"], "generator.model.vocab_size=32, but tokenizer and data set have 64"),
-        (["generator.model.num_heads=3"], "model.embed_dim=32 does not divide"),
+        (
+            ["generator.model.num_heads=3"],
+            "generator.model.embed_dim=32 does not divide into generator.model.num_heads=3",
+        ),
+        (["generator.model.remat=all"], "generator.model.remat=all is not one of none"),
+        (["generator.dtype=float16"], "generator.dtype=float16 is not one of float32"),
         (["tokenizer.codebook.size=-4"], "tokenizer.codebook.size=-4 is not positive"),
+        (["tokenizer.dtype=float16"], "tokenizer.dtype=float16 is not one of float32"),
+        (["tokenizer.discriminator.name=gan"], "tokenizer.discriminator.name=gan is not one of patch"),
+        (
+            ["tokenizer.codebook.block_size=24"],
+            "tokenizer.codebook.size=64 does not divide over mesh.codebook=1 in blocks of tokenizer.codebook.block",
+        ),
+        (
+            ["tokenizer.loss.adversarial_weight=0.0", "tokenizer.finetune.discriminator_warmup_steps=2"],
+            "tokenizer.finetune.discriminator_warmup_steps needs a discriminator, and tokenizer.loss.adversarial",
+        ),
+        (
+            ["tokenizer.discriminator.name=dino", "tokenizer.discriminator.net=dino_vits16"],
+            "tokenizer.discriminator.net=dino_vits16 is needed, but",
+        ),
+        (["tokenizer.nets.efficientnet=no", "tokenizer.loss.features_weight=1.0"], "tokenizer.nets.efficientnet is no"),
+        (
+            [
+                *("joint.next_token_gradient=false", "joint.prediction_weight=0.0"),
+                *("tokenizer.quantizer.name=lfq", "tokenizer.codebook.size=48"),
+            ],
+            "tokenizer.codebook.size=48: quantizer lfq takes powers of two",
+        ),
         (["codebook.size=4"], "did you mean tokenizer.codebook.size"),
         (["joint.init_tokenizer=nowhere"], "nowhere/config.json does not exist"),
     ],
