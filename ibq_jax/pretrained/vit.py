@@ -218,9 +218,31 @@ def _block(form: Form, layers: dict, h: jax.Array) -> jax.Array:
 def _attention(form: Form, layers: dict, h: jax.Array) -> jax.Array:
     b, t, c = h.shape
     query, key, value = jnp.moveaxis(_dense(layers["qkv"], h).reshape(b, t, 3, form.heads, -1), 2, 0)
-    products = jnp.einsum("bqhc,bkhc->bhqk", query, key, precision=FULL, preferred_element_type=jnp.float32)
-    shares = jax.nn.softmax(products * (c // form.heads) ** -0.5, axis=-1).astype(h.dtype)
+    shares = jax.nn.softmax(_compare(query, key) * (c // form.heads) ** -0.5, axis=-1).astype(h.dtype)
     return _dense(layers["proj"], jnp.einsum("bhqk,bkhc->bqhc", shares, value, precision=FULL).reshape(b, t, c))
+
+
+@jax.custom_vjp
+def _compare(query: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns the products of queries [B, q, heads, c] and keys [B, k, heads, c], float32 [B, heads, q, k].
+
+    In the backward pass their gradient is rounded to the type of the operands: JAX's own rule multiplies it as float32.
+    """
+    return jnp.einsum("bqhc,bkhc->bhqk", query, key, precision=FULL, preferred_element_type=jnp.float32)
+
+
+def _compare_forward(query: jax.Array, key: jax.Array):
+    return _compare(query, key), (query, key)
+
+
+def _compare_backward(operands: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    query, key = operands
+    gradient = gradient.astype(query.dtype)
+    of_query = jnp.einsum("bhqk,bkhc->bqhc", gradient, key, precision=FULL)
+    return of_query, jnp.einsum("bhqk,bqhc->bkhc", gradient, query, precision=FULL)
+
+
+_compare.defvjp(_compare_forward, _compare_backward)
 
 
 def _dense(layer: dict, x: jax.Array) -> jax.Array:
