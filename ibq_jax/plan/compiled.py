@@ -20,7 +20,7 @@ from ibq_jax.plan.kernels import Kernels, read_kernels
 SIZE = r"([\d.]+[KMGT]?)"
 MEMORY_EXCEEDED = re.compile(rf"Used {SIZE} of {SIZE} hbm|\({SIZE}\) exceeds available HBM \({SIZE}\)")
 NO_TILES = "Couldn't find output tile sizes"  # of a product as a Triton kernel; seen with jaxlib 0.10.2
-BY_CUBLAS = {"xla_gpu_enable_triton_gemm": False}
+BY_CUBLAS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
