@@ -17,6 +17,7 @@ import numpy as np
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import FULL
 from ibq_jax.pretrained.normalisation import normalise_layer, standardised
+from ibq_jax.pretrained.patches import convolve_patches
 from ibq_jax.pretrained.tensor_files import read_tensors
 
 MLP = 4  # width of a block's inner layer, as a multiple of C
@@ -178,15 +179,8 @@ def _tokens(form: Form, weights: dict, images: jax.Array, dtype: jnp.dtype) -> l
     """Returns the tokens [B, T, C] before the first block and after each."""
     positions = _positions(form, weights["pos_embed"], images.shape[1:3])
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), weights)
-    patches = weights["patch_embed"]["proj"]
-    h = jax.lax.conv_general_dilated(
-        (2.0 * images - 1.0 if form.siglip else standardised(images)).astype(dtype),
-        patches["kernel"],
-        (form.patch, form.patch),
-        "VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=FULL,
-    ) + patches["bias"].reshape(1, 1, 1, -1)
+    seen = (2.0 * images - 1.0 if form.siglip else standardised(images)).astype(dtype)
+    h = convolve_patches(weights["patch_embed"]["proj"], seen)
     h = h.reshape(h.shape[0], -1, form.width)
     if not form.siglip:
         h = jnp.concatenate([jnp.broadcast_to(weights["cls_token"], (h.shape[0], 1, form.width)), h], axis=1)
