@@ -74,6 +74,7 @@ ADDED = {
         "discriminator.augment": "",
         "discriminator.net": "efficientnet",
         "discriminator.net_side": 224,
+        "discriminator.crop_probability": 0.0,
         "discriminator.heads": "maps",
         "loss.features_weight": 0.0,
         "loss.features_net": "efficientnet",
@@ -100,5 +101,9 @@ ADDED = {
         "train.compiler_options": "",
     },
     "autoregressive": {"optimizer.moment_dtype": "float32", "train.compiler_options": ""},
-    "joint": {"tokenizer.alignment.adaptive_limit": 0.0, "tokenizer.discriminator.heads": "maps"},
+    "joint": {
+        "tokenizer.alignment.adaptive_limit": 0.0,
+        "tokenizer.discriminator.heads": "maps",
+        "tokenizer.discriminator.crop_probability": 0.0,
+    },
 }

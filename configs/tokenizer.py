@@ -91,6 +91,8 @@ def _add_discriminator(config: ConfigDict) -> None:
     config.discriminator.augment = ""  # of all it sees: any of "color,translation,cutout" (DiffAugment)
     config.discriminator.net = "efficientnet"  # dino: or "convnext_small", "dino_vits16", "dinov2_vits14", ...
     config.discriminator.net_side = 224  # dino: pixels to which images are resized for the network; 0: none
+    # dino: share of looks at a batch that take a piece of net_side pixels, at random, instead of resizing; VAR: 0.5
+    config.discriminator.crop_probability = 0.0
     config.discriminator.heads = "maps"  # dino: or "tokens" of a vision transformer, in one dimension, as in VAR
 
 

@@ -1,14 +1,11 @@
 """Checks a joint config before anything is written or computed."""
 
-from collections.abc import Callable
-
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ibq_jax.autoregressive.check import check_config as check_generator
-from ibq_jax.base.config import flatten
 from ibq_jax.base.errors import UsageError
-from ibq_jax.joint.parts import generator_part, tokenizer_part
+from ibq_jax.joint.parts import generator_part, naming_fields_of, tokenizer_part
 from ibq_jax.tokenizer.check import check_config as check_tokenizer
 
 
@@ -18,8 +15,10 @@ def check_config(config: ConfigDict, mesh: Mesh) -> None:
     The config is resolved (`ibq_jax.joint.parts.resolve`).
     """
     _check_joint(config)
-    _check_part("tokenizer", check_tokenizer, tokenizer_part(config), config, mesh)
-    _check_part("generator", check_generator, generator_part(config), config, mesh)
+    with naming_fields_of("tokenizer", config):
+        check_tokenizer(tokenizer_part(config), mesh)
+    with naming_fields_of("generator", config):
+        check_generator(generator_part(config), mesh)
 
 
 def _check_joint(config: ConfigDict) -> None:
@@ -36,23 +35,8 @@ def _check_joint(config: ConfigDict) -> None:
             "joint.next_token_gradient and joint.prediction_weight need tokenizer.quantizer.name=ibq; with "
             f"{quantizer} set them to False and 0"
         )
-    if config.train.grad_accum_steps != 1:
-        raise UsageError(
-            f"train.grad_accum_steps={config.train.grad_accum_steps}: the joint stage takes its batch at once; use "
-            "more devices, tokenizer.model.remat=blocks or a smaller data.batch_size"
-        )
     if config.generator.model.use_pretrained_codebook:
         raise UsageError(
             "generator.model.use_pretrained_codebook=True is for stage two, whose codebook stays as it is; the joint "
             "stage needs False"
         )
-
-
-def _check_part(name: str, check: Callable[[ConfigDict, Mesh], None], part: ConfigDict, config: ConfigDict, mesh: Mesh):
-    """Checks a part as its stage does; an error names the field as it is called here."""
-    try:
-        check(part, mesh)
-    except UsageError as error:
-        message = str(error)
-        own = message.partition("=")[0] in flatten(config[name])
-        raise UsageError(f"{name}.{message}" if own else message) from None

@@ -1,7 +1,7 @@
 """The joint stage's train state and train step: a tokenizer and a generator of its codes, trained together.
 
-Shapes: B images [B, H, W, 3] in [-1, 1], latents z [B, h, w, D], codes i [B, h, w]; S = h w; codebook E [K, D]; token
-embeddings T [K, C] and head U [K, C] of the generator; labels int32 [B].
+Shapes: B images per step, in A micro-batches; images [B, H, W, 3] in [-1, 1], latents z [B, h, w, D], codes i
+[B, h, w]; S = h w; codebook E [K, D]; token embeddings T [K, C] and head U [K, C] of the generator; labels int32 [B].
 
 EOSTok (arXiv 2605.00503) minimises one sum over tokenizer and generator:
 
@@ -26,6 +26,12 @@ to the tokenizer; with prediction_weight 0 too, the tokenizer is trained as in s
 As in the sources at hand (notes on EOSTok, a re-implementation by others): predictions are teacher forced, and L_APR
 sends gradients to generator, decoder and codebook, and through h to the encoder. Assumed, where these do not tell: both
 weights, that L_APR is a mean and has no adversarial term, and that h and v have the step's dropout.
+
+With `train.grad_accum_steps` every term and gradient is the mean over A micro-batches, which is that of the whole batch
+for all that is a mean over images, codes or pixels: L_NTP, L_APR, the distances, the quantizer's loss and the sample
+entropy. A micro-batch has its own batch entropies (one with `quantizer.entropy_group_tokens=0`, else one of each group,
+which lies within it), its own batch norms or deviations in the discriminator (by `discriminator.norm_group` likewise)
+and its own dropout in the generator. Discriminator, tokenizer and generator are updated once, by the whole batch.
 
 Metrics of a step: those of `ibq_jax.tokenizer.step` (`optimizer/...` is the tokenizer's), with loss/total as L, and
 
@@ -60,7 +66,8 @@ from ibq_jax.base.sharding import abstract_state, batch_sharding, jit_step, repl
 from ibq_jax.data.preprocess import to_float
 from ibq_jax.joint.parts import generator_part, tokenizer_part
 from ibq_jax.ops import soft_lookup
-from ibq_jax.tokenizer.net_losses import Nets, weight_shapes
+from ibq_jax.tokenizer.micro_batches import merge
+from ibq_jax.tokenizer.net_losses import Nets, measure_lpips, weight_shapes
 from ibq_jax.tokenizer.parts import PARTS, only, without
 from ibq_jax.tokenizer.step import TokenizerState, TokenizerTrainer
 
@@ -137,8 +144,8 @@ class JointTrainer:
         if self.config.joint.prediction_weight:
             varied |= {"decoding": only(trained, DECODING)}
         labels, dropout_key = self.generator.draw(state.generator.step, labels)
-        (_, scalars), slopes = jax.value_and_grad(self._generator_loss, has_aux=True)(
-            varied, weights, forward.indices, images, labels, dropout_key, nets
+        scalars, slopes = self._generator_gradients(
+            varied, weights, nets, (forward.indices, images, labels), dropout_key
         )
         weighted = jax.tree.map(
             lambda leaf: self.config.joint.next_token_weight * leaf, without(slopes, ("generator",))
@@ -149,6 +156,40 @@ class JointTrainer:
         gradient = self.generator.placement.scatter(slopes["generator"])
         generator, of_generator = self.generator.stepped(state.generator, scalars["loss/next_token"], gradient)
         return JointState(tokenizer, generator), self._metrics(metrics, of_generator, scalars, norms)
+
+    def _generator_gradients(self, varied: dict, weights: dict, nets: Nets, batch: tuple, dropout_key: jax.Array):
+        """Returns (the terms of `_generator_loss` by name, its gradients at all that `varied` has).
+
+        They are those of the whole batch (codes, images, labels), from A micro-batches in turn, of which only one's
+        activations are in memory. With several, all but the latents' gradients come spread like the state.
+        """
+        micro_batches = self.tokenizer.micro_batches
+        if micro_batches.count == 1:
+            return self._gradients_of_micro_batch(varied, weights, nets, batch, dropout_key)
+        shared, latents = without(varied, ("latents",)), only(varied, ("latents",))
+
+        def add_micro_batch(total: dict, micro_batch: tuple):
+            batch, latents, key = micro_batch
+            scalars, slopes = self._gradients_of_micro_batch(shared | latents, weights, nets, batch, key)
+            at_latents = slopes.pop("latents", None)
+            return jax.tree.map(jnp.add, total, self._spread(slopes)), (scalars, at_latents)
+
+        zeros = self._spread(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shared))
+        parts = *micro_batches.split((batch, latents)), jax.random.split(dropout_key, micro_batches.count)
+        total, (scalars, at_latents) = jax.lax.scan(add_micro_batch, zeros, parts)
+        if at_latents is not None:
+            total["latents"] = merge(at_latents)
+        return jax.tree.map(jnp.mean, scalars), jax.tree.map(lambda leaf: leaf / micro_batches.count, total)
+
+    def _gradients_of_micro_batch(self, varied: dict, weights: dict, nets: Nets, batch: tuple, dropout_key: jax.Array):
+        losses = jax.value_and_grad(self._generator_loss, has_aux=True)
+        (_, scalars), slopes = losses(varied, weights, *batch, dropout_key, nets)
+        return scalars, slopes
+
+    def _spread(self, slopes: dict) -> dict:
+        """Returns gradients at parts of `varied` other than the latents, spread like the state."""
+        parts = {"generator": self.generator, "keys": self.tokenizer, "decoding": self.tokenizer}
+        return {name: parts[name].placement.scatter(leaves) for name, leaves in slopes.items()}
 
     def _generator_loss(self, varied: dict, weights: dict, codes, images, labels, dropout_key, nets: Nets):
         """Returns (L / next_token_weight without the tokenizer's losses, its terms by name).
@@ -164,9 +205,9 @@ class JointTrainer:
         scalars = {"loss/next_token": loss}
         if "decoding" in varied:
             predicted = self._predict(hidden, params, only(weights, DECODING) | varied["decoding"])
-            distances = self.tokenizer.perceptual_distance(images, predicted, nets)
-            prediction = jnp.mean((images - predicted) ** 2)
-            prediction += self.tokenizer.config.loss.perceptual_weight * jnp.mean(distances)
+            config = self.tokenizer.config
+            distances = measure_lpips(config, nets, images, predicted)
+            prediction = jnp.mean((images - predicted) ** 2) + config.loss.perceptual_weight * jnp.mean(distances)
             scalars["loss/prediction"] = prediction
             loss += self.config.joint.prediction_weight / self.config.joint.next_token_weight * prediction
         return loss, jax.lax.stop_gradient(scalars)

@@ -20,6 +20,8 @@ from ibq_jax.plan.kernels import Kernels, read_kernels
 
 SIZE = r"([\d.]+[KMGT]?)"
 MEMORY_EXCEEDED = re.compile(rf"Used {SIZE} of {SIZE} hbm|\({SIZE}\) exceeds available HBM \({SIZE}\)")
+NO_TILES = "Couldn't find output tile sizes"  # of a product as a Triton kernel; seen with jaxlib 0.10.2
+BY_CUBLAS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -122,13 +124,26 @@ def compile_plan(step, arguments: tuple, mesh: jax.sharding.Mesh, chip: Chip | G
     """
     start = time.monotonic()
     try:
-        compiled = step.lower(*arguments).compile()
+        compiled = _compile(step.lower(*arguments))
     except jax.errors.JaxRuntimeError as error:
         exceeded = MEMORY_EXCEEDED.search(str(error))
         if not exceeded:
             raise
         raise DoesNotFit(*(_parse_size(size) for size in exceeded.groups() if size)) from error
     return read_plan(compiled, mesh, chip, time.monotonic() - start)
+
+
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a lowered program; where XLA gives up on its first choice of tiles for a product, with cuBLAS for all.
+
+    On a card that is present it would try other tiles, and cuBLAS.
+    """
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if NO_TILES not in str(error):
+            raise
+    return lowered.compile(compiler_options=BY_CUBLAS)
 
 
 def read_plan(compiled, mesh: jax.sharding.Mesh, chip: Chip | Gpu | None, compile_seconds: float) -> Plan:

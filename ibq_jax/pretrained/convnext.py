@@ -14,6 +14,7 @@ import numpy as np
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import FULL
 from ibq_jax.pretrained.normalisation import normalise_layer, standardised
+from ibq_jax.pretrained.patches import convolve_patches
 from ibq_jax.pretrained.tensor_files import read_tensors
 
 SIDE, MULTIPLE, CLASSES = 224, 32, 1000
@@ -122,12 +123,12 @@ def _map_layers(function) -> dict:
 def maps(weights: dict, images: jax.Array, dtype: jnp.dtype = jnp.float32) -> list[jax.Array]:
     """Computes the output of every stage, [B, h, w, C] in `dtype`, for images in [0, 1]; norms are float32."""
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), weights)
-    h = _convolve(weights["stem"]["conv"], standardised(images).astype(dtype), STEM)
+    h = convolve_patches(weights["stem"]["conv"], standardised(images).astype(dtype))
     h = normalise_layer(weights["stem"]["norm"], h)
     found = []
     for stage in weights["stages"]:
         if "downsampling" in stage:
-            h = _convolve(stage["downsampling"]["conv"], normalise_layer(stage["downsampling"]["norm"], h), 2)
+            h = convolve_patches(stage["downsampling"]["conv"], normalise_layer(stage["downsampling"]["norm"], h))
         for layers in stage["blocks"]:
             h = h + _block(layers, h)
         found.append(h)
@@ -160,11 +161,3 @@ def _block(layers: dict, h: jax.Array) -> jax.Array:
 def _dense(layer: dict, x: jax.Array) -> jax.Array:
     bias = layer["bias"].reshape(*(1,) * (x.ndim - 1), -1)
     return jnp.einsum("...i,io->...o", x, layer["kernel"], precision=FULL) + bias
-
-
-def _convolve(layer: dict, x: jax.Array, stride: int) -> jax.Array:
-    """Applies a convolution whose windows do not overlap."""
-    y = jax.lax.conv_general_dilated(
-        x, layer["kernel"], (stride, stride), "VALID", dimension_numbers=NHWC, precision=FULL
-    )
-    return y + layer["bias"].reshape(1, 1, 1, -1)

@@ -17,6 +17,7 @@ import numpy as np
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import FULL
 from ibq_jax.pretrained.normalisation import normalise_layer, standardised
+from ibq_jax.pretrained.patches import convolve_patches
 from ibq_jax.pretrained.tensor_files import read_tensors
 
 MLP = 4  # width of a block's inner layer, as a multiple of C
@@ -178,15 +179,8 @@ def _tokens(form: Form, weights: dict, images: jax.Array, dtype: jnp.dtype) -> l
     """Returns the tokens [B, T, C] before the first block and after each."""
     positions = _positions(form, weights["pos_embed"], images.shape[1:3])
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), weights)
-    patches = weights["patch_embed"]["proj"]
-    h = jax.lax.conv_general_dilated(
-        (2.0 * images - 1.0 if form.siglip else standardised(images)).astype(dtype),
-        patches["kernel"],
-        (form.patch, form.patch),
-        "VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=FULL,
-    ) + patches["bias"].reshape(1, 1, 1, -1)
+    seen = (2.0 * images - 1.0 if form.siglip else standardised(images)).astype(dtype)
+    h = convolve_patches(weights["patch_embed"]["proj"], seen)
     h = h.reshape(h.shape[0], -1, form.width)
     if not form.siglip:
         h = jnp.concatenate([jnp.broadcast_to(weights["cls_token"], (h.shape[0], 1, form.width)), h], axis=1)
@@ -218,9 +212,31 @@ def _block(form: Form, layers: dict, h: jax.Array) -> jax.Array:
 def _attention(form: Form, layers: dict, h: jax.Array) -> jax.Array:
     b, t, c = h.shape
     query, key, value = jnp.moveaxis(_dense(layers["qkv"], h).reshape(b, t, 3, form.heads, -1), 2, 0)
-    products = jnp.einsum("bqhc,bkhc->bhqk", query, key, precision=FULL, preferred_element_type=jnp.float32)
-    shares = jax.nn.softmax(products * (c // form.heads) ** -0.5, axis=-1).astype(h.dtype)
+    shares = jax.nn.softmax(_compare(query, key) * (c // form.heads) ** -0.5, axis=-1).astype(h.dtype)
     return _dense(layers["proj"], jnp.einsum("bhqk,bkhc->bqhc", shares, value, precision=FULL).reshape(b, t, c))
+
+
+@jax.custom_vjp
+def _compare(query: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns the products of queries [B, q, heads, c] and keys [B, k, heads, c], float32 [B, heads, q, k].
+
+    In the backward pass their gradient is rounded to the type of the operands: JAX's own rule multiplies it as float32.
+    """
+    return jnp.einsum("bqhc,bkhc->bhqk", query, key, precision=FULL, preferred_element_type=jnp.float32)
+
+
+def _compare_forward(query: jax.Array, key: jax.Array):
+    return _compare(query, key), (query, key)
+
+
+def _compare_backward(operands: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    query, key = operands
+    gradient = gradient.astype(query.dtype)
+    of_query = jnp.einsum("bhqk,bkhc->bqhc", gradient, key, precision=FULL)
+    return of_query, jnp.einsum("bhqk,bqhc->bkhc", gradient, query, precision=FULL)
+
+
+_compare.defvjp(_compare_forward, _compare_backward)
 
 
 def _dense(layer: dict, x: jax.Array) -> jax.Array:

@@ -77,6 +77,7 @@ def check_config(config: ConfigDict, mesh: Mesh) -> None:
     _check_finetuning(config)
     check_moments(config.optimizer.beta1, config.optimizer.beta2, config.optimizer.moment_dtype)
     augmentations(config.discriminator.augment)  # raises UsageError for an unknown one
+    _check_crops(config)
     _check_heads(config)
     _check_alignment(config)
 
@@ -137,6 +138,22 @@ def _check_finetuning(config: ConfigDict) -> None:
         rate = finetune[f"{part}_rate"]
         if rate < 0 or (not rate and part not in frozen):
             raise UsageError(f"finetune.{part}_rate={rate} is not positive; finetune.freeze={part} leaves it as it is")
+
+
+def _check_crops(config: ConfigDict) -> None:
+    settings, size = config.discriminator, config.data.image_size
+    if not 0 <= settings.crop_probability <= 1:
+        raise UsageError(f"discriminator.crop_probability={settings.crop_probability} is not in 0..1; 0: no crops")
+    if settings.crop_probability and frozen_net(config) is None:
+        raise UsageError(
+            f"discriminator.crop_probability={settings.crop_probability} is for discriminator.name=dino, not for "
+            f"{settings.name}; set it to 0"
+        )
+    if settings.crop_probability and not 0 < settings.net_side < size:
+        raise UsageError(
+            f"discriminator.crop_probability={settings.crop_probability} needs images larger than the pieces that are "
+            f"looked at; data.image_size={size}, discriminator.net_side={settings.net_side}"
+        )
 
 
 def _check_heads(config: ConfigDict) -> None:

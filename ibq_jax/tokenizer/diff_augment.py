@@ -1,4 +1,4 @@
-"""Differentiable augmentation of what a discriminator sees (DiffAugment, arXiv 2006.10738, section 3.2).
+"""Differentiable augmentation of what a discriminator sees (DiffAugment, arXiv 2006.10738, section 3.2), and crops.
 
 Shapes: images [B, H, W, 3] in [-1, 1]; every random number is an array [B] that is drawn before, so that micro-batches
 and devices see the numbers of the whole batch.
@@ -46,6 +46,41 @@ def augment(images: jax.Array, draws: Mapping[str, jax.Array]) -> jax.Array:
     if "down" in draws:
         images = _translated(images, draws)
     return images * _outside_cutout(images.shape, draws) if "row" in draws else images
+
+
+def draw_crop(key: jax.Array, probability: float, count: int) -> dict[str, jax.Array]:
+    """Returns whether a batch is cropped, and where: one draw, as in VAR's code, repeated for its `count` images."""
+    numbers = jax.random.uniform(key, (3,))
+    drawn = {"cropped": numbers[0] < probability, "top": numbers[1], "left": numbers[2]}
+    return {name: jnp.full((count,), number) for name, number in drawn.items()}
+
+
+def crop(images: jax.Array, whole: jax.Array, draws: Mapping[str, jax.Array]) -> jax.Array:
+    """Returns [B, h, w, 3]: pieces of the images that are drawn to be cropped, and the others as they are in `whole`.
+
+    It is differentiable in both.
+
+    Args:
+        images: [B, H, W, 3]. Unless H > h and W > w, none is cropped.
+        whole: the same images resized to [B, h, w, 3].
+        draws: those of `draw_crop`, [B] each, or none of these; then nothing is cropped.
+    """
+    sides = tuple(zip(images.shape[1:3], whole.shape[1:3], strict=True))
+    if "cropped" not in draws or any(side <= kept for side, kept in sides):
+        return whole
+    rows, columns = (
+        _crop_matrix(draws[name], side, kept) for name, (side, kept) in zip(("top", "left"), sides, strict=True)
+    )
+    pieces = jnp.einsum("bij,bjwc->biwc", rows, images, precision=FULL)
+    pieces = jnp.einsum("bij,bhjc->bhic", columns, pieces, precision=FULL)
+    return jnp.where(draws["cropped"][:, None, None, None], pieces, whole)
+
+
+def _crop_matrix(draws: jax.Array, side: int, kept: int) -> jax.Array:
+    """Numbers [B] -> [B, kept, side], whose entry (i, j) is 1 where row i of the piece is row j of the image."""
+    first = jnp.floor(draws * (side - kept + 1)).astype(jnp.int32)
+    rows, pixels = jnp.arange(kept)[None, :, None], jnp.arange(side)[None, None, :]
+    return (rows + first[:, None, None] == pixels).astype(jnp.float32)
 
 
 def _recolored(images: jax.Array, draws: Mapping[str, jax.Array]) -> jax.Array:

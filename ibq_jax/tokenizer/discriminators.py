@@ -11,7 +11,7 @@ Shapes: images and reconstructions [B, H, W, 3] in [-1, 1]; logits [B, h', w', N
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +26,7 @@ from ibq_jax.base.sharding import WeightPlacement
 from ibq_jax.base.state import apply_gradient
 from ibq_jax.pretrained.frozen_nets import NETS, resized
 from ibq_jax.tokenizer import losses, spectral_norm
-from ibq_jax.tokenizer.diff_augment import augment, augmentations, draw
+from ibq_jax.tokenizer.diff_augment import augment, augmentations, crop, draw, draw_crop
 from ibq_jax.tokenizer.discriminator import RUNNING, PatchDiscriminator
 from ibq_jax.tokenizer.feature_discriminator import FeatureDiscriminator
 from ibq_jax.tokenizer.micro_batches import MicroBatches, merge
@@ -36,6 +36,7 @@ from ibq_jax.tokenizer.style_discriminator import StyleDiscriminator
 NONE, ON_NET = "none", "dino"
 SPECTRAL = "spectral"  # where spectral normalisation keeps its vectors among `batch_stats`
 REAL, FAKE, AGAINST = 0, 1, 2  # numbers of the augmentations' random draws in a step
+CROPS = {REAL: 3, FAKE: 3, AGAINST: 4}  # those of crops: as in VAR's code, a discriminator's step has one for all
 
 
 def _patch(config: ConfigDict, dtype: jnp.dtype) -> nn.Module:
@@ -112,7 +113,7 @@ class DiscriminatorTrainer:
         seen: Any = jnp.zeros((max(1, config.norm_group), size, size, 3))
         if config.name == ON_NET:
             weights = NETS[config.net].weight_shapes()
-            shapes = jax.eval_shape(self._see, seen, weights)
+            shapes = jax.eval_shape(partial(self._see, draws={}), seen, net=weights)
             seen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         variables = self.module.init(key, seen)
         kept = dict(variables.get(RUNNING, {}))
@@ -183,19 +184,22 @@ class DiscriminatorTrainer:
 
     def _draws(self, step: jax.Array, number: int) -> dict[str, jax.Array]:
         """Returns the augmentations' random numbers for one of a step's three looks at a batch, [B] each."""
-        names = augmentations(self.config.discriminator.augment)
-        if not names:
-            return {}
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), step), number)
-        return draw(key, names, self.config.data.batch_size)
+        settings, count = self.config.discriminator, self.config.data.batch_size
+        key = jax.random.fold_in(jax.random.key(self.config.seed), step)
+        names, drawn = augmentations(settings.augment), {}
+        if names:
+            drawn |= draw(jax.random.fold_in(key, number), names, count)
+        if settings.crop_probability:
+            drawn |= draw_crop(jax.random.fold_in(key, CROPS[number]), settings.crop_probability, count)
+        return drawn
 
-    def _see(self, images: jax.Array, net: dict | None) -> Any:
-        """Returns what the module gets of images: themselves, or a frozen network's hidden maps of them."""
-        settings = self.config.discriminator
+    def _see(self, images: jax.Array, draws: dict[str, jax.Array], net: dict | None) -> Any:
+        """Returns what the module gets of images: these augmented, or a frozen network's hidden maps of those."""
+        settings, images = self.config.discriminator, augment(images, draws)
         if settings.name != ON_NET:
             return images
-        frozen = NETS[settings.net]
-        return frozen.maps(net, resized(frozen, 0.5 * (images + 1.0), settings.net_side), self._dtype)
+        frozen, images = NETS[settings.net], 0.5 * (images + 1.0)
+        return frozen.maps(net, crop(images, resized(frozen, images, settings.net_side), draws), self._dtype)
 
     def _discriminate(self, params: dict, kept: dict, images: jax.Array, draws: dict, net: dict | None):
         """Returns (logits, what is kept, updated by this call)."""
@@ -203,7 +207,7 @@ class DiscriminatorTrainer:
 
         def discriminate(micro_batch, draws):
             variables = {"params": params, RUNNING: running}
-            seen = self._see(augment(micro_batch, draws), net)
+            seen = self._see(micro_batch, draws, net)
             logits, updated = self.module.apply(variables, seen, mutable=[RUNNING])
             return logits, updated.get(RUNNING, {})
 
@@ -219,7 +223,7 @@ class DiscriminatorTrainer:
         def penalty(params):
             def of_micro_batch(micro_batch, draws):
                 def logits(images):
-                    seen = self._see(augment(images, draws), net)
+                    seen = self._see(images, draws, net)
                     return self.module.apply({"params": params, RUNNING: running}, seen)
 
                 return losses.input_gradients(logits, micro_batch)

@@ -27,13 +27,16 @@ class MicroBatches(NamedTuple):
         """
         if self.count == 1:
             return jax.tree.map(lambda leaf: leaf[None], function(*arrays))
+        return jax.lax.map(lambda batch: jax.checkpoint(function)(*batch), self.split(arrays))
+
+    def split(self, arrays):
+        """Returns a tree of arrays [B, ...] as one of [A, b, ...], each micro-batch of which lies on all devices."""
         sharding = NamedSharding(self.mesh, PartitionSpec(None, AXES))
 
         def split(x: jax.Array) -> jax.Array:
             return jax.lax.with_sharding_constraint(x.reshape(self.count, -1, *x.shape[1:]), sharding)
 
-        batches = jax.tree.map(split, arrays)
-        return jax.lax.map(lambda batch: jax.checkpoint(function)(*batch), batches)
+        return jax.tree.map(split, arrays)
 
 
 def merge(micro_batches: jax.Array) -> jax.Array:

@@ -49,6 +49,13 @@ def weight_shapes(config: ConfigDict) -> dict[str, dict]:
     }
 
 
+def measure_lpips(config: ConfigDict, nets: Nets, images: jax.Array, reconstructions: jax.Array) -> jax.Array:
+    """Returns LPIPS of each image, float32 [B], or zeros if its network is absent."""
+    if LPIPS_NET not in nets:
+        return jnp.zeros((images.shape[0],))
+    return lpips.lpips(nets[LPIPS_NET], images, reconstructions, dtype=jnp.dtype(config.dtype))
+
+
 def feature_distances(maps: Sequence[jax.Array], others: Sequence[jax.Array]) -> jax.Array:
     """Returns the distances of two batches' hidden maps, float32 [B]: LPIPS without its learned heads.
 

@@ -52,7 +52,6 @@ from ibq_jax.base.sharding import (
 )
 from ibq_jax.base.state import AveragedWeights, adam, adamw, apply_gradient, drop_schedule, moving_average
 from ibq_jax.data.preprocess import to_float
-from ibq_jax.pretrained.lpips import lpips
 from ibq_jax.tokenizer import losses
 from ibq_jax.tokenizer.codebook_monitor import CodebookWindow
 from ibq_jax.tokenizer.discriminators import DiscriminatorState, DiscriminatorTrainer, has_discriminator
@@ -61,13 +60,13 @@ from ibq_jax.tokenizer.last_layers import at_last_layer_of_decoder, at_last_laye
 from ibq_jax.tokenizer.micro_batches import MicroBatches, merge
 from ibq_jax.tokenizer.model import PROJECTION, TokenizerModel, build_model, downsampling, used_in_model_type
 from ibq_jax.tokenizer.net_losses import (
-    LPIPS_NET,
     Nets,
     aligned_channels,
     alignment_gradients,
     initial_projection,
     measure_features,
     measure_logits,
+    measure_lpips,
     weight_shapes,
 )
 from ibq_jax.tokenizer.parts import at_rates, frozen_parts, learning_rates, modules_of, without
@@ -154,7 +153,7 @@ class TokenizerTrainer:
 
     @cached_property
     def forward_pass(self) -> ForwardPass:
-        return ForwardPass(self.config, self.model, self._micro_batches, self.frozen)
+        return ForwardPass(self.config, self.model, self.micro_batches, self.frozen)
 
     @cached_property
     def window_steps(self) -> int:
@@ -289,16 +288,13 @@ class TokenizerTrainer:
         ):
             if weight and net in nets:
                 measure = partial(measure, self.config, nets)
-                terms[name] = jnp.mean(self._micro_batches.map(measure, images, reconstructions))
+                terms[name] = jnp.mean(self.micro_batches.map(measure, images, reconstructions))
                 loss += weight * terms[name]
         return loss, terms | {"nll": loss}
 
     def perceptual_distance(self, images: jax.Array, reconstructions: jax.Array, nets: Nets) -> jax.Array:
         """Returns LPIPS of each image [B], or zeros if its network is absent."""
-        if LPIPS_NET not in nets:
-            return jnp.zeros((images.shape[0],))
-        measure = partial(lpips, nets[LPIPS_NET], dtype=jnp.dtype(self.config.dtype))
-        return merge(self._micro_batches.map(measure, images, reconstructions))
+        return merge(self.micro_batches.map(partial(measure_lpips, self.config, nets), images, reconstructions))
 
     def _image_loss(self, reconstructions, discriminator: DiscriminatorState | None, nets: Nets, images, step):
         """Returns the loss of the reconstructions: (loss, (discriminator with updated statistics, metrics))."""
@@ -342,7 +338,7 @@ class TokenizerTrainer:
         """Adds the alignment of latents with VA-VAE's adaptive weight, given the distances' gradient at images."""
         config = self.config.alignment
         alignment, of_projection, of_latents = alignment_gradients(
-            self.config, nets, weights[PROJECTION], images, end.latents, self._micro_batches
+            self.config, nets, weights[PROJECTION], images, end.latents, self.micro_batches
         )
         at_last_layer = partial(at_last_layer_of_encoder, self.model, weights, end.inputs)
         factor = losses.adaptive_weight(
@@ -358,7 +354,8 @@ class TokenizerTrainer:
         )
 
     @property
-    def _micro_batches(self) -> MicroBatches:
+    def micro_batches(self) -> MicroBatches:
+        """The micro-batches that a step takes its batch in."""
         return MicroBatches(self.config.train.grad_accum_steps, self.mesh)
 
 

@@ -24,23 +24,28 @@ LOSSES = {  # field of a loss's weight -> its name
 }
 
 
-def load_nets(config: ConfigDict, mesh: Mesh) -> Mapping[str, dict]:
+def load_nets(config: ConfigDict, mesh: Mesh, group: str = "") -> Mapping[str, dict]:
     """Reads the weights of all frozen networks that a config wants and that are on this machine, onto all devices.
 
     Says for each loss which file it uses, or that it is off and why.
+
+    Args:
+        config: a tokenizer's.
+        mesh: of these devices.
+        group: what stands before the names of its fields where the user writes them, such as "tokenizer.".
 
     Raises:
         UsageError: a file that is named does not exist or holds another network, or the discriminator's is absent.
     """
     nets = {}
     for name, fields in wanted_nets(config).items():
-        path, title, absence = _lpips(config) if name == LPIPS_NET else _frozen(config, name)
+        path, title, absence = _lpips(config, group) if name == LPIPS_NET else _frozen(config, name, group)
         uses = " and ".join(LOSSES[field] for field in fields)
         if path is not None:
             nets[name] = lpips.load_weights(path) if name == LPIPS_NET else NETS[name].load(path)
             print(f"{uses}: {title} from {path}")
         elif "discriminator.name" in fields:
-            raise UsageError(f"discriminator.net={name} is needed, but {absence}")
+            raise UsageError(f"{group}discriminator.net={name} is needed, but {absence}")
         else:
             print(f"{uses}: OFF, because {absence}")
     everywhere = replicated(mesh)
@@ -51,13 +56,14 @@ def load_nets(config: ConfigDict, mesh: Mesh) -> Mapping[str, dict]:
     return jax.tree.map(place, nets)
 
 
-def _lpips(config: ConfigDict) -> tuple[Path | None, str, str]:
+def _lpips(config: ConfigDict, group: str) -> tuple[Path | None, str, str]:
     """Returns (the weights' path if they are here, the network in words, a clause that explains their absence)."""
-    path = find_weights(LPIPS_NET, config.loss.perceptual_file, "loss.perceptual_file")
-    return path, "LPIPS with VGG16", explain_absence(LPIPS_NET, "loss.perceptual_file")
+    option = f"{group}loss.perceptual_file"
+    path = find_weights(LPIPS_NET, config.loss.perceptual_file, option)
+    return path, "LPIPS with VGG16", explain_absence(LPIPS_NET, option)
 
 
-def _frozen(config: ConfigDict, name: str) -> tuple[Path | None, str, str]:
+def _frozen(config: ConfigDict, name: str, group: str) -> tuple[Path | None, str, str]:
     """Returns the same for one of `NETS`."""
-    option = f"nets.{name}"
+    option = f"{group}nets.{name}"
     return find_net(name, config.nets[name], option), NETS[name].title, explain_missing_net(name, option)

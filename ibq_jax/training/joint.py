@@ -18,6 +18,7 @@ from ibq_jax.data.pipeline import open_split, training_batches
 from ibq_jax.evaluate.validation import class_samples, image_likelihood_evaluator
 from ibq_jax.joint.check import check_config
 from ibq_jax.joint.export import export_parts
+from ibq_jax.joint.parts import naming_fields_of
 from ibq_jax.joint.parts import resolve as resolve_sizes
 from ibq_jax.joint.step import LEAST_ENTROPY, JointState, JointTrainer, jit_train_step
 from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
@@ -79,7 +80,8 @@ class JointStage:
         return self._compiled_step(state, self._nets, batch["image"], batch["label"])
 
     def examine(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._tokenizer.examine(step, metrics)
+        with naming_fields_of("tokenizer", self._trainer.config):
+            self._tokenizer.examine(step, metrics)
 
     def describe(self, metrics: Mapping[str, float]) -> str:
         words = [self._tokenizer.describe(metrics), f"next token {metrics['loss/next_token']:.3f} nats"]
@@ -131,7 +133,7 @@ def train_joint(
     check_config(config, mesh)
     steps_per_epoch = tokenizer.count_steps(source, config.data.batch_size)
     trainer = trainer_class(config, mesh, steps_per_epoch)
-    stage = JointStage(trainer, load_nets(trainer.tokenizer.config, mesh), source.class_names)
+    stage = JointStage(trainer, load_nets(trainer.tokenizer.config, mesh, group="tokenizer."), source.class_names)
     check_same_run(workdir, config, FIELD_ROLES)
 
     def batches_from(step: int):

@@ -40,7 +40,7 @@ SMALLEST = ("tokenizer.model.channel_multipliers=(1,)", "tokenizer.data.image_si
 NO_DISCRIMINATOR = (
     "tokenizer.loss.adversarial_weight=0.0",
     "tokenizer.loss.perceptual_weight=0.0",
-    "tokenizer.quantizer.entropy_group_tokens=0",
+    "tokenizer.quantizer.entropy_group_tokens=64",
 )
 FIELDS = (*SMALL_JOINT, *SMALLEST, *STILL, *NO_DISCRIMINATOR)
 DIRECTIONS = ("tokenizer.quantizer.l2_normalize=true", "tokenizer.quantizer.logit_temperature=0.2")
@@ -253,8 +253,19 @@ def test_apart_the_tokenizer_is_trained_as_in_stage_one(fields):
 
 
 def test_eight_devices_take_the_step_of_one():
-    _, _, state, metrics = take_step(*LINKED, sizes=(2, 2, 2))
-    _, _, expected, logged = take_step(*LINKED)
+    assert_same_step(take_step(*LINKED, sizes=(2, 2, 2)), take_step(*LINKED))
+
+
+@pytest.mark.parametrize(("fields", "sizes"), [(WITH_NETS, (1, 2, 2)), (("joint.next_token_gradient=false",), ONE)])
+def test_micro_batches_take_the_step_of_the_whole_batch(fields, sizes):
+    """The groups of the batch entropy, 4 images, lie within a micro-batch."""
+    step = take_step(*LINKED, *fields, "train.grad_accum_steps=2", sizes=sizes)
+    assert_same_step(step, take_step(*LINKED, *fields))
+
+
+def assert_same_step(step: tuple, other: tuple) -> None:
+    """Checks that two results of `take_step` agree in their metrics and gradients, to rounding."""
+    (*_, state, metrics), (*_, expected, logged) = step, other
     assert metrics.keys() == logged.keys()
     for name, value in logged.items():
         assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name

@@ -215,3 +215,13 @@ def test_a_collective_that_spans_nodes_goes_through_the_network(axis, links, net
     assert row.bytes == 4 * 4096 * 256
     assert (row.link_bytes, row.network_bytes) == (row.bytes * links, row.bytes * network)
     assert plan.bounds["NVLink"] == row.link_bytes / 450e9 and plan.bounds["network"] == row.network_bytes / 50e9
+
+
+@needs_gpu_compiler
+def test_products_for_which_xla_finds_no_tiles_are_compiled_for_cublas():
+    def resize(x):
+        return jax.image.resize(x, (4, 224, 224, 3), "bilinear", precision="highest")
+
+    plan = on_gpus(resize, array(4, 256, 256, 3, dtype=jnp.float32))
+    assert by_kind(plan.kernels)[kernels.CUBLAS_PRODUCTS][0] == 2
+    assert plan.flops_by_bits == {24: 2 * 4 * 3 * 224 * 256 * (256 + 224)}

@@ -219,11 +219,14 @@ def test_the_adaptive_weight_is_the_clipped_ratio_of_lengths():
 ON_NET = ("discriminator.spectral_norm=True", "discriminator.net_side=16", "discriminator.net=dino_vits16")
 
 
-@pytest.mark.parametrize(("name", "heads"), [*((name, "maps") for name in DISCRIMINATORS), ("dino", "tokens")])
-def test_eight_devices_and_micro_batches_take_the_same_step(name, heads, monkeypatch):
+CROPPED = ("discriminator.crop_probability=1.0", "discriminator.net_side=6", "discriminator.heads=tokens")
+
+
+@pytest.mark.parametrize(("name", "others"), [*((name, ()) for name in DISCRIMINATORS), ("dino", CROPPED)])
+def test_eight_devices_and_micro_batches_take_the_same_step(name, others, monkeypatch):
     net, weights = small_net()
     monkeypatch.setitem(NETS, "dino_vits16", net)
-    others = (*ON_NET, f"discriminator.heads={heads}") if name == "dino" else ALL
+    others = (*ON_NET, *others) if name == "dino" else ALL
     fields = (f"discriminator.name={name}", *TINY, *others, AUGMENTED, "data.batch_size=16")
     results = []
     for devices, micro_batches in ((1, 1), (8, 2)):
@@ -298,6 +301,22 @@ def test_wrong_fields_are_refused(fields, message):
         trainer_with(*fields)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["discriminator.crop_probability=1.5"], "discriminator.crop_probability=1.5 is not in 0..1"),
+        (["discriminator.crop_probability=0.5"], "is for discriminator.name=dino, not for patch; set it to 0"),
+        (
+            ["discriminator.crop_probability=0.5", "discriminator.name=dino"],
+            "needs images larger than .* data.image_size=16, discriminator.net_side=224",
+        ),
+    ],
+)
+def test_crops_that_cannot_be_are_refused(fields, message):
+    with pytest.raises(UsageError, match=message):
+        trainer_with(*fields)
+
+
 @pytest.mark.parametrize("module", [StyleDiscriminator(8, 4), FeatureDiscriminator(8, 4)])
 def test_a_batch_that_does_not_divide_into_groups_is_refused(module):
     seen = jnp.zeros((6, 8, 8, 3)) if isinstance(module, StyleDiscriminator) else [jnp.zeros((6, 8, 8, 3))]
@@ -316,3 +335,76 @@ def test_augmentations_draw_from_their_whole_ranges():
     cut = diff_augment.augment(ones, {name: draws[name] for name in ("row", "column")})
     share = 1 - np.asarray(cut).mean((1, 2, 3))
     assert share.max() == 0.25 and share.min() == 0.0625  # half of each side, of which the edge may hide half
+
+
+def test_crops_are_pieces_of_the_images():
+    """Values against slices in NumPy, and gradients: a pixel's is that of the place in the piece where it is seen."""
+    images, _ = batches(6, 16)
+    whole = np.zeros((6, 4, 7, 3), np.float32)
+    draws = {
+        "cropped": np.array([True, True, True, True, False, True]),
+        "top": np.array([0.0, 0.5, 0.999, 0.3, 0.3, 0.8], np.float32),
+        "left": np.array([0.999, 0.25, 0.0, 0.7, 0.7, 0.1], np.float32),
+    }
+    rows, columns = [0, 6, 12, 3, None, 10], [9, 2, 0, 7, None, 1]  # of 13 and 10 places
+    weights = np.random.default_rng(2).normal(size=whole.shape).astype(np.float32)
+    pieces, pull_back = jax.vjp(lambda images: diff_augment.crop(images, whole, draws), images)
+    (gradient,) = pull_back(weights)
+    for number, (row, column) in enumerate(zip(rows, columns, strict=True)):
+        expected, of_image = np.zeros_like(whole[0]), np.zeros_like(images[0])
+        if row is not None:
+            expected = images[number, row : row + 4, column : column + 7]
+            of_image[row : row + 4, column : column + 7] = weights[number]
+        np.testing.assert_array_equal(pieces[number], expected)
+        np.testing.assert_array_equal(gradient[number], of_image)
+
+
+def test_images_that_are_no_larger_are_not_cropped():
+    images, _ = batches(2, 16)
+    draws = diff_augment.draw_crop(jax.random.key(0), 1.0, 2)
+    for height in (16, 17):
+        whole = jnp.zeros((2, height, 8, 3))
+        assert diff_augment.crop(images, whole, draws) is whole
+    assert diff_augment.crop(images, jnp.zeros((2, 8, 8, 3)), {}).shape == (2, 8, 8, 3)
+
+
+def test_crops_follow_from_seed_and_step_and_are_one_for_a_batch():
+    """A discriminator's step crops images and reconstructions alike; the tokenizer's loss has its own draw."""
+    fields = ("discriminator.name=dino", "discriminator.net_side=8", "discriminator.crop_probability=0.5")
+    steps = jnp.arange(200)
+
+    def drawn(number: int) -> dict[str, np.ndarray]:
+        return jax.device_get(jax.vmap(lambda step: trainer_with(*fields)._draws(step, number))(steps))
+
+    real, fake, again, against = (drawn(number) for number in (0, 1, 0, 2))
+    for name, values in real.items():
+        assert values.shape == (200, 8) and (values == values[:, :1]).all()
+        np.testing.assert_array_equal(values, fake[name])
+        np.testing.assert_array_equal(values, again[name])
+        assert (values != against[name]).any()
+    for draws in (real, against):
+        assert 70 < draws["cropped"][:, 0].sum() < 130
+    places = np.floor(9 * np.stack([real["top"], real["left"]])).astype(int)[:, :, 0]
+    assert len(np.unique(places, axis=1).T) > 60  # of 81
+
+
+def test_a_discriminator_sees_the_piece(monkeypatch):
+    """With crops at every look, logits and gradients are those of the pieces themselves."""
+    net, weights = small_net()
+    monkeypatch.setitem(NETS, "dino_vits16", net)
+    fields = ("discriminator.name=dino", *ON_NET, "discriminator.net_side=8", "discriminator.channels=4")
+    trainer, plain = trainer_with(*fields, "discriminator.crop_probability=1.0"), trainer_with(*fields)
+    state, (images, _), step = jax.tree.map(jnp.asarray, first_state(plain)), batches(8, 16), jnp.asarray(3)
+    draws = trainer._draws(step, 2)
+    row, column = (int(9 * draws[name][0]) for name in ("top", "left"))
+    losses_of = [
+        jax.value_and_grad(lambda x, one=one: one.loss_of(state, x, step, weights)[0]) for one in (trainer, plain)
+    ]
+    (cropped, gradient), (expected, of_piece) = (
+        jax.jit(loss)(seen)
+        for loss, seen in zip(losses_of, (images, images[:, row : row + 8, column : column + 8]), strict=True)
+    )
+    assert float(cropped) == pytest.approx(float(expected), rel=1e-6)
+    whole = np.zeros_like(images)
+    whole[:, row : row + 8, column : column + 8] = of_piece
+    np.testing.assert_allclose(gradient, whole, rtol=0, atol=1e-6 * np.abs(whole).max())

@@ -8,6 +8,7 @@ import torch
 from support import released
 from support.small_nets import maps, small_net
 from support.small_runs import SMALL, SMALL_TOKENIZER
+from support.stated_precision import products
 from torch.nn import functional as F
 
 from ibq_jax.base.checkpoint import Checkpoints
@@ -105,6 +106,29 @@ def test_features_and_logits_compare_images_in_0_to_1(monkeypatch):
     measured = measure_logits(config, {"efficientnet": weights}, images, others)
     expected = [np.mean((x.mean((0, 1)) - y.mean((0, 1))) ** 2) for x, y in zip(mine[1], yours[1], strict=True)]
     np.testing.assert_allclose(measured, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("net", "of_activations"), [("efficientnet", 0), ("convnext_small", 0), ("dino_vits16", 2 * 12)]
+)
+def test_frozen_networks_multiply_in_bfloat16_and_take_no_gradient_of_their_weights(net, of_activations):
+    """Counts products: forwards for both sides, backwards one each, two for those of two activations, in attention.
+
+    A gradient of the weights would be one more for each product with weights.
+    """
+    config = config_with("dtype=bfloat16", f"loss.features_net={net}")
+    images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
+    weights = NETS[net].weight_shapes()
+
+    def loss(nets, images, reconstructions):
+        return jnp.mean(measure_features(config, nets, images, reconstructions))
+
+    forward = products(lambda weights, images: NETS[net].maps(weights, images, jnp.bfloat16), weights, images)
+    of_loss = products(jax.value_and_grad(loss, argnums=2), {net: weights}, images, images)
+    of_network = [product.operands for product in of_loss if "normalisation" not in product.source]
+    of_network = [operands for operands in of_network if "bfloat16" in operands]
+    assert {*of_network, *(product.operands for product in forward)} == {("bfloat16", "bfloat16")}
+    assert len(of_network) == 3 * len(forward) + of_activations
 
 
 def test_the_networks_that_a_config_wants():
