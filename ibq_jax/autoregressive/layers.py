@@ -7,7 +7,7 @@ attention's softmax and the residual stream stay float32. Products of float32 ke
 
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -28,8 +28,8 @@ KEPT = "kept"  # the name of arrays that the backward pass may keep
 MODULATIONS = 6  # gamma1, gamma2, scale1, scale2, shift1, shift2
 
 
-def cudnn_applies(device: jax.Device, dtype: jnp.dtype | str, head_channels: int) -> bool:
-    """Returns whether cuDNN has an attention kernel for heads of this type and number of channels on a device."""
+def cudnn_applies(device: Any, dtype: jnp.dtype | str, head_channels: int) -> bool:
+    """Returns whether cuDNN has an attention kernel for heads of this type and number of channels on a jax.Device."""
     capability = getattr(device, "compute_capability", "") if device.platform == "gpu" else ""
     nvidia = re.fullmatch(r"(\d+)\.\d+", capability)  # AMD's are named, such as gfx942
     return (
