@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from ibq_jax.base.compiler import compiler_options
 from ibq_jax.base.config import load_config
 from ibq_jax.base.sharding import abstract_everywhere, make_mesh, replicated, with_sharding
 from ibq_jax.plan.chips import topology_devices
@@ -178,7 +179,8 @@ def main() -> None:
     for name, (cost, arguments) in cases(mesh):
         if name in rows or not re.search(flags.only, name):
             continue
-        plan = compile_plan(jax.jit(cost), with_sharding(arguments, replicated(mesh)), mesh, chip)
+        step = jax.jit(cost, compiler_options=compiler_options(mesh))
+        plan = compile_plan(step, with_sharding(arguments, replicated(mesh)), mesh, chip)
         rows[name] = measured(name, plan)
         with flags.out.open("a") as file:
             file.write(json.dumps(rows[name]) + "\n")
