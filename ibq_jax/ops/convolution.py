@@ -99,8 +99,7 @@ def _repeated(x, kernel, precision, mesh):
 
 def _spread(x, kernel, precision):
     """Convolves pixels with zeros between them, instead of repeated ones, with the sum of the kernel at four places."""
-    padded = jnp.pad(kernel.astype(jnp.float32), ((1, 1), (1, 1), (0, 0), (0, 0)))
-    summed = padded[:-1, :-1] + padded[1:, :-1] + padded[:-1, 1:] + padded[1:, 1:]
+    summed = _at_four_places(jnp.pad(kernel.astype(jnp.float32), ((1, 1), (1, 1), (0, 0), (0, 0))))
     return lax.conv_general_dilated(
         x,
         summed.astype(kernel.dtype),
@@ -142,9 +141,12 @@ def _spread_backward(x, kernel, dy, precision):
         dimension_numbers=("CHWN", "IHWO", "HWCN"),
         precision=precision,
     )
-    summed = jnp.flip(of_b.astype(jnp.float32), (0, 1))
-    dkernel = summed[:-1, :-1] + summed[1:, :-1] + summed[:-1, 1:] + summed[1:, 1:]
-    return dx, dkernel.astype(kernel.dtype)
+    return dx, _at_four_places(jnp.flip(of_b.astype(jnp.float32), (0, 1))).astype(kernel.dtype)
+
+
+def _at_four_places(x: jax.Array) -> jax.Array:
+    """Returns the sums of each four neighbours, [h, w, ...] -> [h - 1, w - 1, ...]."""
+    return x[:-1, :-1] + x[1:, :-1] + x[:-1, 1:] + x[1:, 1:]
 
 
 convolve_doubled.defvjp(_doubled_forward, _doubled_backward)

@@ -40,6 +40,7 @@ class Clock:
     seconds: dict[str, float]
     operations: tuple[Operations, ...]  # the longest first
     unknown: int  # how many kernels run of which nothing is known
+    left_out: float = 0.0  # seconds of the operations that were not to be counted
 
     @property
     def total(self) -> float:
@@ -56,11 +57,12 @@ def read_clock(module: Module, chip: Chip, without: str = "") -> Clock | None:
         without: operations are left out whose place in the traced program contains this text, if it is not empty.
     """
     groups: dict[tuple[str, str], list] = defaultdict(lambda: [0, 0.0])
-    unknown = 0
+    unknown, left_out = 0, 0.0
     for _, instruction, times in module.executed():
-        if without and without in instruction.op_name:
-            continue
         found = CYCLES.search(instruction.attributes)
+        if without and without in instruction.op_name:
+            left_out += times * int(found[1]) / chip.clock if found else 0.0
+            continue
         unknown += times * (found is None and KERNEL in instruction.attributes)
         if found:
             group = groups[place(instruction.op_name) or instruction.opcode, _kind(module, instruction)]
@@ -73,7 +75,7 @@ def read_clock(module: Module, chip: Chip, without: str = "") -> Clock | None:
     seconds: dict[str, float] = dict.fromkeys((PRODUCTS, OTHERS, COPIES), 0.0)
     for group in operations:
         seconds[group.kind] += group.seconds
-    return Clock(seconds, tuple(operations), unknown)
+    return Clock(seconds, tuple(operations), unknown, left_out)
 
 
 def place(op_name: str) -> str:

@@ -66,8 +66,8 @@ class Plan:
     collectives: tuple[Traffic, ...]
     compile_seconds: float
     chip: Chip | Gpu | None
-    clock: Clock | None  # the compiler's own estimate, without loops for a few tokens; None where it makes none
-    seconds_for_few: float  # expected of one turn of those loops, which run for tokens that the search has to repeat
+    # The compiler's own estimate, which leaves out loops over tokens that the search repeats; None where it makes none.
+    clock: Clock | None
     kernels: tuple[Kernels, ...]  # empty except for GPUs
 
     @property
@@ -154,9 +154,6 @@ def read_plan(compiled, mesh: jax.sharding.Mesh, chip: Chip | Gpu | None, compil
     on_gpus = platform(mesh) == "gpu"
     # XLA counts the operations of fused convolutions, too, but not on GPUs, and no loop more than once.
     flops = flops_by_bits(module, "gpu") if on_gpus else {8: cost["flops"] + loop_flops(module)}
-    clock, everything = (
-        read_clock(module, chip, without) if isinstance(chip, Chip) else None for without in (FOR_FEW, "")
-    )
     return Plan(
         devices=mesh.size,
         memory=Memory(
@@ -170,8 +167,7 @@ def read_plan(compiled, mesh: jax.sharding.Mesh, chip: Chip | Gpu | None, compil
         collectives=_by_axes(module.collectives(), mesh, chip.nvlink_gpus if isinstance(chip, Gpu) else math.inf),
         compile_seconds=compile_seconds,
         chip=chip,
-        clock=clock,
-        seconds_for_few=everything.total - clock.total if everything and clock else 0.0,
+        clock=read_clock(module, chip, without=FOR_FEW) if isinstance(chip, Chip) else None,
         kernels=read_kernels(module) if on_gpus else (),
     )
 

@@ -73,6 +73,7 @@ def test_cycles_count_as_often_as_their_loop_runs_by_kind():
     assert (second.place, second.times) == ("Net/layer/add", 5) and third.place == "copy"
     without = read_clock(Module(PROGRAM), chip, without="dot_general")
     assert round(chip.clock * without.total) == 5 * 500 + 40
+    assert round(chip.clock * without.left_out) == 5 * 3000 and clock.left_out == 0
 
 
 def test_a_program_without_estimates_has_no_clock():

@@ -4,6 +4,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,11 @@ def stand_ins(listing: np.ndarray) -> dict[str, np.ndarray]:
     """The tensors that a public network had when it made golden values, each drawn by a seed from its name; `listing`
     is JSON, [[name, shape, type], ...]."""
     return {name: _stand_in(name, shape) for name, shape, _ in json.loads(str(listing))}
+
+
+def stand_ins_like(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Such tensors with the names and shapes of those given, whose values are not read."""
+    return {name: _stand_in(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def _stand_in(name: str, shape: Sequence[int]) -> np.ndarray:
