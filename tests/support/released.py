@@ -56,7 +56,7 @@ def stand_ins(listing: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def stand_ins_like(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Such tensors with the names and shapes of those given, whose values are not read."""
+    """Makes such tensors with the names and shapes of those given, whose values are not read."""
     return {name: _stand_in(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
