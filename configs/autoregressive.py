@@ -75,6 +75,7 @@ def _add_model(config: ConfigDict, layers: int, gamma_init: float) -> None:
     config.model.attention = "auto"  # "xla", "cudnn" (NVIDIA GPUs, in bfloat16), or "auto": cuDNN's where it applies
     # The backward pass keeps of each layer, "dots": products and dropout masks; "blocks": its input; "none": all.
     config.model.remat = "dots"
+    config.model.unroll = 0  # layers in a turn of the loop over layers; 0: all on GPUs (docs/plans.md), else one
 
 
 def _add_training(config: ConfigDict, end_lr_factor: float) -> None:

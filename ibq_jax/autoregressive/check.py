@@ -36,6 +36,7 @@ FRACTIONS = (
     "optimizer.ema_decay",
 )
 NOT_NEGATIVE = (
+    "model.unroll",
     "loss.block_size",
     "optimizer.init_lr_factor",
     "optimizer.end_lr_factor",

@@ -29,7 +29,7 @@ from ibq_jax.autoregressive.layers import (
 )
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import FULL
-from ibq_jax.base.sharding import batch_sharding
+from ibq_jax.base.sharding import batch_sharding, platform
 from ibq_jax.ops import embedding_lookup
 
 REMAT = {
@@ -82,6 +82,8 @@ class GeneratorModel(nn.Module):
         codebook_dim: dimensions of that codebook.
         attention: implementation of jax.nn.dot_product_attention, "xla" or (on GPUs, in bfloat16) "cudnn".
         remat: what the backward pass computes again, a key of `REMAT`.
+        unroll: layers in one turn of the loop over layers. A loop copies what the backward pass needs of its layers
+            into one array and out of it again, but compiles faster.
         dtype: type that matrix products compute in.
         mesh: the devices among which batch and vocabulary are split; None for no split.
     """
@@ -100,6 +102,7 @@ class GeneratorModel(nn.Module):
     codebook_dim: int = 256
     attention: Kernel = "xla"
     remat: str = "none"
+    unroll: int = 1
     dtype: jnp.dtype = jnp.float32
     mesh: Mesh | None = None
 
@@ -122,13 +125,18 @@ class GeneratorModel(nn.Module):
             "class_emb", class_init, (self.num_classes + self.no_class, self.embed_dim), jnp.float32
         )
         per_layer = dict(
-            length=self.num_layers, metadata_params={nn.PARTITION_NAME: "layers"}, variable_axes={"params": 0}
+            length=self.num_layers,
+            unroll=self.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+            variable_axes={"params": 0},
         )
         modulation = nn.scan(Modulation, split_rngs={"params": True}, **per_layer)
         self.modulation = modulation(self.gamma_init, self.dtype)
         block = Block
         if self.remat != "none":  # argument 4, counted from the module, is `train`
-            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False, static_argnums=(4,))
+            # Without a loop, XLA would find that the layer was computed before, and keep all of it.
+            together = self.unroll > 1
+            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=together, static_argnums=(4,))
         blocks = nn.scan(
             block, split_rngs={"params": True, "dropout": True}, in_axes=(0, nn.broadcast, nn.broadcast), **per_layer
         )
@@ -211,7 +219,7 @@ def build_model(config: ConfigDict, mesh: Mesh | None = None) -> GeneratorModel:
     """Returns the model of a config from configs/autoregressive.py whose model sizes are all known.
 
     A `mesh` splits the vocabulary's rows over its axis `codebook`. `model.attention` "auto" is cuDNN's kernel where it
-    applies to the devices of `mesh`, or without one to JAX's first device.
+    applies to the devices of `mesh`, or without one to JAX's first device; `model.unroll` 0 is all layers on GPUs.
     """
     no_class = config.loss.class_dropout > 0 or not config.model.num_classes
     sizes, dtype = dict(config.model), jnp.dtype(config.dtype)
@@ -219,4 +227,6 @@ def build_model(config: ConfigDict, mesh: Mesh | None = None) -> GeneratorModel:
         device = mesh.devices.flat[0] if mesh else jax.devices()[0]
         applies = cudnn_applies(device, dtype, sizes["embed_dim"] // sizes["num_heads"])
         sizes["attention"] = "cudnn" if applies else "xla"
+    if sizes["unroll"] == 0:
+        sizes["unroll"] = sizes["num_layers"] if platform(mesh) == "gpu" else 1
     return GeneratorModel(**sizes, no_class=no_class, dtype=dtype, mesh=mesh)

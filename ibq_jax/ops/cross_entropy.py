@@ -24,7 +24,7 @@ On a mesh, tokens are split over all axes and the head's rows over the axis `cod
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from jax.sharding import Mesh
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import FULL
+from ibq_jax.base.sharding import platform
 from ibq_jax.ops.block_scan import (
     CODES,
     GATHERED,
@@ -45,11 +46,22 @@ from ibq_jax.ops.block_scan import (
     sizes_on_a_device,
 )
 
-BLOCK_BYTES = 4 * 2**20  # for a block's rows and for its logits: both should stay in a CPU's cache
-LEAST_BLOCK = 512  # rows
-LARGEST_CHUNK = 512  # tokens; with more, dhead is read and written less often, but CPUs multiply the blocks more slowly
-LEAST_KEPT_CHUNK = 128  # tokens; with fewer, adding to dhead costs about as much as the saved product
-KEPT_BYTES = 256 * 2**20  # for the logits that `weighted_cross_entropy` keeps
+LEAST_CHUNK = 128  # tokens; with fewer, adding to dhead costs about as much as the product that kept logits save
+
+
+class Limits(NamedTuple):
+    """What bounds the arrays that one kind of device works on at a time."""
+
+    block_bytes: int  # of a block's rows, and of its logits
+    least_block: int  # rows
+    chunk: int  # tokens; with more, dhead is read and written less often
+    kept_bytes: int  # of a chunk's logits, which `weighted_cross_entropy` keeps
+
+
+# A block should stay in a CPU's cache, and CPUs multiply blocks of more tokens more slowly.
+LIMITS = Limits(block_bytes=4 * 2**20, least_block=512, chunk=512, kept_bytes=256 * 2**20)
+# Every block launches a dozen kernels on a GPU, and every chunk reads and writes dhead in its memory.
+GPU_LIMITS = Limits(block_bytes=2**30, least_block=512, chunk=16_384, kept_bytes=2**30)
 
 
 def cross_entropy(
@@ -72,7 +84,7 @@ def cross_entropy(
       head: [V, C] rows of the output layer.
       targets: [N] integers in 0..V-1.
       block_size: rows per block of the streamed form; it need not divide V. 0 chooses as many as keep both the rows
-        and the logits of a block within 4 MiB in float32, but at least 512.
+        and the logits of a block within 4 MiB in float32 (1 GiB on GPUs), but at least 512.
       implementation: "streamed", or "dense", which ignores block_size and leaves the mesh to the partitioner.
       mesh: None runs on one device (or as the partitioner decides). A mesh with the axes of `ibq_jax.base.sharding`
         splits tokens over all its axes and the head's rows over `codebook`; losses are equal along `codebook`.
@@ -103,8 +115,9 @@ def weighted_cross_entropy(
 
     Differentiable in x, head and weights [N]. Under differentiation the streamed form is faster than `cross_entropy`,
     because it computes the logits once: it keeps those of a chunk of tokens, [V, T] on one device, with as many tokens
-    as fit into 256 MiB (at least 128, at most 512). The gradients exist from the end of the forward pass, and occupy
-    memory during the whole backward pass of the network that computed x: [V, C] on one device, in the type of head.
+    as fit into 256 MiB (at least 128, at most 512; on GPUs 1 GiB and at most 16,384). The gradients exist from the end
+    of the forward pass, and occupy memory during the whole backward pass of the network that computed x: [V, C] on one
+    device, in the type of head.
     """
     _check_arrays(x, head, targets)
     if weights.shape != targets.shape:
@@ -137,8 +150,21 @@ def _stream(x: jax.Array, head: jax.Array, block_size: int, implementation: str,
     if block_size < 0:
         raise UsageError(f"block_size={block_size} must not be negative (0 chooses one)")
     (tokens, width), rows = x.shape, head.shape[0]
-    sizes_on_a_device(tokens, rows, mesh, f"a vocabulary of {rows} rows")
-    return BlockScan(block_size or max(BLOCK_BYTES // (4 * max(width, LARGEST_CHUNK)), LEAST_BLOCK), mesh)
+    _, rows = sizes_on_a_device(tokens, rows, mesh, f"a vocabulary of {rows} rows")
+    if block_size == 0:
+        limits = _limits(mesh)
+        block_size = max(limits.block_bytes // (4 * max(width, _chunk_tokens(rows, mesh))), limits.least_block)
+    return BlockScan(block_size, mesh)
+
+
+def _limits(mesh: Mesh | None) -> Limits:
+    return GPU_LIMITS if platform(mesh) == "gpu" else LIMITS
+
+
+def _chunk_tokens(rows: int, mesh: Mesh | None) -> int:
+    """Returns the most tokens of a chunk, for the rows of the head that a device has."""
+    limits = _limits(mesh)
+    return min(max(limits.kept_bytes // (4 * rows), LEAST_CHUNK), limits.chunk)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -192,7 +218,7 @@ def _local_losses(stream: BlockScan, x: jax.Array, head: jax.Array, targets: jax
         losses, m, s, _ = _chunk_losses(stream, own_x, own_targets, head, None)
         return losses, m, s
 
-    losses, m, s = _joined(lax.map(chunk, _chunks((x, targets), LARGEST_CHUNK)))
+    losses, m, s = _joined(lax.map(chunk, _chunks((x, targets), _chunk_tokens(head.shape[0], stream.mesh))))
     return losses[:tokens], m, s
 
 
@@ -208,7 +234,7 @@ def _local_gradients(stream: BlockScan, x, head, targets, m, s, g) -> tuple[jax.
 
         return _chunk_gradients(stream, x, targets, m, s, g, head, dhead, logits_of, only_once=chunks == 1)
 
-    arrays = _chunks((x, targets, m, s, g), LARGEST_CHUNK)
+    arrays = _chunks((x, targets, m, s, g), _chunk_tokens(head.shape[0], stream.mesh))
     chunks = arrays[0].shape[0]
     dhead, dx = lax.scan(chunk, _zeros(stream, head.shape), arrays)
     return _to_owners(stream, _joined(dx)[: targets.shape[0]], dhead, head.dtype)
@@ -229,8 +255,7 @@ def _local_losses_and_gradients(stream: BlockScan, x, head, targets, weights) ->
         dhead, dx = _chunk_gradients(stream, x, targets, m, s, weights, head, dhead, logits_of, only_once=chunks == 1)
         return (dhead, kept), (losses, dx)
 
-    most = min(max(KEPT_BYTES // (4 * head.shape[0]), LEAST_KEPT_CHUNK), LARGEST_CHUNK)
-    arrays = _chunks((x, targets, weights), most)
+    arrays = _chunks((x, targets, weights), _chunk_tokens(head.shape[0], stream.mesh))
     chunks, chunk_tokens = arrays[1].shape
     start = _zeros(stream, head.shape), _zeros(stream, (head.shape[0], chunk_tokens))
     (dhead, _), by_chunks = lax.scan(chunk, start, arrays)

@@ -57,15 +57,29 @@ def normalise(
 
 
 def _backward(form: GroupNormForm, saved, dy):
-    x, mean, rstd, scale, bias = saved
-    xh = _normalised(x, mean, rstd)
-    dz = dy.astype(jnp.float32)
-    if form.silu:
-        z = xh * _of_channels(scale) + _of_channels(bias)
-        gate = jax.nn.sigmoid(z)
-        dz *= gate * (1 + z * (1 - gate))
+    twice, once = (partial(_gradients, form=form, twice=twice) for twice in (True, False))
+    return lax.platform_dependent(*saved, dy, cuda=twice, rocm=twice, default=once)
+
+
+def _gradients(x, mean, rstd, scale, bias, dy, form: GroupNormForm, twice: bool):
+    """Returns the gradients of x, scale and bias; `twice` computes dz a second time from x and dy, and stores none.
+
+    A GPU waits for its memory: it would write and read dz in float32, as much as x and dy in bfloat16 together.
+    """
+    if twice:
+        x = lax.optimization_barrier(x)  # else XLA may keep the exponential of the forward pass, in float32
+        dz = _of_normalised(x, mean, rstd, scale, bias, dy, form)
+        # The sums are one reduction, so that dz is computed within it. If they were not behind a barrier, XLA would
+        # keep dz for the lines below, and sum it once more for the sums over the batch.
+        summands = dz, dz * _normalised(x, mean, rstd)
+        t0, t1 = lax.reduce(summands, (0.0, 0.0), lambda sums, more: (sums[0] + more[0], sums[1] + more[1]), (1, 2))
+        x, dy, t0, t1 = lax.optimization_barrier((x, dy, t0, t1))
+        dz = _of_normalised(x, mean, rstd, scale, bias, dy, form)
+    else:
+        dz = _of_normalised(x, mean, rstd, scale, bias, dy, form)
         dz = dz.astype(x.dtype).astype(jnp.float32)  # it is written once, and read by three
-    t0, t1 = (image_sums(summand.astype(x.dtype), form.mesh) for summand in (dz, dz * xh))
+        xh = _normalised(x, mean, rstd)
+        t0, t1 = (image_sums(summand.astype(x.dtype), form.mesh) for summand in (dz, dz * xh))
     pixels, scale = x.shape[1] * x.shape[2], scale.reshape(1, -1)
     mean_dz, mean_dz_xh = (_group_mean(scale * t, form.groups) / pixels for t in (t0, t1))
     # rstd * (scale * dz - mean_dz - xh * mean_dz_xh) with xh = (x - mean) * rstd, as one factor of dz and one of x
@@ -73,6 +87,16 @@ def _backward(form: GroupNormForm, saved, dy):
     dx = _of_images(rstd * scale) * dz + _of_images(of_x) * x.astype(jnp.float32)
     dx -= _of_images(rstd * mean_dz + mean * of_x)
     return dx.astype(x.dtype), t1.sum(0), t0.sum(0)
+
+
+def _of_normalised(x, mean, rstd, scale, bias, dy, form: GroupNormForm) -> jax.Array:
+    """Returns dz, float32 in the shape of x."""
+    dz = dy.astype(jnp.float32)
+    if form.silu:
+        z = _normalised(x, mean, rstd) * _of_channels(scale) + _of_channels(bias)
+        gate = jax.nn.sigmoid(z)
+        dz *= gate * (1 + z * (1 - gate))
+    return dz
 
 
 group_norm.defvjp(_forward, _backward)

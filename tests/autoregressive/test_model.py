@@ -133,6 +133,12 @@ def test_recomputing_changes_no_value_and_no_gradient(remat):
     assert_same(value_and_gradient(model, random_params(model), train=True), with_nothing_recomputed())
 
 
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_layers_without_a_loop_are_the_same(remat):
+    model = GeneratorModel(**SMALL, dropout=0.2, remat=remat, unroll=SMALL["num_layers"])
+    assert_same(value_and_gradient(model, random_params(model), train=True), with_nothing_recomputed())
+
+
 def test_bfloat16_is_close_to_float32_and_logits_stay_float32():
     model = GeneratorModel(**SMALL)
     expected = logits(model, random_params(model))

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +75,17 @@ def test_streamed_equals_dense(form, vocabulary, block_size):
 def test_tokens_taken_in_chunks(form, tokens):
     """513 tokens are two chunks of 257, and the second one is padded."""
     assert_same(compiled(form, block_size=40)(*random_inputs(tokens, 16, 96)), dense(tokens, 16, 96))
+
+
+@pytest.mark.parametrize("form", [per_token, weighted])
+def test_larger_chunks_and_blocks_of_gpus(form, monkeypatch):
+    inputs = random_inputs(MANY, 16, 600)  # 3 chunks and 2 blocks on a CPU, one of each on a GPU
+    expected = compiled(form)(*inputs)
+    monkeypatch.setattr(sys.modules["ibq_jax.ops.cross_entropy"], "platform", lambda mesh: "gpu")
+    program = compiled(form).lower(*inputs).compile()
+    trips = re.findall(r'"known_trip_count":{"n":"(\d+)"', program.as_text())
+    assert set(trips) <= {str(MANY)}  # no loop but that over the rows of dhead that targets are subtracted from
+    assert_same(program(*inputs), expected)
 
 
 def test_the_sum_is_that_of_the_losses():

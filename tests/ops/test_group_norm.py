@@ -30,8 +30,19 @@ def formula(x, scale, bias, silu: bool):
     return z * jax.nn.sigmoid(z) if silu else z
 
 
+def as_on(platform: str, monkeypatch) -> None:
+    """Lets the form for a platform be traced on this machine; "default" is the CPU's."""
+
+    def chosen(*arguments, default, **others):
+        return others.get(platform, default)(*arguments)
+
+    monkeypatch.setattr(module.lax, "platform_dependent", chosen)
+
+
+@pytest.mark.parametrize("platform", ["default", "cuda"])
 @pytest.mark.parametrize("silu", [True, False])
-def test_values_and_gradients_are_the_formulas_in_float64(silu):
+def test_values_and_gradients_are_the_formulas_in_float64(silu, platform, monkeypatch):
+    as_on(platform, monkeypatch)
     *arguments, dy = inputs()
     with jax.enable_x64(True):
         expected, plain = jax.vjp(lambda *arguments: formula(*arguments, silu), *arguments)
@@ -53,15 +64,11 @@ def test_flat_images_far_from_zero_are_normalised_to_the_bias():
         np.testing.assert_array_equal(y, 0.0)
 
 
-@pytest.fixture
-def as_on_tpus(monkeypatch):
-    """Bfloat16 images are summed by products, as on TPUs."""
-    monkeypatch.setattr(module, "image_sums", sums_by_products)
-
-
-@pytest.mark.usefixtures("as_on_tpus")
-@pytest.mark.parametrize(("silu", "offset"), [*product([True, False], [0.5, 30.0])])
-def test_in_bfloat16_gradients_lose_no_more_than_their_types_digits(silu, offset):
+@pytest.mark.parametrize(
+    ("platform", "silu", "offset"), [*product(["tpu"], [True, False], [0.5, 30.0]), ("cuda", True, 30.0)]
+)
+def test_in_bfloat16_gradients_lose_no_more_than_their_types_digits(platform, silu, offset, monkeypatch):
+    as_on(platform, monkeypatch)
     x, scale, bias, dy = inputs(offset)
     x, dy = (np.float64(jnp.asarray(array, jnp.bfloat16)) for array in (x, dy))
     with jax.enable_x64(True):

@@ -19,8 +19,11 @@ from support.small_runs import ROOT, SMALL
 from ibq_jax.autoregressive import step as autoregressive
 from ibq_jax.autoregressive.sample_codes import sampling_program
 from ibq_jax.base.config import load_config
-from ibq_jax.base.sharding import abstract_everywhere, batch_sharding, make_mesh
+from ibq_jax.base.sharding import abstract_everywhere, batch_sharding, make_mesh, replicated
 from ibq_jax.data.preprocess import to_uint8
+from ibq_jax.evaluate.feature_nets import LPIPS_NETS, features_of
+from ibq_jax.evaluate.protocols import PROTOCOLS
+from ibq_jax.plan.compiled import compile_plan
 from ibq_jax.plan.gpus import gpu_devices
 from ibq_jax.plan.hlo import Module
 from ibq_jax.plan.kernels import (
@@ -33,6 +36,8 @@ from ibq_jax.plan.kernels import (
     by_kind,
     read_kernels,
 )
+from ibq_jax.pretrained import efficientnet, lpips
+from ibq_jax.pretrained.inception import Inception
 from ibq_jax.tokenizer import step as tokenizer
 from ibq_jax.tokenizer.tokenize import encoding_program
 
@@ -84,13 +89,32 @@ def decoding_program(made: tokenizer.TokenizerTrainer) -> tuple[Callable, tuple]
     return jax.jit(decode, out_shardings=batch_sharding(mesh)), (params, codes)
 
 
+def evaluation_program(mesh: jax.sharding.Mesh) -> tuple[Callable, tuple]:
+    """Returns the frozen networks of evaluation on one batch, and the abstract arguments."""
+    protocol = PROTOCOLS["clean"]
+    variables = jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, 299, 299, 3)))
+    weights = {"inception": variables, "efficientnet": efficientnet.weight_shapes()}
+    weights |= {net: lpips.weight_shapes(net) for net in LPIPS_NETS}
+    images = jax.ShapeDtypeStruct((8, 64, 64, 3), jnp.float32, sharding=batch_sharding(mesh))
+
+    def measure(weights, images, reconstructions):
+        distances = {net: lpips.lpips(weights[net], images, reconstructions, net=net) for net in LPIPS_NETS}
+        return distances, features_of(weights, images, protocol)
+
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), weights)
+    return jax.jit(measure), (placed, images, images)
+
+
 def training_program(stage: str, made) -> tuple[Callable, tuple]:
     module = tokenizer if stage == "tokenizer" else autoregressive
     return module.jit_train_step(made), module.abstract_arguments(made)
 
 
 def counts(step: Callable, arguments: tuple) -> dict[str, int]:
-    kinds = by_kind(read_kernels(Module(step.lower(*arguments).compile().as_text())))
+    return counted(by_kind(read_kernels(Module(step.lower(*arguments).compile().as_text()))))
+
+
+def counted(kinds: dict[str, tuple[int, float]]) -> dict[str, int]:
     return {kind: kinds[kind][0] for kind in COUNTED if kind in kinds}
 
 
@@ -126,3 +150,12 @@ def test_encoding_decoding_and_sampling_launch_what_they_did(dtype, check_golden
     assert found["encode"][CONVOLUTIONS] and found["decode"][CONVOLUTIONS]
     assert found["sample"][TRITON_PRODUCTS] >= 16 * 2 * 4  # of each of 16 codes, in each of two layers
     check_golden(f"gpu_kernels_inference_{dtype}.json", json.dumps(found, indent=1) + "\n")
+
+
+@needs_gpu_compiler
+def test_the_networks_of_evaluation_launch_what_they_did(check_golden):
+    mesh = make_mesh({"data": 8}, devices())
+    plan = compile_plan(*evaluation_program(mesh), mesh, None)  # which knows what to do where XLA finds no tiles
+    found = counted(by_kind(plan.kernels))
+    assert found[CONVOLUTIONS] >= 94 + 2 * (13 + 5)  # Inception's, and those of VGG16 and AlexNet for two images
+    check_golden("gpu_kernels_evaluation.json", json.dumps(found, indent=1) + "\n")
