@@ -100,8 +100,9 @@ ADDED = {
         "optimizer.moment_dtype": "float32",
         "train.compiler_options": "",
     },
-    "autoregressive": {"optimizer.moment_dtype": "float32", "train.compiler_options": ""},
+    "autoregressive": {"model.unroll": 1, "optimizer.moment_dtype": "float32", "train.compiler_options": ""},
     "joint": {
+        "generator.model.unroll": 1,
         "tokenizer.alignment.adaptive_limit": 0.0,
         "tokenizer.discriminator.heads": "maps",
         "tokenizer.discriminator.crop_probability": 0.0,
