@@ -223,7 +223,9 @@ def _lookup(
         return _dense(z, keys, keys if values is None else values, temperature, group_tokens)
     if implementation != "streamed":
         raise UsageError(f"implementation={implementation!r} does not exist; it is 'streamed' or 'dense'")
-    stream = _stream(z, keys, options.block_size, options.mesh, partial(chunk_tokens, group_tokens=group_tokens))
+    stream = _stream(
+        z, keys, options.block_size, options.mesh, partial(chunk_tokens, group_tokens=group_tokens, mesh=options.mesh)
+    )
     return streamed_lookup(z, keys, values, temperature, group_tokens, options.precisions, stream)
 
 

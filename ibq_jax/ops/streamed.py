@@ -47,9 +47,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ibq_jax.base.sharding import CODEBOOK, DATA, FSDP
+from ibq_jax.base.sharding import CODEBOOK, DATA, FSDP, platform
 from ibq_jax.ops.block_scan import (
     CODES,
     EQUAL,
@@ -65,6 +66,7 @@ from ibq_jax.ops.block_scan import (
 
 LOG_EPSILON = 1e-5  # eps, in the logarithm of the batch entropy, as in the released code
 LEAST_CHUNK = 1024  # tokens; products of fewer tokens do not keep a TPU's matrix units busy
+GPU_LEAST_CHUNK = 8192  # tokens; for every chunk, a GPU copies and reads all codes
 NO_CODE = jnp.iinfo(jnp.int32).max
 
 CODES_BY_RUNS = P(CODEBOOK, (DATA, FSDP))
@@ -249,6 +251,14 @@ def _local_backward(plan: _Plan, z, keys, values, saved: _Saved, g, g_sample, g_
     g_sample, g_avg = g_sample / (plan.tokens * tau), g_avg / (plan.tokens * tau)
     inner = g_avg * saved.u + g_sample * saved.h
     run_tokens = _run_tokens(plan, z)
+    # A GPU writes dl to its memory for the two products after it, and half as much if they may round it to bfloat16.
+    narrow = plan.gradient_precision == "bfloat16" and platform(stream.mesh) == "gpu"
+
+    def multiplied(array):
+        return array.astype(jnp.bfloat16) if narrow else array
+
+    def as_multiplied(array):
+        return lax.reduce_precision(array, 8, 7) if narrow else array  # which XLA keeps, unlike conversions
 
     def chunk(dkeys, arrays):
         (z, g, m, s, log_s_tau, r, inner), v = arrays
@@ -262,11 +272,12 @@ def _local_backward(plan: _Plan, z, keys, values, saved: _Saved, g, g_sample, g_
             through_p = p * (product("kd,nd->kn", values, g, plan.gradient_precision) - r[None])
             log_q = below / tau - log_s_tau[None]
             through_q = jnp.exp(log_q) * (_to_tokens(g_avg * v, run_tokens) - g_sample * log_q - inner[None])
-            dl = (through_p + through_q).astype(z.dtype)
+            dl = multiplied((through_p + through_q).astype(z.dtype))
+            dl = lax.optimization_barrier(dl) if narrow else dl  # else it would be written in float32, too
             first = number[0] * stream.block_size
-            drows = product("kn,nd->kd", dl, z, plan.gradient_precision)
+            drows = product("kn,nd->kd", dl, multiplied(z), plan.gradient_precision)
             dkeys = add_rows(dkeys, drows, first, only_once=chunks == 1)
-            dz += product("kd,kn->dn", rows, dl, plan.gradient_precision)
+            dz += product("kd,kn->dn", multiplied(rows), dl, plan.gradient_precision)
             return (dz, excess + dl.sum(axis=0, dtype=jnp.float32), dkeys), None
 
         start = (jnp.zeros_like(z.T, jnp.float32), per_token(z, 0.0), dkeys)
@@ -292,18 +303,19 @@ def _local_backward(plan: _Plan, z, keys, values, saved: _Saved, g, g_sample, g_
     p_winner = 1 / saved.s
     excess = (p_winner * lax.psum(excess, stream.code_axes))[:, None]
     own, winners = own_rows(keys, saved.indices, stream)
-    dz = lax.psum_scatter(dz - excess * winners, stream.code_axes, tiled=True).astype(z.dtype)
+    dz = lax.psum_scatter(dz - excess * as_multiplied(winners), stream.code_axes, tiled=True).astype(z.dtype)
+    from_excess = -excess * as_multiplied(z)
     if values is None:
-        return dz, add_at_winners(dkeys, g - excess * z, keys), None
-    return dz, add_at_winners(dkeys, -excess * z, keys), add_at_winners(zeros(values), g, values)
+        return dz, add_at_winners(dkeys, g + from_excess, keys), None
+    return dz, add_at_winners(dkeys, from_excess, keys), add_at_winners(zeros(values), g, values)
 
 
-def chunk_tokens(tokens: int, group_tokens: int) -> int:
-    """Returns how many of the `tokens` on a device the passes take at once: whole groups, or all of them."""
+def chunk_tokens(tokens: int, group_tokens: int, mesh: Mesh | None) -> int:
+    """Returns how many of the `tokens` on a device of `mesh` the passes take at once: whole groups, or all of them."""
     if tokens % group_tokens:
         return tokens
-    groups = tokens // group_tokens
-    fitting = (count for count in range(1, groups + 1) if groups % count == 0 and count * group_tokens >= LEAST_CHUNK)
+    groups, least = tokens // group_tokens, GPU_LEAST_CHUNK if platform(mesh) == "gpu" else LEAST_CHUNK
+    fitting = (count for count in range(1, groups + 1) if groups % count == 0 and count * group_tokens >= least)
     return next(fitting, groups) * group_tokens
 
 
@@ -311,7 +323,8 @@ def _chunks(plan: _Plan, arrays: Any) -> Any:
     """Splits [N, ...] into [chunks, N / chunks, ...]."""
 
     def split(array):
-        return array.reshape(-1, chunk_tokens(array.shape[0], plan.group_tokens), *array.shape[1:])
+        at_once = chunk_tokens(array.shape[0], plan.group_tokens, plan.stream.mesh)
+        return array.reshape(-1, at_once, *array.shape[1:])
 
     return jax.tree.map(split, arrays)
 
@@ -356,8 +369,8 @@ def _first_and_sum(logits, codes, top, m, tau: float) -> tuple[jax.Array, jax.Ar
         starts = (jnp.int32(NO_CODE), jnp.zeros((), operands[1].dtype))
         return lax.reduce(operands, starts, lambda a, b: (jnp.minimum(a[0], b[0]), a[1] + b[1]), (0,))
 
-    # XLA for TPUs does not merge the two; on CPUs a reduction of pairs takes longer than both.
-    return lax.platform_dependent(logits, codes, top, m, tpu=together, default=separately)
+    # XLA for TPUs and GPUs does not merge the two; on CPUs a reduction of pairs takes longer than both.
+    return lax.platform_dependent(logits, codes, top, m, cpu=separately, default=together)
 
 
 def _only_of_largest(codes: jax.Array, logits: jax.Array, top: jax.Array) -> jax.Array:

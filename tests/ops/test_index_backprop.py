@@ -19,6 +19,7 @@ from support.meshes import MESHES
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import AXES, CODEBOOK, make_mesh
 from ibq_jax.ops import index_backprop, nearest_codes
+from ibq_jax.ops import streamed as streamed_module
 from ibq_jax.ops.streamed import chunk_tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -136,7 +137,7 @@ def test_groups_are_consecutive_tokens(implementation):
 @pytest.mark.parametrize("group", [1024, 512, 2048])
 def test_groups_taken_in_chunks(sizes, group):
     """8,192 tokens: a device holds 8 or 4 chunks of 1,024, in one group or two, or half as many of 2,048."""
-    assert chunk_tokens(8192, group) == max(1024, group)
+    assert chunk_tokens(8192, group, None) == max(1024, group)
     z, codebook, cotangent = random_inputs(8192, 8, 48, scale=0.3)
     arguments = {"entropy_temperature": 0.2, "entropy_group_tokens": group}
     dense = value_and_gradients(cotangent, implementation="dense", **arguments)
@@ -145,9 +146,9 @@ def test_groups_taken_in_chunks(sizes, group):
 
 
 def test_chunks_are_whole_groups_or_everything():
-    assert chunk_tokens(6144, 96) == 1536  # 64 groups of 96: 16 are the first divisor that makes 1,024
-    assert chunk_tokens(96, 24) == 96
-    assert chunk_tokens(96, 64) == 96
+    assert chunk_tokens(6144, 96, None) == 1536  # 64 groups of 96: 16 are the first divisor that makes 1,024
+    assert chunk_tokens(96, 24, None) == 96
+    assert chunk_tokens(96, 64, None) == 96
 
 
 @pytest.mark.parametrize("implementation", ["dense", "streamed"])
@@ -227,6 +228,37 @@ def test_bfloat16_inputs():
     for gradient, expected in zip(gradients, dense_gradients, strict=True):
         assert gradient.dtype == jnp.bfloat16
         assert_close(gradient, expected, 2**-7)  # two roundings to 8 bits: dl before its products, and the result
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Traces what a GPU computes: more tokens at a time, and dl rounded to bfloat16 if its products may be."""
+    monkeypatch.setattr(streamed_module, "platform", lambda mesh: "gpu")
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_gradients_on_gpus_lose_no_more_than_bfloat16s_digits():
+    z, codebook, cotangent = random_inputs(8192, 8, 48, scale=0.3)
+    arguments = {"entropy_temperature": 0.2, "entropy_group_tokens": 1024}
+    dense, dense_gradients = value_and_gradients(cotangent, implementation="dense", **arguments)(z, codebook)
+    run = value_and_gradients(cotangent, gradient_precision="bfloat16", block_size=12, **arguments)
+    streamed, gradients = run(z, codebook)
+    assert_same((streamed, ()), (dense, ()))
+    for gradient, expected in zip(gradients, dense_gradients, strict=True):
+        assert np.abs(gradient - expected).max() > 0
+        assert_close(gradient, expected, 2**-7)  # two roundings to 8 bits, of a product's operands, whose sums cancel
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_saturated_tokens_keep_their_precision_on_gpus():
+    """Whatever dl was rounded to is what the winner's entry gives back."""
+    z, codebook, cotangent = random_inputs(48, 16, 96, scale=1e4)
+
+    def loss(codebook):
+        return (index_backprop(z, codebook, block_size=12, gradient_precision="bfloat16").z_q * cotangent).sum()
+
+    expected = jnp.zeros_like(codebook).at[nearest_codes(z, codebook)].add(cotangent)
+    assert_close(jax.grad(loss)(codebook), expected, 1e-6)
 
 
 @functools.cache
