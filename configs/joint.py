@@ -49,6 +49,17 @@ def _joint(tokenizer: str, generator: str) -> ConfigDict:
     # The sources give no such weights.
     config.joint.next_token_weight = 0.1
     config.joint.prediction_weight = 1.0  # 0: predictions are not decoded
+    # GEAR's alignment of the generator's hidden states with a frozen network's features (docs/joint.md).
+    config.joint.hidden_alignment = ConfigDict()
+    config.joint.hidden_alignment.weight = 0.0  # 0: off; GEAR: 0.5, with next_token_weight=1
+    config.joint.hidden_alignment.net = "dinov2_vitb14"  # a network of docs/losses.md, whose file is tokenizer.nets.*
+    config.joint.hidden_alignment.layer = 0  # of the generator, counted from 1; 0: a third of its layers, as GEAR's
+    # A hidden state is compared with the features at the code that it has just "read", or at the one that is
+    # "predicted" from it. GEAR: predicted.
+    config.joint.hidden_alignment.position = "read"
+    config.joint.hidden_alignment.gradient = True  # its gradient reaches encoder and codebook, as GEAR's does
+    config.joint.hidden_alignment.temperature = 0.1  # of the softmax in that gradient
+    config.joint.hidden_alignment.projector_channels = 2048  # hidden channels of the perceptron on the hidden states
     config.joint.init_tokenizer = ""  # the run whose weights a new run starts from; empty: random ones
     config.joint.init_generator = ""
     return config

@@ -106,5 +106,12 @@ ADDED = {
         "tokenizer.alignment.adaptive_limit": 0.0,
         "tokenizer.discriminator.heads": "maps",
         "tokenizer.discriminator.crop_probability": 0.0,
+        "joint.hidden_alignment.weight": 0.0,
+        "joint.hidden_alignment.net": "dinov2_vitb14",
+        "joint.hidden_alignment.layer": 0,
+        "joint.hidden_alignment.position": "read",
+        "joint.hidden_alignment.gradient": True,
+        "joint.hidden_alignment.temperature": 0.1,
+        "joint.hidden_alignment.projector_channels": 2048,
     },
 }

@@ -168,6 +168,13 @@ class GeneratorModel(nn.Module):
         """Returns what `hidden` does, given the token embeddings of all codes but the last, [B, S - 1, C]."""
         return self._forward(embeddings, labels, self.modulations(labels), train)[0]
 
+    def states_after(self, embeddings: jax.Array, labels: jax.Array, train: bool = False) -> jax.Array:
+        """Returns the last layer's outputs, without the norm before the head, float32 [B, S, C].
+
+        Arguments are those of `hidden_after`.
+        """
+        return self._layers(embeddings, labels, self.modulations(labels)[0], train)[0]
+
     def prefill(self, prefix: jax.Array, labels: jax.Array, modulations: tuple[jax.Array, jax.Array]):
         """Runs the class token and the first codes [B, P]; `modulations` are those of the labels.
 
@@ -191,11 +198,14 @@ class GeneratorModel(nn.Module):
 
     def _forward(self, embeddings: jax.Array, labels: jax.Array, modulations: tuple[jax.Array, jax.Array], train: bool):
         per_layer, head = modulations
-        x = jnp.concatenate((self._class_rows(labels)[:, None], embeddings), axis=1)
-        x = self._constrain_batch(drop(x, self.token_dropout(x.shape, train)[0], self.dropout))
-        x, keys_values = self.blocks(x, per_layer, rotary_angles(self.grid, self.head_channels), train)
+        x, keys_values = self._layers(embeddings, labels, per_layer, train)
         scale, shift = head[:, :1], head[:, 1:]
         return self._constrain_batch(self.head_norm(x) * (1 + scale) + shift), keys_values
+
+    def _layers(self, embeddings: jax.Array, labels: jax.Array, per_layer: jax.Array, train: bool):
+        x = jnp.concatenate((self._class_rows(labels)[:, None], embeddings), axis=1)
+        x = self._constrain_batch(drop(x, self.token_dropout(x.shape, train)[0], self.dropout))
+        return self.blocks(x, per_layer, rotary_angles(self.grid, self.head_channels), train)
 
     def _class_rows(self, labels: jax.Array) -> jax.Array:
         known = jnp.where(labels < 0, self.num_classes, labels)  # a data set without classes has label -1

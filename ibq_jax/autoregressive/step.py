@@ -40,6 +40,7 @@ from ibq_jax.base.state import (
 from ibq_jax.ops import cross_entropy, weighted_cross_entropy
 
 UNDECAYED = ("scale", "bias")
+PER_LAYER = ("blocks", "modulation")  # modules whose parameters have a leading axis of layers
 IN_MODEL_TYPE = ("kernel", "bias", "head")  # names of parameters that are used in the type of the products only
 
 
@@ -191,6 +192,27 @@ class GeneratorTrainer:
         """
         method, inputs = ("hidden", codes) if embeddings is None else ("hidden_after", embeddings)
         return self.model.apply({"params": params}, inputs, labels, True, method=method, rngs={"dropout": dropout_key})
+
+    def states_after(
+        self,
+        layers: int,
+        params: dict,
+        codes: jax.Array,
+        labels: jax.Array,
+        dropout_key: jax.Array,
+        embeddings: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the outputs of layer number `layers`, counted from 1, float32 [B, S, C], with dropout.
+
+        No later layer is computed. Other arguments are those of `hidden`.
+        """
+        model = self.model.clone(num_layers=layers)
+        first = {name: jax.tree.map(lambda leaf: leaf[:layers], params[name]) for name in PER_LAYER}
+        variables = {"params": {**params, **first}}
+        if embeddings is None:
+            embeddings = model.apply(variables, codes.reshape(len(codes), -1)[:, :-1], method="embed")
+        rngs = {"dropout": dropout_key}
+        return model.apply(variables, embeddings, labels, True, method="states_after", rngs=rngs)
 
     def loss_at(self, hidden: jax.Array, params: dict, codes: jax.Array) -> jax.Array:
         """Returns the mean of -log p over all codes [B, h, w], given the inputs of the head [B, S, C]."""

@@ -93,12 +93,16 @@ PANELS["joint"] = (
     Panel("Next-token loss, nats per code", ("loss/next_token", "validation/next_token")),
     Panel("Next-token loss / entropy of the codes", ("loss/next_token_relative", "validation/next_token_relative")),
     Panel("Squared error of decoded predictions", ("loss/prediction",), log=True),
+    Panel("Alignment of the generator's hidden states, 1 - cosine", ("loss/hidden_alignment",)),
     Panel("Gradient norm of the generator", ("generator/gradient_norm",), log=True),
     Panel("Learning rate of the generator", ("generator/learning_rate",)),
     *PANELS["tokenizer"],
     Panel(
         "Gradient norms at the codebook",
-        tuple(f"codebook/gradient_norm_{name}" for name in ("reconstruction", "next_token", "prediction")),
+        tuple(
+            f"codebook/gradient_norm_{name}"
+            for name in ("reconstruction", "next_token", "prediction", "hidden_alignment")
+        ),
         log=True,
         codebook=True,
     ),

@@ -99,10 +99,10 @@ class TokenizerModel(Layout, kw_only=True):
         """Returns the vector that the decoder gets for each code, [K, D]."""
         return self.quantize.lookup(jnp.arange(self.codebook_size))
 
-    def look_up(self, latents: jax.Array, values: jax.Array) -> jax.Array:
+    def look_up(self, latents: jax.Array, values: jax.Array, temperature: float = 1.0) -> jax.Array:
         """Returns the rows of `values` [K, W] that the latents' codes choose, see `IndexBackpropQuantizer.look_up`."""
         quantize: Any = self.quantize
-        return quantize.look_up(latents, values)
+        return quantize.look_up(latents, values, temperature)
 
     def code_vectors(self) -> jax.Array:
         """Returns what `code_rows` does, of a quantizer with trained rows, without copying them."""

@@ -22,10 +22,14 @@ from ibq_jax.tokenizer.model import latent_dim
 
 LPIPS_NET = "vgg16"
 Nets = Mapping[str, dict]  # weights by the network's name
+Use = tuple[str, float, str]  # of a network: (the config field of a loss's weight, that weight, the network's name)
 
 
-def wanted_nets(config: ConfigDict) -> dict[str, list[str]]:
-    """Returns {network: the config fields that give its losses their weights} for all frozen networks of a config."""
+def wanted_nets(config: ConfigDict, more: Sequence[Use] = ()) -> dict[str, list[str]]:
+    """Returns {network: the config fields that give its losses their weights} for all frozen networks of a config.
+
+    `more` are uses that a tokenizer's config does not have.
+    """
     loss, alignment = config.loss, config.alignment
     uses = [
         ("loss.perceptual_weight", loss.perceptual_weight, LPIPS_NET),
@@ -33,6 +37,7 @@ def wanted_nets(config: ConfigDict) -> dict[str, list[str]]:
         ("loss.logits_weight", loss.logits_weight, loss.logits_net),
         ("alignment.weight", alignment.weight, alignment.net),
         ("discriminator.name", frozen_net(config) is not None, config.discriminator.net),
+        *more,
     ]
     wanted: dict[str, list[str]] = {}
     for field, weight, net in uses:
@@ -41,11 +46,11 @@ def wanted_nets(config: ConfigDict) -> dict[str, list[str]]:
     return wanted
 
 
-def weight_shapes(config: ConfigDict) -> dict[str, dict]:
+def weight_shapes(config: ConfigDict, more: Sequence[Use] = ()) -> dict[str, dict]:
     """Returns the shapes and types of the weights of `wanted_nets`."""
     return {
         name: lpips.weight_shapes(LPIPS_NET) if name == LPIPS_NET else NETS[name].weight_shapes()
-        for name in wanted_nets(config)
+        for name in wanted_nets(config, more)
     }
 
 

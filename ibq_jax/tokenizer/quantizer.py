@@ -159,13 +159,14 @@ class IndexBackpropQuantizer(nn.Module):
             max_logit=out.max_logit,
         )
 
-    def look_up(self, z: jax.Array, values: jax.Array) -> jax.Array:
+    def look_up(self, z: jax.Array, values: jax.Array, temperature: float = 1.0) -> jax.Array:
         """Latents [B, h, w, D] and values [K, W] -> the values of the latents' codes, float32 [B, h, w, W].
 
-        Differentiable in all three, as z_q is in latents and codebook (`ibq_jax.ops.soft_lookup`).
+        Differentiable in all three, as z_q is in latents and codebook (`ibq_jax.ops.soft_lookup`). `temperature`
+        divides the logits besides `logit_temperature`, for the gradient.
         """
-        flat = self.project_latents(z).reshape(-1, self.dim)
-        out = soft_lookup(flat, self.code_vectors(), values, temperature=self.logit_temperature, **lookup_form(self))
+        flat, temperature = self.project_latents(z).reshape(-1, self.dim), self.logit_temperature * temperature
+        out = soft_lookup(flat, self.code_vectors(), values, temperature=temperature, **lookup_form(self))
         return out.value.reshape(*z.shape[:-1], -1)
 
     def _quant_loss(self, z: jax.Array, z_q: jax.Array, indices: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Reads the frozen networks of a config's losses, and says in a run's first lines which losses are off without one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -13,7 +13,7 @@ from ibq_jax.base.sharding import replicated
 from ibq_jax.pretrained import lpips
 from ibq_jax.pretrained.frozen_nets import NETS, explain_missing_net, find_net
 from ibq_jax.pretrained.weight_files import explain_absence, find_weights
-from ibq_jax.tokenizer.net_losses import LPIPS_NET, wanted_nets
+from ibq_jax.tokenizer.net_losses import LPIPS_NET, Use, wanted_nets
 
 LOSSES = {  # field of a loss's weight -> its name
     "loss.perceptual_weight": "perceptual loss",
@@ -21,10 +21,11 @@ LOSSES = {  # field of a loss's weight -> its name
     "loss.logits_weight": "logit loss",
     "alignment.weight": "alignment",
     "discriminator.name": "discriminator",
+    "joint.hidden_alignment.weight": "alignment of hidden states",
 }
 
 
-def load_nets(config: ConfigDict, mesh: Mesh, group: str = "") -> Mapping[str, dict]:
+def load_nets(config: ConfigDict, mesh: Mesh, group: str = "", more: Sequence[Use] = ()) -> Mapping[str, dict]:
     """Reads the weights of all frozen networks that a config wants and that are on this machine, onto all devices.
 
     Says for each loss which file it uses, or that it is off and why.
@@ -33,12 +34,13 @@ def load_nets(config: ConfigDict, mesh: Mesh, group: str = "") -> Mapping[str, d
         config: a tokenizer's.
         mesh: of these devices.
         group: what stands before the names of its fields where the user writes them, such as "tokenizer.".
+        more: uses of frozen networks that the config does not have.
 
     Raises:
         UsageError: a file that is named does not exist or holds another network, or the discriminator's is absent.
     """
     nets = {}
-    for name, fields in wanted_nets(config).items():
+    for name, fields in wanted_nets(config, more).items():
         path, title, absence = _lpips(config, group) if name == LPIPS_NET else _frozen(config, name, group)
         uses = " and ".join(LOSSES[field] for field in fields)
         if path is not None:

@@ -18,6 +18,7 @@ from ibq_jax.data.pipeline import open_split, training_batches
 from ibq_jax.evaluate.validation import class_samples, image_likelihood_evaluator
 from ibq_jax.joint.check import check_config
 from ibq_jax.joint.export import export_parts
+from ibq_jax.joint.hidden_alignment import uses
 from ibq_jax.joint.parts import naming_fields_of
 from ibq_jax.joint.parts import resolve as resolve_sizes
 from ibq_jax.joint.step import LEAST_ENTROPY, JointState, JointTrainer, jit_train_step
@@ -87,6 +88,8 @@ class JointStage:
         words = [self._tokenizer.describe(metrics), f"next token {metrics['loss/next_token']:.3f} nats"]
         if "loss/prediction" in metrics:
             words.append(f"prediction {metrics['loss/prediction']:.4f}")
+        if "loss/hidden_alignment" in metrics:
+            words.append(f"hidden alignment {metrics['loss/hidden_alignment']:.4f}")
         return "  ".join(words)
 
     def evaluate(self, state: JointState) -> dict[str, float | np.ndarray]:
@@ -133,7 +136,8 @@ def train_joint(
     check_config(config, mesh)
     steps_per_epoch = tokenizer.count_steps(source, config.data.batch_size)
     trainer = trainer_class(config, mesh, steps_per_epoch)
-    stage = JointStage(trainer, load_nets(trainer.tokenizer.config, mesh, group="tokenizer."), source.class_names)
+    nets = load_nets(trainer.tokenizer.config, mesh, "tokenizer.", uses(config))
+    stage = JointStage(trainer, nets, source.class_names)
     check_same_run(workdir, config, FIELD_ROLES)
 
     def batches_from(step: int):

@@ -1,6 +1,6 @@
 """The joint step: gradients against PyTorch in float64, the switch to the bit, eight devices as one.
 
-With LPIPS on a small trunk and alignment with a small network, too; their weights are made up.
+With LPIPS on a small trunk and alignments with a small network, too; their weights are made up.
 """
 
 import functools
@@ -19,16 +19,17 @@ from torch.nn import functional as F
 from ibq_jax.base.config import load_config
 from ibq_jax.base.sharding import AXES, abstract_state, batch_sharding, make_mesh
 from ibq_jax.interop import generator_names, tokenizer_names, torch_model
+from ibq_jax.joint.hidden_alignment import aligned_layer, uses
 from ibq_jax.joint.parts import resolve, tokenizer_part
 from ibq_jax.joint.step import JointState, JointTrainer, abstract_arguments, jit_train_step
-from ibq_jax.pretrained.frozen_nets import NETS
+from ibq_jax.pretrained.frozen_nets import NETS, grid_features
 from ibq_jax.pretrained.lpips import SCALE, SHIFT, TRUNKS, Convolution, Trunk, weight_shapes
 from ibq_jax.tokenizer.net_losses import wanted_nets
 from ibq_jax.tokenizer.step import TokenizerTrainer
 from ibq_jax.tokenizer.step import jit_train_step as jit_tokenizer_step
 
 # Float32 against float64, as a share of each tensor's largest gradient; a difference of two gradients loses a digit.
-# Measured: 7.0e-6 at most, on two cores of an Intel Xeon.
+# Measured: 9.7e-6 at most, on two cores of an Intel Xeon.
 TOLERANCE = 5e-5
 pytestmark = pytest.mark.slow
 
@@ -51,6 +52,15 @@ WITH_NETS = (
     "tokenizer.alignment.net=efficientnet",
     "tokenizer.alignment.adaptive_limit=1e8",
 )
+HIDDEN = 0.7
+ALIGNED = (
+    f"joint.hidden_alignment.weight={HIDDEN}",
+    "joint.hidden_alignment.net=efficientnet",
+    "joint.hidden_alignment.projector_channels=24",
+    "generator.model.num_layers=3",
+)
+GEAR = (*ALIGNED, "joint.next_token_gradient=false", "joint.hidden_alignment.position=predicted")
+STOPPED = (*ALIGNED, "joint.hidden_alignment.gradient=false")
 STAGES = ((Convolution(0, 8), Convolution(2, 8)), (Convolution(5, 12),))
 ONE = (1, 1, 1)
 
@@ -78,9 +88,9 @@ def perceptual_weights() -> dict:
 
 def nets_of(trainer: JointTrainer | TokenizerTrainer) -> dict | None:
     """Returns the frozen networks that a config wants."""
-    part = trainer.tokenizer if isinstance(trainer, JointTrainer) else trainer
+    part, more = (trainer.tokenizer, uses(trainer.config)) if isinstance(trainer, JointTrainer) else (trainer, ())
     weights = {"vgg16": perceptual_weights(), "efficientnet": small_net()[1]}
-    return {name: weights[name] for name in wanted_nets(part.config)} or None
+    return {name: weights[name] for name in wanted_nets(part.config, more)} or None
 
 
 def lpips_in_pytorch(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -115,6 +125,9 @@ def first_state(trainer: JointTrainer) -> JointState:
         params = made_up_params(part.params, random, head=0.3, embedding=1.0)
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), part)
         parts[name] = zeros.replace(params=params, ema=part.ema and params)
+    if shapes.projector is not None:
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes.projector)
+        parts["projector"] = zeros.replace(params=made_up_params(shapes.projector.params, random))
     return jax.device_put(JointState(**parts), shardings)
 
 
@@ -151,8 +164,34 @@ def gradients(trainer: JointTrainer, state: JointState) -> tuple[dict, dict]:
     return tokenizer_names.tokenizer_to_torch(parts[0]), generator_names.generator_to_torch(parts[1], "")
 
 
+def of_projector(trainer: JointTrainer, state: JointState) -> dict:
+    """Returns the gradient that led to the projector of `state`."""
+    beta = trainer.generator.config.optimizer.beta1
+    return jax.tree.map(lambda moment: moment / (1 - beta), first_moments(state.projector.optimizer))
+
+
+def alignment_in_pytorch(trainer: JointTrainer, projector: dict, generator, embed, codes, labels) -> torch.Tensor:
+    """Returns GEAR's alignment, given the embeddings of codes; the features are taken as they are."""
+    settings, states, images = trainer.config.joint.hidden_alignment, [], batch()[0].astype(np.float32) / 127.5 - 1
+    net, weights = small_net()
+    features = np.asarray(grid_features(net, weights, 0.5 * (images + 1), (4, 4), np.float32), np.float64)
+    features = torch.tensor(features).flatten(1, 2)
+    generator.embed = embed
+    hook = generator.blocks[aligned_layer(trainer.config) - 1].register_forward_hook(
+        lambda block, inputs, output: states.append(output)
+    )
+    generator(codes, labels)
+    hook.remove()
+    (x,) = states
+    for name in ("fc1", "fc2", "fc3"):
+        x = (x if name == "fc1" else F.silu(x)) @ projector[name]["kernel"] + projector[name]["bias"]
+    if settings.position == "read":  # the class token has no code, and the last code is no input
+        x, features = x[:, 1:], features[:, :-1]
+    return 1 - F.cosine_similarity(x, features, dim=-1).mean()
+
+
 def in_pytorch(trainer: JointTrainer, before: JointState, next_token_gradient: bool):
-    """Both losses as one would write them down, in float64; returns them and the gradients of both networks."""
+    """All losses as one would write them down, in float64; returns them and the gradients of all networks."""
     networks = []
     for kind, params, names, to_torch in (
         (torch_model.Tokenizer, before.tokenizer.params, tokenizer_names, tokenizer_names.tokenizer_to_torch),
@@ -176,8 +215,11 @@ def in_pytorch(trainer: JointTrainer, before: JointState, next_token_gradient: b
     def straight_through(p):
         return torch.nn.functional.one_hot(p.argmax(dim=-1), p.shape[-1]) + p - p.detach()
 
-    if next_token_gradient:
-        generator.embed = lambda known: (straight_through(soft) @ generator.tok_emb.weight)[:, :-1]
+    def embedding(linked: bool, temperature: float):
+        p = torch.softmax(torch.log(soft) / temperature, dim=-1) if linked else soft.detach()
+        return lambda known: (straight_through(p) @ generator.tok_emb.weight)[:, :-1]
+
+    generator.embed = embedding(next_token_gradient, 1.0)
     logits = generator(codes, labels)
     next_token = torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
     side = x.shape[-1]
@@ -186,25 +228,34 @@ def in_pytorch(trainer: JointTrainer, before: JointState, next_token_gradient: b
     prediction = ((x - predicted) ** 2).mean()
     if weight := trainer.tokenizer.config.loss.perceptual_weight:
         prediction = prediction + weight * lpips_in_pytorch(x, predicted)
-    total = WEIGHTS[0] * next_token + WEIGHTS[1] * prediction
+    total, losses = WEIGHTS[0] * next_token + WEIGHTS[1] * prediction, [next_token.item(), prediction.item()]
+    projector = {}
+    if before.projector is not None:
+        projector = jax.tree.map(lambda x: torch.tensor(x).double().requires_grad_(), before.projector.params)
+        settings = trainer.config.joint.hidden_alignment
+        embed = embedding(settings.gradient, settings.temperature)
+        alignment = alignment_in_pytorch(trainer, projector, generator, embed, codes, labels)
+        total, losses = total + HIDDEN * alignment, [*losses, alignment.item()]
     total.backward()
     slopes = [
         {name: np.zeros(tensor.shape) if tensor.grad is None else tensor.grad.numpy() for name, tensor in
          network.named_parameters()}
         for network in networks
     ]  # fmt: skip
-    return (next_token.item(), prediction.item()), *slopes
+    return losses, *slopes, jax.tree.map(lambda x: x.grad.numpy(), projector)
 
 
-@pytest.mark.parametrize("fields", [(), DIRECTIONS, ("joint.next_token_gradient=false",), WITH_NETS])
+@pytest.mark.parametrize(
+    "fields", [(), DIRECTIONS, ("joint.next_token_gradient=false",), WITH_NETS, ALIGNED, GEAR, STOPPED]
+)
 def test_gradients_are_pytorchs(fields):
-    """Compares the gradients that stage one lacks, and the generator's, with those of the two losses in PyTorch."""
+    """Compares the gradients that stage one lacks, and the generator's, with those of the losses in PyTorch."""
     linked = "joint.next_token_gradient=false" not in fields
     trainer, before, state, metrics = take_step(*LINKED, *fields)
     alone, _, apart, _ = take_step(*APART, *[field for field in fields if "joint" not in field])
-    (next_token, prediction), tokenizer, generator = in_pytorch(trainer, before, linked)
-    assert metrics["loss/next_token"] == pytest.approx(next_token, rel=1e-5)
-    assert metrics["loss/prediction"] == pytest.approx(prediction, rel=1e-5)
+    losses, tokenizer, generator, projector = in_pytorch(trainer, before, linked)
+    for name, expected in zip(("next_token", "prediction", "hidden_alignment"), losses, strict=False):
+        assert metrics[f"loss/{name}"] == pytest.approx(expected, rel=1e-5)
     (ours, of_generator), (stage_one, _) = gradients(trainer, state), gradients(alone, apart)
     assert ours.keys() == tokenizer.keys() and of_generator.keys() == generator.keys()
     largest = max(np.abs(array).max() for array in ours.values())
@@ -213,22 +264,26 @@ def test_gradients_are_pytorchs(fields):
         assert error <= TOLERANCE * max(np.abs(expected).max(), 1e-2 * largest), name
     for name, expected in generator.items():
         released.assert_close(WEIGHTS[0] * of_generator[name], expected, TOLERANCE)
+    for layer, expected in projector.items():
+        for name, array in of_projector(trainer, state)[layer].items():
+            released.assert_close(WEIGHTS[0] * array, expected[name], TOLERANCE)
     reached = (
         np.abs(tokenizer["encoder.conv_in.weight"]).max() > 0,
         np.abs(tokenizer["decoder.conv_in.weight"]).max() > 0,
     )
-    assert reached == (linked, True)
+    assert reached == (linked or fields == GEAR, True)
 
 
-def test_apart_nothing_of_the_generator_reaches_the_tokenizer():
+@pytest.mark.parametrize("fields", [(), STOPPED])
+def test_apart_nothing_of_the_generator_reaches_the_tokenizer(fields):
     """With another generator and other labels the tokenizer is the same to the bit."""
-    trainer, before, state, metrics = take_step(*APART)
+    trainer, before, state, metrics = take_step(*APART, *fields)
     other = before.replace(
         generator=before.generator.replace(params=jax.tree.map(np.negative, before.generator.params))
     )
     other = jax.device_put(other, abstract_state(trainer.create_state, trainer.mesh, 0)[1])
     images, labels = jax.device_put(batch(), batch_sharding(trainer.mesh))
-    after, logged = jit_train_step(trainer)(other, None, images, 4 - labels)
+    after, logged = jit_train_step(trainer)(other, nets_of(trainer), images, 4 - labels)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.tokenizer), state.tokenizer)
     assert float(logged["loss/next_token"]) != metrics["loss/next_token"]
 
@@ -252,11 +307,12 @@ def test_apart_the_tokenizer_is_trained_as_in_stage_one(fields):
     assert metrics["loss/total"] == pytest.approx(float(logged["loss/total"]) + 0.1 * metrics["loss/next_token"])
 
 
-def test_eight_devices_take_the_step_of_one():
-    assert_same_step(take_step(*LINKED, sizes=(2, 2, 2)), take_step(*LINKED))
+@pytest.mark.parametrize("fields", [(), GEAR])
+def test_eight_devices_take_the_step_of_one(fields):
+    assert_same_step(take_step(*LINKED, *fields, sizes=(2, 2, 2)), take_step(*LINKED, *fields))
 
 
-@pytest.mark.parametrize(("fields", "sizes"), [(WITH_NETS, (1, 2, 2)), (("joint.next_token_gradient=false",), ONE)])
+@pytest.mark.parametrize(("fields", "sizes"), [(WITH_NETS, (1, 2, 2)), (GEAR, ONE)])
 def test_micro_batches_take_the_step_of_the_whole_batch(fields, sizes):
     """The groups of the batch entropy, 4 images, lie within a micro-batch."""
     step = take_step(*LINKED, *fields, "train.grad_accum_steps=2", sizes=sizes)
@@ -269,7 +325,7 @@ def assert_same_step(step: tuple, other: tuple) -> None:
     assert metrics.keys() == logged.keys()
     for name, value in logged.items():
         assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-    for part in ("tokenizer", "generator"):
+    for part in ("tokenizer", "generator", "projector")[: 2 if expected.projector is None else 3]:
         ours, theirs = (first_moments(getattr(side, part).optimizer) for side in (state, expected))
         largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(theirs))
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4 * largest), ours, theirs)
@@ -295,6 +351,31 @@ def test_metrics_with_frozen_networks():
     distances = metrics["loss/l1"] + PERCEPTUAL * metrics["loss/lpips"]
     assert metrics["loss/nll"] == pytest.approx(distances, rel=1e-6)
     assert metrics["loss/total"] == pytest.approx(distances + metrics["loss/codebook"] + alignment + joint, rel=1e-6)
+
+
+def test_metrics_of_aligned_hidden_states():
+    trainer, _, state, metrics = take_step(*LINKED, *GEAR)
+    joint = WEIGHTS[0] * metrics["loss/next_token"] + WEIGHTS[1] * metrics["loss/prediction"]
+    joint += HIDDEN * metrics["loss/hidden_alignment"]
+    assert metrics["loss/total"] == pytest.approx(metrics["loss/nll"] + metrics["loss/codebook"] + joint, rel=1e-6)
+    norms = [metrics[f"codebook/gradient_norm_{name}"] for name in ("reconstruction", "prediction", "hidden_alignment")]
+    whole = np.linalg.norm(gradients(trainer, state)[0]["quantize.embedding.weight"])
+    assert min(norms) > 0 and "codebook/gradient_norm_next_token" not in metrics
+    assert max(norms) < whole + sum(norms) and whole <= sum(norms)
+
+
+def test_without_the_network_hidden_states_are_not_aligned():
+    trainer = make_trainer(*LINKED, *GEAR)
+    state, _, *batch = abstract_arguments(trainer)
+    after, metrics = jax.eval_shape(trainer.train_step, state, None, *batch)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert not any("hidden_alignment" in name for name in metrics)
+
+
+@pytest.mark.parametrize(("layers", "asked", "aligned"), [(12, 0, 4), (24, 0, 8), (36, 0, 12), (1, 0, 1), (12, 9, 9)])
+def test_the_aligned_layer_is_a_third_of_the_way(layers, asked, aligned):
+    fields = (f"generator.model.num_layers={layers}", f"joint.hidden_alignment.layer={asked}")
+    assert aligned_layer(make_trainer(*fields).config) == aligned
 
 
 def test_what_is_off_is_not_compiled():

@@ -64,6 +64,14 @@ def test_initial_weights_leave_the_projection_as_it_is(mesh):
     assert set(back.params) == set(source.params)
 
 
+def test_a_joint_run_says_that_hidden_states_are_not_aligned(mesh, capsys):
+    uses = [("joint.hidden_alignment.weight", 0.5, "dinov2_vitb14")]
+    assert load_nets(config_with("loss.perceptual_weight=0.0"), mesh, "tokenizer.", uses) == {}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("alignment of hidden states: OFF, because DINOv2's dinov2_vitb14_pretrain.pth")
+    assert "tokenizer.nets.dinov2_vitb14" in line
+
+
 @pytest.mark.slow
 def test_a_step_with_every_network_is_traced(mesh):
     config = config_with(

@@ -31,6 +31,9 @@ SHORT = (
     "checkpoint.every=2",
     "checkpoint.keep_last=9",
     "train.steps=4",
+    "joint.hidden_alignment.weight=0.5",
+    "joint.hidden_alignment.net=efficientnet",
+    "joint.hidden_alignment.projector_channels=16",
 )
 
 
@@ -60,7 +63,7 @@ def test_it_logs_both_stages(run):
     rows = logged(run)
     steps = {row["step"]: row for row in rows if "loss/next_token" in row}
     assert steps.keys() == {1, 2, 3, 4}
-    assert {"loss/l1", "loss/prediction", "codebook/usage", "codebook/gradient_norm_next_token"} <= steps[1].keys()
+    assert {"loss/l1", "loss/prediction", "codebook/gradient_norm_hidden_alignment"} <= steps[1].keys()
     measured = next(row for row in rows if "validation/psnr" in row)
     assert 0 < measured["validation/next_token"] < 2 * np.log(64)
     assert measured["validation/next_token_relative"] == pytest.approx(
@@ -133,6 +136,28 @@ def test_a_joint_run_starts_from_two_runs(run, data_dir, tmp_path):
         ),
         (["joint.prediction_weight=-1.0"], "joint.prediction_weight=-1.0 is negative"),
         (["tokenizer.quantizer.name=vq"], "need tokenizer.quantizer.name=ibq; with vq set them to False and 0"),
+        (["joint.hidden_alignment.weight=-1.0"], "joint.hidden_alignment.weight=-1.0 is negative; 0 switches it off"),
+        (["joint.hidden_alignment.net=vgg16"], "joint.hidden_alignment.net=vgg16 is not one of efficientnet, conv"),
+        (
+            ["joint.hidden_alignment.position=last"],
+            "joint.hidden_alignment.position=last is not one of read, predicted",
+        ),
+        (
+            ["joint.hidden_alignment.layer=3"],
+            "joint.hidden_alignment.layer=3 is not one of the generator's layers, 1 to 2",
+        ),
+        (["joint.hidden_alignment.temperature=0.0"], "joint.hidden_alignment.temperature=0.0 is not positive"),
+        (
+            ["joint.hidden_alignment.projector_channels=0"],
+            "joint.hidden_alignment.projector_channels=0 is not positive",
+        ),
+        (
+            [
+                *("joint.next_token_gradient=false", "joint.prediction_weight=0.0"),
+                "tokenizer.quantizer.name=vq",
+            ],
+            "joint.hidden_alignment.gradient needs tokenizer.quantizer.name=ibq; with vq set it to False",
+        ),
         (["train.grad_accum_steps=3"], "data.batch_size=8 does not divide over 8 devices times 3 micro-batches"),
         (["generator.model.use_pretrained_codebook=true"], "generator.model.use_pretrained_codebook=True is for stage"),
         (["generator.model.vocab_size=32"], "generator.model.vocab_size=32, but tokenizer and data set have 64"),
