@@ -54,9 +54,9 @@ def _joint(tokenizer: str, generator: str) -> ConfigDict:
     config.joint.hidden_alignment.weight = 0.0  # 0: off; GEAR: 0.5, with next_token_weight=1
     config.joint.hidden_alignment.net = "dinov2_vitb14"  # a network of docs/losses.md, whose file is tokenizer.nets.*
     config.joint.hidden_alignment.layer = 0  # of the generator, counted from 1; 0: a third of its layers, as GEAR's
-    # A hidden state is compared with the features at the code that it has just "read", or at the one that is
-    # "predicted" from it. GEAR: predicted.
-    config.joint.hidden_alignment.position = "read"
+    # A hidden state is compared with the features at the code that is "predicted" from it, as GEAR's are, or at the one
+    # that it has just "read".
+    config.joint.hidden_alignment.position = "predicted"
     config.joint.hidden_alignment.gradient = True  # its gradient reaches encoder and codebook, as GEAR's does
     config.joint.hidden_alignment.temperature = 0.1  # of the softmax in that gradient
     config.joint.hidden_alignment.projector_channels = 2048  # hidden channels of the perceptron on the hidden states

@@ -109,7 +109,7 @@ ADDED = {
         "joint.hidden_alignment.weight": 0.0,
         "joint.hidden_alignment.net": "dinov2_vitb14",
         "joint.hidden_alignment.layer": 0,
-        "joint.hidden_alignment.position": "read",
+        "joint.hidden_alignment.position": "predicted",
         "joint.hidden_alignment.gradient": True,
         "joint.hidden_alignment.temperature": 0.1,
         "joint.hidden_alignment.projector_channels": 2048,

@@ -13,10 +13,10 @@ OVER = {"joint.next_token_gradient": (False, True), "joint.prediction_weight": (
 SEEDS = 3
 OVERRIDES = {
     "joint.next_token_weight": 1.0,
-    "train.steps": 500,
-    "evaluate.every": 125,
-    "checkpoint.every": 500,
-    "log.images_every": 500,
+    "train.steps": 300,
+    "evaluate.every": 100,
+    "checkpoint.every": 300,
+    "log.images_every": 300,
     "tokenizer.codebook_monitor.usage_floor": 0.0,
     "tokenizer.evaluate.feature_nets": "efficientnet",
 }

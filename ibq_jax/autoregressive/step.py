@@ -206,7 +206,7 @@ class GeneratorTrainer:
 
         No later layer is computed. Other arguments are those of `hidden`.
         """
-        model = self.model.clone(num_layers=layers)
+        model = self.model.clone(num_layers=layers, unroll=min(self.model.unroll, layers))
         first = {name: jax.tree.map(lambda leaf: leaf[:layers], params[name]) for name in PER_LAYER}
         variables = {"params": {**params, **first}}
         if embeddings is None:

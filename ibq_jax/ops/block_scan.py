@@ -4,7 +4,7 @@ On a mesh, tokens are split over all axes and the matrix's rows ("codes") over t
 the tokens of its neighbours along `codebook`, scans its own rows, and combines the results along that axis. Without a
 mesh these axes are the empty tuple, over which every collective is the identity, so that one program serves both cases.
 
-The functions below `sizes_on_a_device` run inside `BlockScan.on_devices`: their matrix is one device's part of it.
+The functions below `chunk_tokens` run inside `BlockScan.on_devices`: their matrix is one device's part of it.
 """
 
 import dataclasses
@@ -20,12 +20,15 @@ from jax.sharding import PartitionSpec as P
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import FULL, product_precision
-from ibq_jax.base.sharding import AXES, CODEBOOK, DATA, FSDP
+from ibq_jax.base.sharding import AXES, CODEBOOK, DATA, FSDP, platform
 
 OWNED = P(AXES)  # one entry per token, split over all devices
 GATHERED = P((DATA, FSDP))  # one entry per token, equal along `codebook`
 CODES = P(CODEBOOK)
 EQUAL = P()
+
+LEAST_CHUNK = 1024  # tokens; products of fewer tokens do not keep a TPU's matrix units busy
+GPU_LEAST_CHUNK = 8192  # tokens; for every chunk, a GPU copies and reads all codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,15 @@ def sizes_on_a_device(tokens: int, codes: int, mesh: Mesh | None, matrix: str, u
     if codes % shards:
         raise UsageError(f"{matrix} does not divide over mesh axis {CODEBOOK}={shards}")
     return tokens * shards // mesh.size, codes // shards
+
+
+def chunk_tokens(tokens: int, group_tokens: int, mesh: Mesh | None) -> int:
+    """Returns how many of the `tokens` on a device of `mesh` the passes take at once: whole groups, or all of them."""
+    if tokens % group_tokens:
+        return tokens
+    groups, least = tokens // group_tokens, GPU_LEAST_CHUNK if platform(mesh) == "gpu" else LEAST_CHUNK
+    fitting = (count for count in range(1, groups + 1) if groups % count == 0 and count * group_tokens >= least)
+    return next(fitting, groups) * group_tokens
 
 
 def product(spec: str, a: jax.Array, b: jax.Array, precision: str = "float32") -> jax.Array:

@@ -50,7 +50,7 @@ LEAST_CHUNK = 128  # tokens; with fewer, adding to dhead costs about as much as 
 
 
 class Limits(NamedTuple):
-    """What bounds the arrays that one kind of device works on at a time."""
+    """Bounds of the arrays that one kind of device works on at a time."""
 
     block_bytes: int  # of a block's rows, and of its logits
     least_block: int  # rows

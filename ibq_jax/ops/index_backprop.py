@@ -27,9 +27,9 @@ from jax.sharding import Mesh
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import FULL, check_precision
 from ibq_jax.base.sharding import platform
-from ibq_jax.ops.block_scan import BlockScan, sizes_on_a_device
+from ibq_jax.ops.block_scan import BlockScan, chunk_tokens, sizes_on_a_device
 from ibq_jax.ops.exact_search import TOKENS_AT_ONCE, exact_nearest_codes
-from ibq_jax.ops.streamed import LOG_EPSILON, chunk_tokens, streamed_lookup, streamed_nearest_codes
+from ibq_jax.ops.streamed import LOG_EPSILON, streamed_lookup, streamed_nearest_codes
 
 BLOCK_BYTES = 8 * 2**20
 GPU_BLOCK_BYTES = 128 * 2**20  # every block launches a dozen kernels there (docs/speed.md)
@@ -99,7 +99,7 @@ def index_backprop(
       block_size: codes per block of the streamed form; it must divide the codes on one device. 0 chooses the largest
         size for which a float32 array [chunk, block_size] stays within 8 MiB (128 MiB on GPUs), or within 4 times the
         size of the chunk of z if that is more. A chunk is all tokens of a device, or as many whole entropy groups as
-        make about 1,000.
+        make about 1,000 (8,000 on GPUs).
       implementation: "streamed", or "dense", which ignores block_size and leaves the mesh to the partitioner.
       mesh: None runs on one device (or as the partitioner decides). A mesh with the axes of `ibq_jax.base.sharding`
         splits tokens over all its axes and the codebook's rows over `codebook`.

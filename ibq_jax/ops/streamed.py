@@ -47,7 +47,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ibq_jax.base.sharding import CODEBOOK, DATA, FSDP, platform
@@ -58,6 +57,7 @@ from ibq_jax.ops.block_scan import (
     OWNED,
     BlockScan,
     add_rows,
+    chunk_tokens,
     first_code,
     own_rows,
     per_token,
@@ -65,8 +65,6 @@ from ibq_jax.ops.block_scan import (
 )
 
 LOG_EPSILON = 1e-5  # eps, in the logarithm of the batch entropy, as in the released code
-LEAST_CHUNK = 1024  # tokens; products of fewer tokens do not keep a TPU's matrix units busy
-GPU_LEAST_CHUNK = 8192  # tokens; for every chunk, a GPU copies and reads all codes
 NO_CODE = jnp.iinfo(jnp.int32).max
 
 CODES_BY_RUNS = P(CODEBOOK, (DATA, FSDP))
@@ -308,15 +306,6 @@ def _local_backward(plan: _Plan, z, keys, values, saved: _Saved, g, g_sample, g_
     if values is None:
         return dz, add_at_winners(dkeys, g + from_excess, keys), None
     return dz, add_at_winners(dkeys, from_excess, keys), add_at_winners(zeros(values), g, values)
-
-
-def chunk_tokens(tokens: int, group_tokens: int, mesh: Mesh | None) -> int:
-    """Returns how many of the `tokens` on a device of `mesh` the passes take at once: whole groups, or all of them."""
-    if tokens % group_tokens:
-        return tokens
-    groups, least = tokens // group_tokens, GPU_LEAST_CHUNK if platform(mesh) == "gpu" else LEAST_CHUNK
-    fitting = (count for count in range(1, groups + 1) if groups % count == 0 and count * group_tokens >= least)
-    return next(fitting, groups) * group_tokens
 
 
 def _chunks(plan: _Plan, arrays: Any) -> Any:

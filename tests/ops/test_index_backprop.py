@@ -18,9 +18,8 @@ from support.meshes import MESHES
 
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.sharding import AXES, CODEBOOK, make_mesh
-from ibq_jax.ops import index_backprop, nearest_codes
-from ibq_jax.ops import streamed as streamed_module
-from ibq_jax.ops.streamed import chunk_tokens
+from ibq_jax.ops import block_scan, index_backprop, nearest_codes, streamed
+from ibq_jax.ops.block_scan import chunk_tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 1e-4  # relative to the largest magnitude of the released code's array
@@ -233,7 +232,8 @@ def test_bfloat16_inputs():
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Traces what a GPU computes: more tokens at a time, and dl rounded to bfloat16 if its products may be."""
-    monkeypatch.setattr(streamed_module, "platform", lambda mesh: "gpu")
+    for module in (block_scan, streamed):
+        monkeypatch.setattr(module, "platform", lambda mesh: "gpu")
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
