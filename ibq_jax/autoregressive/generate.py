@@ -8,7 +8,8 @@ of a given prefix, S codes per image, V vocabulary; C, L, H, G, D as in the mode
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from ibq_jax.autoregressive.model import GeneratorModel
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.precision import FULL
 
+MOST_STAGES, LEAST_STAGE = 4, 64  # stages of a loop, and the positions of one
 MATRIX_ROWS = 8  # a TPU's vector registers hold so many rows, and its matrix units take no fewer
 
 
@@ -145,7 +147,6 @@ def generate(
     per_layer, head = model.apply(variables, rows, method="modulations")
     conditions = Conditions(per_layer.transpose(0, 2, 3, 1), head.transpose(1, 2, 0))
     hidden, keys_values = model.apply(variables, per_row(prefix), rows, (per_layer, head), method="prefill")
-    caches = _allocate_caches(keys_values, model.positions)
     cos, sin = rotary_angles(model.grid, model.head_channels)
 
     def draw(hidden: jax.Array, position: jax.Array) -> jax.Array:
@@ -164,9 +165,25 @@ def generate(
         drawn = draw(hidden, position)
         return (drawn, caches), drawn
 
-    first = draw(hidden.T, jnp.int32(given))
-    _, others = lax.scan(step, (first, caches), jnp.arange(given + 1, model.positions, dtype=jnp.int32))
-    return jnp.concatenate((prefix, first[:, None], others.T), axis=1)
+    codes = draw(hidden.T, jnp.int32(given))
+    drawn, caches = [codes[None]], _caches(keys_values)
+    for begin, end in _stages(given + 1, model.positions):
+        caches = jax.tree.map(partial(_lengthened, positions=end), caches)
+        (codes, caches), others = lax.scan(step, (codes, caches), jnp.arange(begin, end, dtype=jnp.int32))
+        drawn.append(others)
+    return jnp.concatenate((prefix, jnp.concatenate(drawn).T), axis=1)
+
+
+def _stages(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yields the parts of begin .. end - 1 in which caches of one length are read, whose ends `begin` does not change.
+
+    A step reads whole caches, so that with one stage half of what is read would be positions yet to come.
+    """
+    size = max(LEAST_STAGE, -(-end // MOST_STAGES))
+    while begin < end:
+        last = min(end, (begin // size + 1) * size)
+        yield begin, last
+        begin = last
 
 
 def _with_and_without_class(labels: jax.Array, num_classes: int) -> jax.Array:
@@ -252,12 +269,12 @@ def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, precision=FULL, preferred_element_type=jnp.float32)
 
 
-def _allocate_caches(keys_values: Any, positions: int) -> tuple:
-    """A prefill's keys and values [L, R, T, G, D] -> those of each layer [R, G, S, D], zero after position T."""
-
-    def pad(array):
-        missing = positions - array.shape[2]
-        return jnp.pad(array.transpose(0, 1, 3, 2, 4), ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
-
-    keys, values = map(pad, keys_values)
+def _caches(keys_values: Any) -> tuple:
+    """A prefill's keys and values [L, R, T, G, D] -> those of each layer [R, G, T, D]."""
+    keys, values = (array.transpose(0, 1, 3, 2, 4) for array in keys_values)
     return tuple(zip(keys, values, strict=True))
+
+
+def _lengthened(cache: jax.Array, positions: int) -> jax.Array:
+    """Returns a cache [R, G, T, D] with zeros after its positions, [R, G, positions, D]."""
+    return jnp.pad(cache, ((0, 0), (0, 0), (0, positions - cache.shape[2]), (0, 0)))

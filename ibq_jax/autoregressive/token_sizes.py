@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from ml_collections import ConfigDict
 
-from ibq_jax.base.config import load_config, preset_module
+from ibq_jax.base.config import flatten, load_config, preset_module
 from ibq_jax.base.errors import UsageError
 from ibq_jax.data.token_cache import TokenCacheSplit
 
@@ -46,6 +46,13 @@ def resolve_model(config: ConfigDict, sizes: Mapping[str, object]) -> ConfigDict
                 raise UsageError(f"model.{name}={unknown} means as in the token cache; without one, set model.{name}")
             resolved.model[name] = sizes[name]
     return resolved.lock()
+
+
+def open_sizes(config: ConfigDict) -> tuple[str, ...]:
+    """Returns the names of the fields that a config of any stage leaves open, and that training fills in."""
+    fields = flatten(config)
+    unknown = {f"{group}model.{name}": value for group in ("", "generator.") for name, value in FROM_CACHE.items()}
+    return tuple(name for name, value in unknown.items() if name in fields and fields[name] == value)
 
 
 def check_fit(config: ConfigDict, source: TokenCacheSplit) -> None:

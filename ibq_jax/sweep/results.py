@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ibq_jax.autoregressive.token_sizes import open_sizes
 from ibq_jax.base.config import differences, read_config
 from ibq_jax.base.json_files import read_json
 from ibq_jax.base.timing import read_timeline
@@ -60,7 +61,7 @@ def read_result(folder: Path, point: Point) -> Result:
     status, reason = _outcome(workdir / OUTCOME)
     if not (workdir / "config.json").exists():
         return Result(point, FAILED if status == FAILED else PENDING, reason, History({}, {}), 0.0, None)
-    changed = differences(read_config(workdir / "config.json"), point.config)
+    changed = differences(read_config(workdir / "config.json"), point.config, ignore=open_sizes(point.config))
     if changed:
         if status != FAILED:
             status, reason = PENDING, f"its folder holds a run of another config ({'; '.join(changed)})"

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from support.small_generators import generator, guided_logits, softmax
 
+from ibq_jax.autoregressive import generate as module
 from ibq_jax.autoregressive.generate import (
     LogitFilter,
     _attention,
     _attention_of_padded_rows,
+    _stages,
     generate,
     step_weights,
 )
@@ -51,6 +53,23 @@ def test_a_prefix_stays_and_the_rest_follows_it(given, scale):
     expected = guided_logits(drawn, codes, labels, scale).argmax(axis=-1)
     assert np.any(expected[:, :given] != prefix)
     np.testing.assert_array_equal(codes[:, given:], expected[:, given:])
+
+
+@pytest.mark.parametrize("given", [0, 7])
+def test_caches_that_grow_in_stages_hold_what_was_seen(given, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_STAGE", 5)
+    drawn, labels = generator(grid=(2, 9)), np.array([0, 4, 2])
+    prefix = np.random.default_rng(0).integers(0, 64, (3, given))
+    codes = np.asarray(drawn.sample(labels, cfg_scale=2.25, temperature=0, prefix=prefix)).reshape(3, -1)
+    expected = guided_logits(drawn, codes, labels, 2.25).argmax(axis=-1)
+    np.testing.assert_array_equal(codes[:, given:], expected[:, given:])
+
+
+def test_stages_end_at_the_same_positions_after_any_prefix():
+    assert [*_stages(1, 256)] == [(1, 64), (64, 128), (128, 192), (192, 256)]
+    assert [*_stages(100, 256)] == [(100, 128), (128, 192), (192, 256)]
+    assert [*_stages(1, 64)] == [(1, 64)] and [*_stages(64, 64)] == []
+    assert [*_stages(1, 1030)] == [(1, 258), (258, 516), (516, 774), (774, 1030)]
 
 
 def test_whole_rows_are_a_prefix_too():

@@ -19,6 +19,7 @@ from ibq_jax.__main__ import main
 from ibq_jax.base.config import PREFIX, load_config, save_config
 from ibq_jax.base.errors import UsageError
 from ibq_jax.sweep.grid import Grid, parse_over, read_study
+from ibq_jax.sweep.results import DONE, OUTCOME, read_result
 
 pytestmark = pytest.mark.slow
 
@@ -98,6 +99,18 @@ def test_fields_that_end_alike_keep_their_full_names_and_values_fit_a_folder_nam
     over = parse_over(["model.channels=32", "discriminator.channels=16,32", "data.dir=/data/my set"])
     first, _ = Grid(SPEC, over).points()
     assert first.name == "model.channels=32_discriminator.channels=16_dir=-data-my-set_seed=0"
+
+
+@pytest.mark.parametrize(("file", "group"), [("autoregressive", ""), ("joint", "generator.")])
+def test_sizes_that_training_filled_in_are_no_other_config(tmp_path, file, group):
+    point = Grid(f"{ROOT}/configs/{file}.py:openmoji32", {}, seeds=2).points()[0]
+    sizes = [f"{PREFIX}{group}model.{name}" for name in ("vocab_size=64", "grid=(4,4)", "num_classes=9")]
+    (tmp_path / point.name).mkdir()
+    save_config(load_config(f"{ROOT}/configs/{file}.py:openmoji32", sizes), tmp_path / point.name / "config.json")
+    (tmp_path / point.name / OUTCOME).write_text(json.dumps({"status": DONE, "reason": ""}))
+    assert read_result(tmp_path, point).status == DONE
+    other = Grid(f"{ROOT}/configs/{file}.py:openmoji32", {}, seeds=2, overrides=(sizes[0].replace("64", "32"),))
+    assert "vocab_size: 64 -> 32" in read_result(tmp_path, other.points()[0]).reason
 
 
 WRONG = [
