@@ -63,7 +63,9 @@ def evaluate_generator_samples(
     and errors are those of `evaluate_samples`; `weights` is "ema" (averaged) or "raw".
     """
     saved = SavedRun.find(run, "autoregressive", needed="a generator")
-    step = saved.saved_step()
+    step, manifest = saved.saved_step(), read_run_manifest(saved.workdir)
+    if reference is None and "dir" not in manifest["data"]:
+        raise UsageError(f"{saved.workdir} was imported, without its data: give --reference=FILE.npz")
     samples = saved.workdir / FOLDER / f"{step:07}-{weights}-{num}.npz"
     samples.parent.mkdir(exist_ok=True)
     missing = not samples.exists()
@@ -72,7 +74,7 @@ def evaluate_generator_samples(
         draw_sample_set(saved.workdir / "checkpoints" / str(step), samples, num, (), SampleSettings(weights=weights))
     extractor, caveats = _Extractor(find_protocol(protocol), batch_size, weight_files or {}), []
     if reference is None:
-        name, features = extractor.originals(saved)
+        name, features = extractor.originals(manifest)
         caveats.append(f"not comparable: against {name}, not {extractor.protocol.reference}")
     else:
         name, features = reference.name, extractor.reference(reference)
@@ -105,12 +107,9 @@ class _Extractor:
         features.statistics |= moments
         return features
 
-    def originals(self, saved: SavedRun) -> tuple[str, Features]:
-        """Returns (description, features) of the images that a generator's run was trained on."""
-        manifest = read_run_manifest(saved.workdir)
+    def originals(self, manifest: Mapping) -> tuple[str, Features]:
+        """Returns (description, features) of the images that the generator of a run's manifest was trained on."""
         data, preprocessing = manifest["data"], manifest["preprocessing"]
-        if "dir" not in data:
-            raise UsageError(f"{saved.workdir} was imported, without its data: give --reference=FILE.npz")
         split = data["splits"]["train"]["source"]
         batches: Iterable[Mapping[str, np.ndarray]] = evaluation_batches(
             open_split(data["name"], data["dir"], split),

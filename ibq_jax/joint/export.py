@@ -4,6 +4,7 @@ run/tokenizer/    a tokenizer's run with its whole state, so that it can also be
 run/generator/    a generator's run, whose token_cache.json names that tokenizer and states sizes, for there is no cache
 """
 
+import os
 from pathlib import Path
 
 import jax
@@ -54,7 +55,12 @@ def _manifest(workdir: Path, trainer: JointTrainer, state: JointState, class_nam
         },
         "preprocessing": {"image_size": data.image_size, "resize": data.resize},
         "precision": tokenizer.config.encode.precision,
-        "data": {"name": data.name, "class_names": list(class_names)},
+        "data": {
+            "name": data.name,
+            "dir": os.path.abspath(data.dir),
+            "class_names": list(class_names),
+            "splits": {"train": {"source": data.train_split}},
+        },
         "codebook_size": model.vocab_size,
         "grid": list(model.grid),
     }

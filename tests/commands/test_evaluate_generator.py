@@ -40,6 +40,8 @@ def test_an_imported_generator_is_evaluated_and_trained_on(run, codes, tmp_path,
     fields = ["--config.model.num_heads=2", "--config.model.grid=(8, 8)"]
     assert main(["convert", f"--in={file}", f"--out={imported}", *fields]) == 0
     assert "give --token-cache=FOLDER" in refused(["evaluate", f"--run={imported}"], capsys)
+    assert "give --reference=FILE.npz" in refused(["evaluate", f"--run={imported}", "--num=8"], capsys)
+    assert not (imported / "samples").exists()  # it is refused before anything is drawn
     losses = []
     for folder in (run, imported):
         numbers = tmp_path / f"{folder.name}.json"

@@ -14,6 +14,8 @@ from ibq_jax.__main__ import main
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.saved_run import SavedRun
 from ibq_jax.base.sharding import abstract_state, make_mesh
+from ibq_jax.data.pipeline import open_split
+from ibq_jax.data.token_cache import read_run_manifest
 from ibq_jax.joint.step import JointTrainer
 from ibq_jax.training.joint import started_from_runs
 
@@ -88,6 +90,12 @@ def test_commands_know_both_parts(run, data_dir, tmp_path, capsys):
     arguments = [f"--tokenizer={run / 'tokenizer'}", f"--out={codes}", "--splits=train[:16],validation[:8]"]
     assert main(["tokenize", *arguments]) == 0
     assert main(["evaluate", f"--run={run / 'generator'}", f"--token-cache={codes}"]) == 0
+
+
+def test_the_generators_run_knows_the_images_that_samples_are_compared_with(run, data_dir):
+    data = read_run_manifest(run / "generator")["data"]
+    source = open_split(data["name"], data["dir"], data["splits"]["train"]["source"])
+    assert len(source) == len(open_split("openmoji", data_dir, "train"))
 
 
 @pytest.mark.parametrize("part", ["generator", ""])
