@@ -218,7 +218,7 @@ def _local_losses(stream: BlockScan, x: jax.Array, head: jax.Array, targets: jax
         losses, m, s, _ = _chunk_losses(stream, own_x, own_targets, head, None)
         return losses, m, s
 
-    losses, m, s = _joined(lax.map(chunk, _chunks((x, targets), _chunk_tokens(head.shape[0], stream.mesh))))
+    losses, m, s = _joined(lax.map(chunk, _chunks(stream, head, (x, targets))))
     return losses[:tokens], m, s
 
 
@@ -234,7 +234,7 @@ def _local_gradients(stream: BlockScan, x, head, targets, m, s, g) -> tuple[jax.
 
         return _chunk_gradients(stream, x, targets, m, s, g, head, dhead, logits_of, only_once=chunks == 1)
 
-    arrays = _chunks((x, targets, m, s, g), _chunk_tokens(head.shape[0], stream.mesh))
+    arrays = _chunks(stream, head, (x, targets, m, s, g))
     chunks = arrays[0].shape[0]
     dhead, dx = lax.scan(chunk, _zeros(stream, head.shape), arrays)
     return _to_owners(stream, _joined(dx)[: targets.shape[0]], dhead, head.dtype)
@@ -255,7 +255,7 @@ def _local_losses_and_gradients(stream: BlockScan, x, head, targets, weights) ->
         dhead, dx = _chunk_gradients(stream, x, targets, m, s, weights, head, dhead, logits_of, only_once=chunks == 1)
         return (dhead, kept), (losses, dx)
 
-    arrays = _chunks((x, targets, weights), _chunk_tokens(head.shape[0], stream.mesh))
+    arrays = _chunks(stream, head, (x, targets, weights))
     chunks, chunk_tokens = arrays[1].shape
     start = _zeros(stream, head.shape), _zeros(stream, (head.shape[0], chunk_tokens))
     (dhead, _), by_chunks = lax.scan(chunk, start, arrays)
@@ -316,8 +316,9 @@ def _zeros(stream: BlockScan, shape: tuple[int, ...]) -> jax.Array:
     return lax.pcast(jnp.zeros(shape, jnp.float32), stream.token_axes + stream.code_axes, to="varying")
 
 
-def _chunks(arrays: Any, most: int) -> Any:
-    """Splits [N, ...] into [chunks, T, ...] with T <= most, as evenly as possible; zeros fill the last chunk."""
+def _chunks(stream: BlockScan, head: jax.Array, arrays: Any) -> Any:
+    """Splits [N, ...] into [chunks, T, ...], as evenly as possible; zeros fill the last chunk."""
+    most = _chunk_tokens(head.shape[0], stream.mesh)
 
     def split(array):
         tokens = array.shape[0]
