@@ -28,6 +28,7 @@ from ibq_jax.data.preprocess import to_float
 from ibq_jax.interop import generator_names, tokenizer_names
 from ibq_jax.interop.load import load_generator, load_tokenizer
 from ibq_jax.tokenizer.model import TokenizerModel
+from ibq_jax.tokenizer.parts import ALL, DECIDING, DECODING
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,17 @@ class Tokenizer:
     Attributes:
         model: the network (a Flax module without state).
         params: its weights, a nested dictionary of arrays.
+        parts: those that `params` has, of "encoder", "codebook" and "decoder".
     """
 
     model: TokenizerModel
     params: Mapping
+    parts: tuple[str, ...] = ALL
 
     @classmethod
-    def load(cls, path: str | Path, use_ema: bool = True, precision: str = "float32") -> "Tokenizer":
+    def load(
+        cls, path: str | Path, use_ema: bool = True, precision: str = "float32", parts: tuple[str, ...] = ALL
+    ) -> "Tokenizer":
         """Loads a tokenizer from wherever it is stored.
 
         Args:
@@ -54,12 +59,14 @@ class Tokenizer:
             precision: of every product between images and codes. "float32" gives the same codes on CPUs, TPUs and GPUs;
                 "bfloat16_3x", "tf32" and "bfloat16" are faster on some of them and change some codes
                 (docs/precision.md).
+            parts: those to keep in memory, of "encoder", "codebook" and "decoder". Encoding needs the first two,
+                decoding the last two.
 
         Raises:
             UsageError: `path` holds no tokenizer, and the message says what it holds instead; or there is no such
-                precision.
+                precision or part.
         """
-        return cls(*load_tokenizer(path, use_ema, precision))
+        return cls(*load_tokenizer(path, use_ema, precision, parts), parts)
 
     @classmethod
     def from_torch(
@@ -87,8 +94,9 @@ class Tokenizer:
     def to_torch(self) -> dict[str, np.ndarray]:
         """Returns the weights under their published names, in PyTorch's layouts.
 
-        Raises UsageError for a quantizer other than IBQ's, for which no published names exist.
+        Raises UsageError for a quantizer other than IBQ's, for which no published names exist, or if parts are absent.
         """
+        self._check_loaded(ALL, "to_torch")
         tokenizer_names.check_quantizer(self.model.quantizer)
         return tokenizer_names.tokenizer_to_torch(self.params)
 
@@ -105,8 +113,10 @@ class Tokenizer:
     def encode(self, images: np.ndarray | jax.Array) -> jax.Array:
         """Returns the codes int32 [B, h, w] of images [B, H, W, 3], either uint8 or float in [-1, 1].
 
-        Raises UsageError for another shape or type, or if H or W is not a multiple of the downsampling factor.
+        Raises UsageError for another shape or type, if H or W is not a multiple of the downsampling factor, or if the
+        encoder or the codebook was not loaded.
         """
+        self._check_loaded(DECIDING, "encode")
         images = jnp.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3:
             raise UsageError(f"encode takes images [B, H, W, 3], not an array of shape {images.shape}")
@@ -140,9 +150,10 @@ class Tokenizer:
     def decode(self, codes: np.ndarray | jax.Array) -> jax.Array:
         """Returns the images float32 [B, H, W, 3] of codes int [B, h, w], any h and w.
 
-        Values may slightly exceed [-1, 1]; clip them before display. Raises UsageError for another shape or type, or a
-        code outside 0..K-1.
+        Values may slightly exceed [-1, 1]; clip them before display. Raises UsageError for another shape or type, a
+        code outside 0..K-1, or if the codebook or the decoder was not loaded.
         """
+        self._check_loaded(DECODING, "decode")
         codes = np.asarray(codes)
         if codes.ndim != 3 or not np.issubdtype(codes.dtype, np.integer):
             raise UsageError(f"decode takes integer codes [B, h, w], not {codes.dtype} of shape {codes.shape}")
@@ -151,6 +162,14 @@ class Tokenizer:
                 f"codes lie in 0..{self.codebook_size - 1}; these reach from {codes.min()} to {codes.max()}"
             )
         return _decode(self.model, self.params, jnp.asarray(codes, jnp.int32))
+
+    def _check_loaded(self, needed: tuple[str, ...], method: str) -> None:
+        """Raises UsageError if one of the `needed` parts was not loaded."""
+        absent = [part for part in needed if part not in self.parts]
+        if absent:
+            raise UsageError(
+                f"{method} needs the {' and the '.join(absent)}, which Tokenizer.load(parts={self.parts}) left out"
+            )
 
 
 @dataclass(frozen=True)

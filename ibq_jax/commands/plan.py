@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,8 @@ PROGRAMS: dict[str, dict[str, Callable[..., tuple[Callable, tuple]]]] = {
     },
     "joint": {TRAIN: lambda trainer: (joint.jit_train_step(trainer), joint.abstract_arguments(trainer))},
 }
+# Fields that encoding has no use for, without effect: their checks would restrict its batch.
+NOT_FOR_ENCODING = {"discriminator.norm_group": 0, "quantizer.entropy_group_tokens": 0, "train.grad_accum_steps": 1}
 BEST = 5  # candidates of a search that are listed
 TO_TRY = (
     "try a larger codebook or fsdp axis in --mesh, --config.model.remat=blocks, --config.train.grad_accum_steps=2, "
@@ -126,6 +129,9 @@ def _program(config: ConfigDict, flags: argparse.Namespace, mesh: jax.sharding.M
         config = resolve_model(config, preset_sizes(flags.config))
     elif config.stage == "joint":
         config = resolve_joint(config, preset_sizes(flags.config))
+    elif flags.what == ENCODE:
+        config = copy.deepcopy(config)
+        config.update_from_flattened_dict(NOT_FOR_ENCODING)
     check_config(config, mesh)
     return PROGRAMS[config.stage][flags.what](make_trainer(config, mesh, steps_per_epoch=1))
 

@@ -16,6 +16,7 @@ from ibq_jax.interop.recognize import GENERATOR, STAGES, TOKENIZER, check, recog
 from ibq_jax.interop.weights import holds_weights, open_weights
 from ibq_jax.pretrained.tensor_files import TensorFile
 from ibq_jax.tokenizer.model import TokenizerModel
+from ibq_jax.tokenizer.parts import ALL, check_parts, modules_of, only
 from ibq_jax.tokenizer.restore import restore_run as restore_tokenizer
 
 
@@ -25,7 +26,9 @@ def stage_of(path: Path) -> str:
     return recognize(file.shapes, file.about, str(path)).stage
 
 
-def load_tokenizer(source: str | Path, use_ema: bool, precision: str = "float32") -> tuple[TokenizerModel, Mapping]:
+def load_tokenizer(
+    source: str | Path, use_ema: bool, precision: str = "float32", parts: tuple[str, ...] = ALL
+) -> tuple[TokenizerModel, Mapping]:
     """Loads a tokenizer.
 
     Args:
@@ -33,20 +36,23 @@ def load_tokenizer(source: str | Path, use_ema: bool, precision: str = "float32"
             hf://OWNER/NAME.
         use_ema: load the averaged weights, if there are any, instead of the raw ones.
         precision: of the products between images and codes, one of `ibq_jax.base.precision.PRECISIONS`.
+        parts: those that are wanted, of `ibq_jax.tokenizer.parts.PARTS`.
 
     Returns:
-        the model and its parameters.
+        the model and the parameters of its `parts`.
 
     Raises:
-        UsageError: there is no such source, or it holds no tokenizer, or not all of one.
+        UsageError: there is no such source, or it holds no tokenizer, or not all of one; or there is no such part.
     """
+    check_parts(parts)
     path = download_if_hub(source)
     if not holds_weights(path):
         trainer, restored = restore_tokenizer(path)
-        return trainer.model.for_encoding(precision), restored.state.weights("ema" if use_ema else "raw")
+        params = restored.state.weights("ema" if use_ema else "raw")
+        return trainer.model.for_encoding(precision), only(params, modules_of(parts))
     file, published = _open(path, TOKENIZER)
     averaged = use_ema and tokenizer_names.has_averages(file.shapes)
-    params = tokenizer_names.read_tokenizer(file.read, published, averaged, _on_device)
+    params = tokenizer_names.read_tokenizer(file.read, published, averaged, _on_device, parts)
     return TokenizerModel(**tokenizer_names.model_fields(published)).for_encoding(precision), params
 
 

@@ -28,7 +28,7 @@ from ibq_jax.base.errors import UsageError
 from ibq_jax.pretrained.lpips import TRUNKS
 from ibq_jax.tokenizer.discriminator import PatchDiscriminator
 from ibq_jax.tokenizer.model import PROJECTION, TokenizerModel
-from ibq_jax.tokenizer.parts import without
+from ibq_jax.tokenizer.parts import ALL, modules_of, only, without
 
 Path = tuple[str, ...]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -231,11 +231,16 @@ def has_discriminator(names: Iterable[str]) -> bool:
 
 
 def read_tokenizer(
-    read: ReadTensor, published: Mapping, averaged: bool = False, place: PlaceLeaf = keep_on_host
+    read: ReadTensor,
+    published: Mapping,
+    averaged: bool = False,
+    place: PlaceLeaf = keep_on_host,
+    parts: tuple[str, ...] = ALL,
 ) -> dict:
-    """Reads the autoencoder's parameters from a checked file, one tensor at a time, and places each with `place`."""
+    """Reads the parameters of the autoencoder's `parts` from a checked file, tensor by tensor, and places each."""
     rename = ema_name if averaged else str
-    return _read(read, _abstract_autoencoder(published), lambda path: rename(published_name(path)), place)
+    like = only(_abstract_autoencoder(published), modules_of(parts))
+    return _read(read, like, lambda path: rename(published_name(path)), place)
 
 
 def read_discriminator(read: ReadTensor, published: Mapping, place: PlaceLeaf = keep_on_host) -> dict:

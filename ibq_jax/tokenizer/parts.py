@@ -1,4 +1,4 @@
-"""The tokenizer's parts, which fine-tuning may freeze or train at rates of their own.
+"""The tokenizer's parts, which can be loaded by themselves, and frozen or trained at rates of their own.
 
 A part is named as in the config's group `finetune`; it consists of some of the modules at the top of the parameters.
 """
@@ -16,7 +16,9 @@ PARTS = {
     "codebook": ("quantize",),
     "decoder": ("post_quant_conv", "decoder"),
 }
+ALL = tuple(PARTS)
 DECIDING = ("encoder", "codebook")  # the parts that decide which codes an image gets
+DECODING = ("codebook", "decoder")  # the parts that decide which image codes stand for
 
 
 def frozen_parts(config: ConfigDict) -> tuple[str, ...]:
@@ -33,6 +35,13 @@ def frozen_parts(config: ConfigDict) -> tuple[str, ...]:
 def keeps_codes(config: ConfigDict) -> bool:
     """Returns whether training leaves the codes of every image as they are."""
     return set(DECIDING) <= set(frozen_parts(config))
+
+
+def check_parts(parts: tuple[str, ...]) -> None:
+    """Raises UsageError unless all of `parts` are names of parts."""
+    for name in parts:
+        if name not in PARTS:
+            raise UsageError(f"parts={parts}: there is no part {name!r}; {_known()}")
 
 
 def modules_of(parts: tuple[str, ...]) -> tuple[str, ...]:

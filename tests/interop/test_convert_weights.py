@@ -11,6 +11,7 @@ from support.small_runs import arguments, save_run
 
 from ibq_jax import Generator, Tokenizer
 from ibq_jax.__main__ import main
+from ibq_jax.base.errors import UsageError
 from ibq_jax.pretrained.tensor_files import open_tensors, read_tensors, write_tensors
 
 pytestmark = pytest.mark.slow
@@ -52,6 +53,26 @@ def test_an_imported_tokenizer_computes_what_the_released_one_did(tokenizer_run,
     codes = tokenizer.encode(released.nhwc(golden["image"]))
     np.testing.assert_array_equal(codes.reshape(-1), golden[f"{prefix}indices"])
     released.assert_close(tokenizer.decode(codes), released.nhwc(golden[f"{prefix}reconstruction"]), 1e-4)
+
+
+@pytest.mark.parametrize("source", ["run", "file"])
+def test_parts_that_are_not_needed_stay_out_of_memory(tokenizer_run, source):
+    golden, path = released.tokenizer()[2], tokenizer_run if source == "run" else tokenizer_run.parent / "golden.ckpt"
+    encoder = Tokenizer.load(path, parts=("encoder", "codebook"))
+    assert set(encoder.params) == {"encoder", "quant_conv", "quantize"}
+    codes = encoder.encode(released.nhwc(golden["image"]))
+    np.testing.assert_array_equal(codes.reshape(-1), golden["ema_indices"])
+    with pytest.raises(UsageError, match=r"decode needs the decoder, which .* left out"):
+        encoder.decode(codes)
+    with pytest.raises(UsageError, match="to_torch needs the decoder"):
+        encoder.to_torch()
+    decoder = Tokenizer.load(path, parts=("codebook", "decoder"))
+    assert set(decoder.params) == {"quantize", "post_quant_conv", "decoder"}
+    released.assert_close(decoder.decode(codes), released.nhwc(golden["ema_reconstruction"]), 1e-4)
+    with pytest.raises(UsageError, match="encode needs the encoder"):
+        decoder.encode(released.nhwc(golden["image"]))
+    with pytest.raises(UsageError, match="there is no part 'quantizer'; the parts are encoder, codebook, decoder"):
+        Tokenizer.load(path, parts=("quantizer",))
 
 
 def test_an_imported_generator_computes_what_the_released_one_did(generator_run):
