@@ -17,8 +17,9 @@ from ibq_jax.base.errors import UsageError, one_line
 from ibq_jax.base.sharding import global_batch, jit_on_mesh, replicated
 from ibq_jax.evaluate.feature_nets import DIMS, FD, FID, LOGITS, SFID, FeatureNets, features_of
 from ibq_jax.evaluate.gather import mask_for_process, merge_across_processes, to_host_async
+from ibq_jax.evaluate.precision_recall import precision_recall
 from ibq_jax.evaluate.protocols import Protocol
-from ibq_jax.evaluate.statistics import FeatureStatistics, inception_score, precision_recall
+from ibq_jax.evaluate.statistics import FeatureStatistics, inception_score
 from ibq_jax.pretrained.archive_limits import check_archive
 
 IMAGES = "arr_0"  # the array's name in an .npz, as in the ADM evaluation suite

@@ -5,8 +5,9 @@ import pytest
 from support import released
 
 from ibq_jax.base.errors import UsageError
-from ibq_jax.evaluate import statistics
-from ibq_jax.evaluate.statistics import inception_score, neighbourhood_flags, precision_recall
+from ibq_jax.evaluate import precision_recall as neighbourhoods
+from ibq_jax.evaluate.precision_recall import neighbourhood_flags, precision_recall
+from ibq_jax.evaluate.statistics import inception_score
 
 GOLDEN = released.load("frechet")
 
@@ -79,7 +80,7 @@ def plain_flags(reference: np.ndarray, generated: np.ndarray, k: int = 3) -> tup
 @pytest.mark.parametrize("block_bytes", [1, 3000, 2**27])
 @pytest.mark.parametrize("case", ["pr", "prtie"])
 def test_precision_and_recall_agree_in_every_point(monkeypatch, case, block_bytes):
-    monkeypatch.setattr(statistics, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(neighbourhoods, "BLOCK_BYTES", block_bytes)
     reference, generated = GOLDEN[f"{case}_ref"], GOLDEN[f"{case}_gen"]
     generated_in, reference_in = neighbourhood_flags(reference, generated)
     np.testing.assert_array_equal(generated_in, GOLDEN[f"{case}_gen_in_ref"])
@@ -113,12 +114,12 @@ def test_coincident_points_are_at_distance_0(dims, scale):
 @pytest.mark.parametrize("block_bytes", [1, 2**27])
 def test_distances_on_the_grid_are_exact(monkeypatch, block_bytes):
     """No BLAS and no order of sums can change a radius."""
-    monkeypatch.setattr(statistics, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(neighbourhoods, "BLOCK_BYTES", block_bytes)
     rng = np.random.default_rng(4)
-    reference, generated = statistics._on_grid(rng.normal(size=(9, 2048)) + 10, rng.normal(size=(7, 2048)) * 3 + 10)
+    reference, generated = neighbourhoods._on_grid(rng.normal(size=(9, 2048)) + 10, rng.normal(size=(7, 2048)) * 3 + 10)
     whole = [[[int(x) for x in row] for row in points] for points in (reference, generated)]
     expected = [[sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) for b in whole[1]] for a in whole[0]]
-    found = np.concatenate([distances for _, distances in statistics._distance_blocks(reference, generated)])
+    found = np.concatenate([distances for _, distances in neighbourhoods._distance_blocks(reference, generated)])
     assert [[int(x) for x in row] for row in found] == expected
 
 
