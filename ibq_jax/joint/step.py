@@ -82,11 +82,11 @@ from ibq_jax.joint.parts import generator_part, tokenizer_part
 from ibq_jax.ops import soft_lookup
 from ibq_jax.tokenizer.micro_batches import merge
 from ibq_jax.tokenizer.net_losses import Nets, measure_lpips, weight_shapes
-from ibq_jax.tokenizer.parts import PARTS, only, without
+from ibq_jax.tokenizer.parts import DECODING, PARTS, modules_of, only, without
 from ibq_jax.tokenizer.step import TokenizerState, TokenizerTrainer
 
 CODEBOOK = PARTS["codebook"]  # modules of the tokenizer's parameters
-DECODING = (*PARTS["codebook"], *PARTS["decoder"])
+DECODING_MODULES = modules_of(DECODING)
 LEAST_ENTROPY = 1e-3  # nats; codes with less are one code
 
 
@@ -177,7 +177,7 @@ class JointTrainer:
         if joint.next_token_gradient:
             varied |= {"keys": only(trained, CODEBOOK)}
         if joint.prediction_weight:
-            varied |= {"decoding": only(trained, DECODING)}
+            varied |= {"decoding": only(trained, DECODING_MODULES)}
         if aligned_keys:
             varied |= {"aligned_keys": only(trained, CODEBOOK)}
         if projector is not None:
@@ -261,7 +261,7 @@ class JointTrainer:
         loss = self.generator.loss_at(hidden, params, codes)
         scalars = {"loss/next_token": loss}
         if "decoding" in varied:
-            predicted = self._predict(hidden, params, only(weights, DECODING) | varied["decoding"])
+            predicted = self._predict(hidden, params, only(weights, DECODING_MODULES) | varied["decoding"])
             config = self.tokenizer.config
             distances = measure_lpips(config, nets, images, predicted)
             prediction = jnp.mean((images - predicted) ** 2) + config.loss.perceptual_weight * jnp.mean(distances)
