@@ -69,7 +69,8 @@ class Intervals:
 class Loop:
     """A run of the training loop. `metadata` is saved as JSON with every checkpoint.
 
-    `profile` is a range of steps whose trace is written to workdir/profile.
+    `profile` is a range of steps whose trace is written to workdir/profile. With `evaluate_start`, the state before the
+    first step is evaluated, too.
     """
 
     stage: Stage
@@ -81,6 +82,7 @@ class Loop:
     metadata: dict
     timer: PhaseTimer = field(default_factory=PhaseTimer)
     profile: range = range(0)
+    evaluate_start: bool = False
     _pending: tuple | None = field(default=None, init=False)
     _signal: int | None = field(default=None, init=False)
 
@@ -94,6 +96,8 @@ class Loop:
         """
         queueing = "first step"  # includes compilation
         with self._signals(), contextlib.closing(batches), self._tracing() as trace:
+            if self.evaluate_start and start_step == 0:
+                self._evaluate(0, state)
             for step in range(start_step + 1, self.intervals.total_steps + 1):
                 trace(step)
                 with self.timer("data"):
@@ -115,13 +119,7 @@ class Loop:
         metrics = None
         if last or step % intervals.evaluate_every == 0:
             self._examine_pending()
-            with self._paused("evaluation"):
-                measured = self.stage.evaluate(state)
-            metrics = {name: float(value) for name, value in measured.items() if np.ndim(value) == 0}
-            self.telemetry.scalars(step, metrics)
-            for name in measured.keys() - metrics.keys():
-                self.telemetry.grid(step, name, np.asarray(measured[name]))
-            self.telemetry.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+            metrics = self._evaluate(step, state)
         if last or step % intervals.images_every == 0:
             with self._paused("images"):
                 for name, image in self.stage.images(state).items():
@@ -138,6 +136,17 @@ class Loop:
             number = self._signal or signal.SIGTERM
             message = f"saved step {step} of {intervals.total_steps}; the same command continues from it"
             raise Interrupted(number, f"{signal.Signals(number).name}: {message}")
+
+    def _evaluate(self, step: int, state) -> dict[str, float]:
+        """Logs the stage's validation metrics, and returns the scalars among them."""
+        with self._paused("evaluation"):
+            measured = self.stage.evaluate(state)
+        metrics = {name: float(value) for name, value in measured.items() if np.ndim(value) == 0}
+        self.telemetry.scalars(step, metrics)
+        for name in measured.keys() - metrics.keys():
+            self.telemetry.grid(step, name, np.asarray(measured[name]))
+        self.telemetry.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        return metrics
 
     @contextlib.contextmanager
     def _paused(self, phase: str):

@@ -47,9 +47,10 @@ class Telemetry:
                 if (workdir / name).exists():
                     (local / name).write_text((workdir / name).read_text())
         self._local = local
-        _drop_rows_after(local / METRICS, start_step)
+        known = start_step or -1  # a run that starts evaluates its first weights, as step 0, itself
+        _drop_rows_after(local / METRICS, known)
         self._file = (local / METRICS).open("a")
-        self._events = SummaryWriter(str(local / "events"), purge_step=start_step + 1, flush_secs=10)
+        self._events = SummaryWriter(str(local / "events"), purge_step=known + 1, flush_secs=10)
         self._timeline = Timeline(local / TIMING)
         self._timeline.add(start_step, {}, start=True)
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
@@ -111,6 +112,20 @@ class Telemetry:
         words = ", ".join(f"{name} {share:.1%}" for name, share in shares(self._timeline.rows).items())
         starts = sum(row["start"] for row in self._timeline.rows)
         self.say(f"time: {words}; goodput {goodput(self._timeline.rows):.1%} over {starts} start(s)")
+
+    def report_gain(self) -> None:
+        """Prints each validation metric before the first step and now, if a run began with trained weights."""
+        if not self._enabled:
+            return
+        rows = [json.loads(line) for line in (self._local / METRICS).read_text().splitlines()]
+        scalars = [
+            row for row in rows if any(name.startswith("validation/") and np.isscalar(row[name]) for name in row)
+        ]
+        if len(scalars) < 2 or scalars[0]["step"] != 0:
+            return
+        first, last = scalars[0], scalars[-1]
+        gains = (f"{name} {first[name]:.4g} -> {last[name]:.4g}" for name in first.keys() - {"step"})
+        self.say(f"before and after {last['step']} steps: " + "  ".join(sorted(gains)))
 
     @contextlib.contextmanager
     def paused(self):

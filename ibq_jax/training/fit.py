@@ -84,6 +84,7 @@ def fit(
     steps_per_epoch: int,
     complete: Callable = lambda state: state,
     at_start: Callable = lambda state: None,
+    trained_start: bool = False,
     profile: range = range(0),
 ):
     """Trains from the newest intact checkpoint, or from `create_state(seed)`, to the last step; returns the last state.
@@ -98,6 +99,8 @@ def fit(
         steps_per_epoch: steps for one pass over the data.
         complete: new state -> the state with the parts that no seed determines.
         at_start: called with the state before the first step, of a new or of an imported run.
+        trained_start: a new run starts from trained weights. These are evaluated before the first step, as an imported
+            run's are, and its last line compares.
         profile: steps whose trace is written to the run's folder.
 
     Raises:
@@ -132,11 +135,13 @@ def fit(
         metadata=metadata,
         timer=timer,
         profile=profile,
+        evaluate_start=trained_start or (workdir / IMPORTED).exists(),
     )
     try:
         with _watchdog(timer, workdir, config):
             state = loop.run(state, batches_from(start_step), start_step)
         telemetry.report_time()
+        telemetry.report_gain()
         return state
     finally:
         telemetry.close()

@@ -159,6 +159,7 @@ def train_generator(
         batches_from=batches_from,
         steps_per_epoch=steps_per_epoch,
         complete=complete,
+        trained_start=initial is not None,
         profile=profile,
     )
 

@@ -152,6 +152,7 @@ def train_joint(
         batches_from=batches_from,
         steps_per_epoch=steps_per_epoch,
         complete=lambda state: started_from_runs(state, config),
+        trained_start=bool(config.joint.init_tokenizer),
         profile=profile,
     )
     export_parts(workdir, trainer, state, source.class_names)

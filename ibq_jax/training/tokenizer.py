@@ -155,6 +155,7 @@ def train_tokenizer(
         steps_per_epoch=steps_per_epoch,
         complete=complete,
         at_start=at_start,
+        trained_start=initial is not None,
         profile=profile,
     )
     if keeps_codes(config):

@@ -1,5 +1,6 @@
 """Fine-tuning from the command line: a run that starts from weights, and a better decoder for codes that stay valid."""
 
+import json
 import shutil
 
 import numpy as np
@@ -34,6 +35,12 @@ def exported(run, path, weights: str = "ema") -> dict[str, np.ndarray]:
     return read_tensors(path)
 
 
+def evaluations(workdir) -> list[dict]:
+    """Returns the run's scalars of validations."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "validation/psnr" in row]
+
+
 def test_only_the_decoders_tensors_differ(trained, finetuned, tmp_path):
     before, after = (exported(run, tmp_path / f"{run.name}.safetensors") for run in (trained, finetuned))
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
@@ -45,8 +52,12 @@ def test_a_continued_run_says_that_its_codes_are_those_of_before(finetuned, data
     workdir = tmp_path / "longer"
     shutil.copytree(finetuned, workdir)
     assert main(arguments(workdir, data_dir, *DECODER, "train.steps=5")) == 0  # without --init, which it would ignore
-    said = "the codes of 189 validation images, 12,096 in all, are those of before training"
-    assert said in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the codes of 189 validation images, 12,096 in all, are those of before training" in out
+    first, *_, last = evaluations(workdir)
+    assert first["step"] == 0 and last["step"] == 5
+    said = next(line for line in out.splitlines() if line.startswith("before and after 5 steps: "))
+    assert f"validation/psnr {first['validation/psnr']:.4g} -> {last['validation/psnr']:.4g}" in said
     before = np.load(workdir / "codes_before.npy")
     before[3, 4, 5] ^= 1
     np.save(workdir / "codes_before.npy", before)
@@ -70,6 +81,8 @@ def test_a_file_is_a_start_too(trained, data_dir, tmp_path):
     assert main([*arguments(workdir, data_dir, *DECODER, "train.steps=1"), f"--init={file}"]) == 0
     again = exported(workdir, tmp_path / "again.safetensors")
     assert all(np.array_equal(weights[name], again[name]) for name in weights)
+    first, last = evaluations(workdir)
+    assert first == last | {"step": 0}
     assert read_config(workdir / "config.json").finetune.discriminator_warmup_steps == 1
 
 
