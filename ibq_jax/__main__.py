@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 
 from ibq_jax.base.errors import Failed, Interrupted, UsageError, one_line
+from ibq_jax.base.memory import collect_garbage_rarely
 from ibq_jax.base.supervise import supervised
 
 COMMANDS = {
@@ -107,5 +108,11 @@ def _explained(error: BaseException) -> tuple[str | None, int]:
     return None, 1
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Runs a process that has nothing else to do than `main`, and ends it with its exit code."""
+    collect_garbage_rarely()
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    start()

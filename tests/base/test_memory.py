@@ -35,3 +35,10 @@ def page_faults(keep: bool) -> int:
 
 def test_freed_memory_is_used_again_without_page_faults():
     assert page_faults(keep=True) < 100 < page_faults(keep=False)
+
+
+def test_a_command_looks_for_garbage_rarely():
+    code = "import gc, runpy, sys; sys.argv[1:] = ['--help']\ntry: runpy.run_module('ibq_jax', run_name='__main__')\n"
+    code += "finally: print(gc.get_threshold())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "(50000, 10, 10)"
