@@ -57,19 +57,12 @@ class ReconstructionEvaluator:
         self.protocol = protocol
         self._distances = tuple(name for name in feature_nets.distances if name != SFID)
         self._weights = jax.device_put(dict(feature_nets.weights), replicated(mesh))
+        # The networks are compiled once for all methods, and what a batch is measured by is a program of its own.
+        self._reconstruct = jit_on_mesh(reconstruct, mesh, out_shardings=batch_sharding(mesh))
         self._measure = jit_on_mesh(
-            lambda *arguments: _measure(reconstruct, codebook_size, protocol, *arguments),
-            mesh,
-            out_shardings=replicated(mesh),
+            lambda *arguments: _measure(codebook_size, protocol, *arguments), mesh, out_shardings=replicated(mesh)
         )
-        self._encode = jit_on_mesh(
-            lambda params, images: reconstruct(params, images)[1], mesh, out_shardings=batch_sharding(mesh)
-        )
-        self._reconstruct = jit_on_mesh(
-            lambda params, images: to_uint8(reconstruct(params, images)[0]),
-            mesh,
-            out_shardings=batch_sharding(mesh),
-        )
+        self._to_uint8 = jit_on_mesh(to_uint8, mesh, out_shardings=batch_sharding(mesh))
 
     def __call__(self, params: dict) -> Iterator[tuple[str, float]]:
         """Evaluates the parameters `params`; yields (name, value) of every metric.
@@ -107,7 +100,7 @@ class ReconstructionEvaluator:
     def codes(self, params: dict, count: int) -> np.ndarray:
         """Returns the codes of `count` images, evenly spaced in the split (0: all): int32 [N, h, w]."""
         batches = self._on_devices(count)
-        return np.concatenate([to_host(self._encode(params, b["image"]))[to_host(b["mask"])] for b in batches])
+        return np.concatenate([to_host(self._reconstruct(params, b["image"])[1])[to_host(b["mask"])] for b in batches])
 
     def _on_devices(self, count: int) -> Iterator[dict[str, jax.Array]]:
         """Yields {"image", "mask"} of every batch of `count` images, on the mesh."""
@@ -117,7 +110,9 @@ class ReconstructionEvaluator:
     def _measured(self, params: dict) -> Iterator[dict]:
         """Yields the result of `_measure` for every batch, on the host."""
         batches = self._on_devices(self._num_images)
-        return to_host_async(self._measure(params, self._weights, b["image"], b["mask"]) for b in batches)
+        return to_host_async(
+            self._measure(self._weights, b["image"], b["mask"], *self._reconstruct(params, b["image"])) for b in batches
+        )
 
     def comparison_grid(self, params: dict, columns: int, rows: int = 1) -> np.ndarray:
         """Draws `rows` rows of originals, each above the row of its reconstructions: uint8 [2 rows H, columns W, 3].
@@ -126,7 +121,8 @@ class ReconstructionEvaluator:
         """
         count, pairs = columns * rows, []
         for batch in self._on_devices(count):
-            pair = np.stack([to_host(batch["image"]), to_host(self._reconstruct(params, batch["image"]))])
+            reconstructions = self._to_uint8(self._reconstruct(params, batch["image"])[0])
+            pair = np.stack([to_host(batch["image"]), to_host(reconstructions)])
             pairs.append(pair[:, to_host(batch["mask"])])
         images = np.concatenate(pairs, axis=1)  # [2, up to count, H, W, 3]
         missing = count - images.shape[1]
@@ -157,16 +153,15 @@ class _Tally:
 
 
 def _measure(
-    reconstruct: Reconstruct,
     codebook_size: int,
     protocol: Protocol,
-    params: dict,
     weights: Mapping[str, dict],
     images: jax.Array,
     mask: jax.Array,
+    reconstructions: jax.Array,
+    codes: jax.Array,
 ) -> dict:
     """Measures a batch: values [B] by name, features of originals and reconstructions, code counts [K], the mask."""
-    reconstructions, codes = reconstruct(params, images)
     originals, clipped = to_float(images), jnp.clip(reconstructions, -1.0, 1.0)
     pair = [array.astype(jnp.float32) / 255.0 for array in protocol.to_grey_levels(images, reconstructions)]
     error = jnp.mean(jnp.abs(reconstructions - originals), axis=(1, 2, 3))
