@@ -124,7 +124,9 @@ class Telemetry:
         if len(scalars) < 2 or scalars[0]["step"] != 0:
             return
         first, last = scalars[0], scalars[-1]
-        gains = (f"{name} {first[name]:.4g} -> {last[name]:.4g}" for name in first.keys() - {"step"})
+        gains = (
+            f"{name} {first[name]:.4g} -> {last[name]:.4g}" for name in first.keys() - {"step", "validation/images"}
+        )
         self.say(f"before and after {last['step']} steps: " + "  ".join(sorted(gains)))
 
     @contextlib.contextmanager
