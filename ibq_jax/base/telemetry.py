@@ -124,9 +124,8 @@ class Telemetry:
         if len(scalars) < 2 or scalars[0]["step"] != 0:
             return
         first, last = scalars[0], scalars[-1]
-        gains = (
-            f"{name} {first[name]:.4g} -> {last[name]:.4g}" for name in first.keys() - {"step", "validation/images"}
-        )
+        names = (first.keys() & last.keys()) - {"step", "validation/images"}  # a continued run may measure others
+        gains = (f"{name} {first[name]:.4g} -> {last[name]:.4g}" for name in names)
         self.say(f"before and after {last['step']} steps: " + "  ".join(sorted(gains)))
 
     @contextlib.contextmanager

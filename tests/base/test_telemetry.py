@@ -48,3 +48,19 @@ def test_other_processes_write_nothing(tmp_path, capsys):
     telemetry.line(1, "words")
     telemetry.close()
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+
+
+def test_a_run_from_trained_weights_compares_its_end_with_its_start(tmp_path, capsys):
+    for start in (0, 0, 2):  # killed before its first checkpoint, then after its first
+        telemetry = Telemetry(tmp_path, start, 4)
+        if start == 0:
+            telemetry.scalars(0, {"validation/psnr": 17.6, "validation/rFID": 9.0, "validation/images": 8})
+        telemetry.scalars(start + 2, {"loss/total": 1.0})
+        telemetry.scalars(start + 2, {"validation/psnr": 18.0 + start, "validation/images": 8})
+        telemetry.report_gain()
+        telemetry.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 2, 2, 4, 4]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("before")]
+    assert said[0] == said[1] == "before and after 2 steps: validation/psnr 17.6 -> 18"
+    assert said[2] == "before and after 4 steps: validation/psnr 17.6 -> 20"
