@@ -44,7 +44,7 @@ def load_tokenizer(
     Raises:
         UsageError: there is no such source, or it holds no tokenizer, or not all of one; or there is no such part.
     """
-    check_parts(parts)
+    check_parts(parts, f"parts={parts}")
     path = download_if_hub(source)
     if not holds_weights(path):
         trainer, restored = restore_tokenizer(path)

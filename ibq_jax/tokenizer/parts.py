@@ -24,9 +24,7 @@ DECODING = ("codebook", "decoder")  # the parts that decide which image codes st
 def frozen_parts(config: ConfigDict) -> tuple[str, ...]:
     """Returns the parts that finetune.freeze names. Raises UsageError for an unknown part, or if all are named."""
     names = tuple(name.strip() for name in config.finetune.freeze.split(",") if name.strip())
-    for name in names:
-        if name not in PARTS:
-            raise UsageError(f"finetune.freeze={config.finetune.freeze}: there is no part {name!r}; {_known()}")
+    check_parts(names, f"finetune.freeze={config.finetune.freeze}")
     if set(names) == set(PARTS):
         raise UsageError(f"finetune.freeze={config.finetune.freeze} leaves nothing to train; {_known()}")
     return names
@@ -37,11 +35,11 @@ def keeps_codes(config: ConfigDict) -> bool:
     return set(DECIDING) <= set(frozen_parts(config))
 
 
-def check_parts(parts: tuple[str, ...]) -> None:
-    """Raises UsageError unless all of `parts` are names of parts."""
+def check_parts(parts: tuple[str, ...], setting: str) -> None:
+    """Raises UsageError unless all of `parts` are names of parts; `setting` is what named them, as NAME=VALUE."""
     for name in parts:
         if name not in PARTS:
-            raise UsageError(f"parts={parts}: there is no part {name!r}; {_known()}")
+            raise UsageError(f"{setting}: there is no part {name!r}; {_known()}")
 
 
 def modules_of(parts: tuple[str, ...]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from support.jobs import lines
 from support.small_runs import arguments, save_run
 
 from ibq_jax.__main__ import main
@@ -37,7 +38,7 @@ def exported(run, path, weights: str = "ema") -> dict[str, np.ndarray]:
 
 def evaluations(workdir) -> list[dict]:
     """Returns the run's scalars of validations."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = map(json.loads, lines(workdir))
     return [row for row in rows if "validation/psnr" in row]
 
 
