@@ -6,6 +6,9 @@ XLA for CPUs computes a kernel's gradient as a convolution whose window is a who
 speed of its matrix products. Here it is h * w matrix products over pixels, where there are enough channels. One device
 takes some rows of pixels at a time in a loop, which stay in its cache; and since XLA runs a loop as a whole, it frees
 x and dy after it instead of keeping those of all layers for products that it computes later (docs/speed.md).
+
+Jitted functions here only spare Python: JAX traces them, with every platform's form, once for each shape instead of once
+for each layer, and puts a copy of the result in its place (`inline`), so that the program is the same.
 """
 
 from functools import partial
@@ -54,6 +57,7 @@ def _forward(x, kernel, stride, padding, precision, mesh):
     return plain_convolution(x, kernel, stride, padding, precision), (x, kernel)
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def _backward(stride, padding, precision, mesh, saved, dy):
     x, kernel = saved
     plain = partial(plain_convolution, stride=stride, padding=padding, precision=precision)
@@ -84,6 +88,11 @@ def convolve_doubled(
     Each pixel is repeated, down and across, before the convolution with the kernel [3, 3, C, O], whose edges see zeros.
     TPUs convolve the images as they are (`_spread`), and nothing else is kept for the backward pass anywhere.
     """
+    return _doubled(x, kernel, precision, mesh)
+
+
+@partial(jax.jit, static_argnums=(2, 3), inline=True)
+def _doubled(x, kernel, precision, mesh):
     spread, repeated = partial(_spread, precision=precision), partial(_repeated, precision=precision, mesh=mesh)
     return lax.platform_dependent(x, kernel, tpu=spread, default=repeated)
 
@@ -112,9 +121,10 @@ def _spread(x, kernel, precision):
 
 
 def _doubled_forward(x, kernel, precision, mesh):
-    return convolve_doubled(x, kernel, precision, mesh), (x, kernel)
+    return _doubled(x, kernel, precision, mesh), (x, kernel)
 
 
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _doubled_backward(precision, mesh, saved, dy):
     def of_repeated(x, kernel, dy):
         return jax.vjp(partial(_repeated, precision=precision, mesh=mesh), x, kernel)[1](dy)

@@ -12,7 +12,8 @@ With dz = dL/dz, and sums over the pixels of an image t0 = sum dz, t1 = sum dz x
     dx = r (scale dz - mean over the group of (scale dz) - xh mean over the group of (scale dz xh))
 
 so that two sums per image and channel are all that the gradient needs. Everything is float32 but x, y and their
-gradients; of the activations only x is kept for the backward pass.
+gradients; of the activations only x is kept for the backward pass. Functions are jitted in order to be traced once for
+each shape, as in `ibq_jax.ops.convolution`.
 """
 
 from collections.abc import Callable
@@ -42,6 +43,7 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, form: GroupNormF
     return _forward(x, scale, bias, form)[0]
 
 
+@partial(jax.jit, static_argnums=3, inline=True)
 def _forward(x, scale, bias, form: GroupNormForm):
     mean, rstd = statistics(x, form)
     return normalise(x, mean, rstd, scale, bias, form), (x, mean, rstd, scale, bias)
@@ -56,6 +58,7 @@ def normalise(
     return y.astype(x.dtype)
 
 
+@partial(jax.jit, static_argnums=0, inline=True)
 def _backward(form: GroupNormForm, saved, dy):
     twice, once = (partial(_gradients, form=form, twice=twice) for twice in (True, False))
     return lax.platform_dependent(*saved, dy, cuda=twice, rocm=twice, default=once)
