@@ -7,8 +7,8 @@ speed of its matrix products. Here it is h * w matrix products over pixels, wher
 takes some rows of pixels at a time in a loop, which stay in its cache; and since XLA runs a loop as a whole, it frees
 x and dy after it instead of keeping those of all layers for products that it computes later (docs/speed.md).
 
-Jitted functions here only spare Python: JAX traces them, with every platform's form, once for each shape instead of once
-for each layer, and puts a copy of the result in its place (`inline`), so that the program is the same.
+Jitted functions here only spare Python: JAX traces them, with every platform's form, once for each shape instead of
+once for each layer, and puts a copy of the result in its place (`inline`), so that the program is the same.
 """
 
 from functools import partial

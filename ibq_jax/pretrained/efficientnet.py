@@ -10,6 +10,7 @@ jitted.
 import importlib.util
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,19 +177,35 @@ def logits(weights: dict, images: jax.Array) -> jax.Array:
 
 
 def _convolve(layer: dict, x: jax.Array, stride: int = 1) -> jax.Array:
-    y = jax.lax.conv_general_dilated(
+    return _convolution(x, layer["kernel"], stride) + layer["bias"].reshape(1, 1, 1, -1)
+
+
+def _convolution(x: jax.Array, kernel: jax.Array, stride: int, **groups: int) -> jax.Array:
+    return jax.lax.conv_general_dilated(
         x,
-        layer["kernel"],
+        kernel,
         (stride, stride),
         "SAME",  # TensorFlow's padding, as in training: with even sides and stride 2, more at the bottom and right
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=FULL,
+        **groups,
     )
-    return y + layer["bias"].reshape(1, 1, 1, -1)
 
 
 def _convolve_by_channel(layer: dict, x: jax.Array, stride: int) -> jax.Array:
-    """Applies a depthwise convolution as a sum of shifted images: six times as fast as XLA's grouped one on CPUs."""
+    """Applies a depthwise convolution in the form that is fastest on each platform (docs/losses.md)."""
+    grouped, shifted = (partial(form, stride=stride) for form in (grouped_convolution, sum_of_shifted_images))
+    return jax.lax.platform_dependent(layer, x, tpu=grouped, default=shifted)
+
+
+def grouped_convolution(layer: dict, x: jax.Array, stride: int) -> jax.Array:
+    """Returns images [B, H, W, C] convolved channel by channel with a kernel [k, k, 1, C], by XLA's convolution."""
+    y = _convolution(x, layer["kernel"], stride, feature_group_count=x.shape[-1])
+    return y + layer["bias"].reshape(1, 1, 1, -1)
+
+
+def sum_of_shifted_images(layer: dict, x: jax.Array, stride: int) -> jax.Array:
+    """Returns what `grouped_convolution` does, but for rounding, in a sixth of the time on CPUs."""
     kernel, side = layer["kernel"], layer["kernel"].shape[0]
     sizes = [-(-size // stride) for size in x.shape[1:3]]
     totals = [max((out - 1) * stride + side - size, 0) for out, size in zip(sizes, x.shape[1:3], strict=True)]

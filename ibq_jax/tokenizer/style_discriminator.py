@@ -25,15 +25,15 @@ EPSILON = 1e-8
 UNPADDED = ((0, 0), (0, 0))
 
 
-def blur(x: jax.Array, padding: int) -> jax.Array:
+def blur(x: jax.Array, padding: int, stride: int = 1) -> jax.Array:
     """Convolves images with `FILTER`, across and down, after `padding` zeros on every side.
 
-    [B, H, W, C] -> [B, H + 2 padding - 3, W + 2 padding - 3, C].
+    [B, H, W, C] -> [B, H + 2 padding - 3, W + 2 padding - 3, C], or every `stride`-th pixel of that.
     """
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     for axis in (1, 2):
         size = x.shape[axis] - len(FILTER) + 1
-        shifted = (jax.lax.slice_in_dim(x, i, i + size, axis=axis) for i in range(len(FILTER)))
+        shifted = (jax.lax.slice_in_dim(x, i, i + size, stride, axis) for i in range(len(FILTER)))
         x = sum((share * part for share, part in zip(FILTER, shifted, strict=True)), jnp.zeros((), x.dtype))
     return x
 
@@ -57,10 +57,10 @@ class Halving(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         conv = partial(Conv, kernel_init=HE, computing=self.computing)
-        halving = partial(conv, self.features, stride=2, padding=UNPADDED)
-        shortcut = halving(size=1, use_bias=False, name="shortcut")(blur(x, 1))
+        # A kernel of one pixel with a stride of 2 would look at every second blurred one only.
+        shortcut = conv(self.features, 1, padding=UNPADDED, use_bias=False, name="shortcut")(blur(x, 1, stride=2))
         y = conv(x.shape[-1], 3, name="conv1")(x)
-        y = halving(size=3, name="conv2")(blur(nn.leaky_relu(y, SLOPE), 2))
+        y = conv(self.features, 3, stride=2, padding=UNPADDED, name="conv2")(blur(nn.leaky_relu(y, SLOPE), 2))
         return (nn.leaky_relu(y, SLOPE) + shortcut) * 2**-0.5
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,22 @@ def test_photographs_are_recognised(weights, name):
     found = jax.jit(logits)(weights, unit(IMAGES[name]))
     released.assert_close(found, GOLDEN[f"{name}_logits"], TOLERANCE)
     assert set(np.argsort(found[0])[-5:].tolist()) & set(CLASSES[name])
+
+
+@pytest.mark.parametrize(("sides", "kernel", "stride"), [((7, 8), 3, 1), ((8, 8), 3, 2), ((8, 7), 5, 2)])
+def test_both_forms_of_a_depthwise_convolution_agree(sides, kernel, stride):
+    random = np.random.default_rng(0)
+    shapes = {"kernel": (kernel, kernel, 1, 6), "bias": (6,)}
+    layer = {name: random.standard_normal(shape) for name, shape in shapes.items()}
+    x = random.standard_normal((2, *sides, 6))
+    with jax.enable_x64(True):
+        grouped, shifted = (
+            jax.vjp(partial(form, stride=stride), jax.tree.map(jnp.asarray, layer), jnp.asarray(x))
+            for form in (efficientnet.grouped_convolution, efficientnet.sum_of_shifted_images)
+        )
+        dy = jnp.asarray(random.standard_normal(grouped[0].shape))
+        ours, theirs = ((y, pull_back(dy)) for y, pull_back in (grouped, shifted))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), ours, theirs)
 
 
 def test_all_weights_are_used(weights):
