@@ -1,7 +1,7 @@
 """Does the number of codes limit reconstructions yet? FSQ, whose codes need no training, at three sizes.
 
 If 240 codes reconstruct as well as 64,000 after so few steps, the networks are what is still to be trained, and a
-larger codebook in use cannot show. What came out is in docs/codebook_scaling.md, with sixteen codes beside it:
+larger codebook in use cannot show. What came out is in docs/codebook_scaling.md, with sixteen codes next to it:
 `--over codebook.size=16 --config.quantizer.levels="(4,4)"` and the fields below.
 
 python -m ibq_jax prepare openmoji
