@@ -14,11 +14,7 @@ marker=$venv/installed-$(IFS=-; echo "$*")-$stamp
 python=${PYTHON:-python3.11}
 command -v "$python" >/dev/null || python=python3
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; set PYTHON=/path/to/it" >&2; exit 2; }
-if [ ! -d "$venv" ]; then
-  "$python" -m venv "$venv"
-  # The pip that comes with Python 3.11 takes twice as long to choose the versions.
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check pip==25.3
-fi
+[ -d "$venv" ] || "$python" -m venv "$venv"
 echo "installing ${files[*]} into $venv ..."
 arguments=()
 for file in "${files[@]}"; do arguments+=(-r "$file"); done
