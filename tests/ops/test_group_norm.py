@@ -30,19 +30,30 @@ def formula(x, scale, bias, silu: bool):
     return z * jax.nn.sigmoid(z) if silu else z
 
 
-def as_on(platform: str, monkeypatch) -> None:
+@pytest.fixture
+def as_on(monkeypatch):
     """Lets the form for a platform be traced on this machine; "default" is the CPU's."""
 
-    def chosen(*arguments, default, **others):
-        return others.get(platform, default)(*arguments)
+    def trace_anew() -> None:
+        """Lets no trace of one platform serve another."""
+        for function in (module._forward, module._backward):
+            function.clear_cache()
 
-    monkeypatch.setattr(module.lax, "platform_dependent", chosen)
+    def as_on(platform: str) -> None:
+        def chosen(*arguments, default, **others):
+            return others.get(platform, default)(*arguments)
+
+        monkeypatch.setattr(module.lax, "platform_dependent", chosen)
+
+    trace_anew()
+    yield as_on
+    trace_anew()
 
 
 @pytest.mark.parametrize("platform", ["default", "cuda"])
 @pytest.mark.parametrize("silu", [True, False])
-def test_values_and_gradients_are_the_formulas_in_float64(silu, platform, monkeypatch):
-    as_on(platform, monkeypatch)
+def test_values_and_gradients_are_the_formulas_in_float64(silu, platform, as_on):
+    as_on(platform)
     *arguments, dy = inputs()
     with jax.enable_x64(True):
         expected, plain = jax.vjp(lambda *arguments: formula(*arguments, silu), *arguments)
@@ -67,8 +78,8 @@ def test_flat_images_far_from_zero_are_normalised_to_the_bias():
 @pytest.mark.parametrize(
     ("platform", "silu", "offset"), [*product(["tpu"], [True, False], [0.5, 30.0]), ("cuda", True, 30.0)]
 )
-def test_in_bfloat16_gradients_lose_no_more_than_their_types_digits(platform, silu, offset, monkeypatch):
-    as_on(platform, monkeypatch)
+def test_in_bfloat16_gradients_lose_no_more_than_their_types_digits(platform, silu, offset, as_on):
+    as_on(platform)
     x, scale, bias, dy = inputs(offset)
     x, dy = (np.float64(jnp.asarray(array, jnp.bfloat16)) for array in (x, dy))
     with jax.enable_x64(True):
