@@ -88,13 +88,7 @@ def convolve_doubled(
     Each pixel is repeated, down and across, before the convolution with the kernel [3, 3, C, O], whose edges see zeros.
     TPUs convolve the images as they are (`_spread`), and nothing else is kept for the backward pass anywhere.
     """
-    return _doubled(x, kernel, precision, mesh)
-
-
-@partial(jax.jit, static_argnums=(2, 3), inline=True)
-def _doubled(x, kernel, precision, mesh):
-    spread, repeated = partial(_spread, precision=precision), partial(_repeated, precision=precision, mesh=mesh)
-    return lax.platform_dependent(x, kernel, tpu=spread, default=repeated)
+    return _doubled_forward(x, kernel, precision, mesh)[0]
 
 
 def _repeated(x, kernel, precision, mesh):
@@ -120,8 +114,10 @@ def _spread(x, kernel, precision):
     )
 
 
+@partial(jax.jit, static_argnums=(2, 3), inline=True)
 def _doubled_forward(x, kernel, precision, mesh):
-    return _doubled(x, kernel, precision, mesh), (x, kernel)
+    spread, repeated = partial(_spread, precision=precision), partial(_repeated, precision=precision, mesh=mesh)
+    return lax.platform_dependent(x, kernel, tpu=spread, default=repeated), (x, kernel)
 
 
 @partial(jax.jit, static_argnums=(0, 1), inline=True)

@@ -176,20 +176,17 @@ def logits(weights: dict, images: jax.Array) -> jax.Array:
     return products + classifier["bias"][None]
 
 
-def _convolve(layer: dict, x: jax.Array, stride: int = 1) -> jax.Array:
-    return _convolution(x, layer["kernel"], stride) + layer["bias"].reshape(1, 1, 1, -1)
-
-
-def _convolution(x: jax.Array, kernel: jax.Array, stride: int, groups: int = 1) -> jax.Array:
-    return jax.lax.conv_general_dilated(
+def _convolve(layer: dict, x: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
+    y = jax.lax.conv_general_dilated(
         x,
-        kernel,
+        layer["kernel"],
         (stride, stride),
         "SAME",  # TensorFlow's padding, as in training: with even sides and stride 2, more at the bottom and right
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
         precision=FULL,
     )
+    return y + layer["bias"].reshape(1, 1, 1, -1)
 
 
 def _convolve_by_channel(layer: dict, x: jax.Array, stride: int) -> jax.Array:
@@ -200,8 +197,7 @@ def _convolve_by_channel(layer: dict, x: jax.Array, stride: int) -> jax.Array:
 
 def grouped_convolution(layer: dict, x: jax.Array, stride: int) -> jax.Array:
     """Returns images [B, H, W, C] convolved channel by channel with a kernel [k, k, 1, C], by XLA's convolution."""
-    y = _convolution(x, layer["kernel"], stride, groups=x.shape[-1])
-    return y + layer["bias"].reshape(1, 1, 1, -1)
+    return _convolve(layer, x, stride, groups=x.shape[-1])
 
 
 def sum_of_shifted_images(layer: dict, x: jax.Array, stride: int) -> jax.Array:

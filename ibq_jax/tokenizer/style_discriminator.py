@@ -57,10 +57,11 @@ class Halving(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         conv = partial(Conv, kernel_init=HE, computing=self.computing)
-        # A kernel of one pixel with a stride of 2 would look at every second blurred one only.
-        shortcut = conv(self.features, 1, padding=UNPADDED, use_bias=False, name="shortcut")(blur(x, 1, stride=2))
+        unpadded = partial(conv, self.features, padding=UNPADDED)
+        # With a stride of 2 the shortcut's kernel of one pixel would look at every second blurred pixel only.
+        shortcut = unpadded(size=1, use_bias=False, name="shortcut")(blur(x, 1, stride=2))
         y = conv(x.shape[-1], 3, name="conv1")(x)
-        y = conv(self.features, 3, stride=2, padding=UNPADDED, name="conv2")(blur(nn.leaky_relu(y, SLOPE), 2))
+        y = unpadded(size=3, stride=2, name="conv2")(blur(nn.leaky_relu(y, SLOPE), 2))
         return (nn.leaky_relu(y, SLOPE) + shortcut) * 2**-0.5
 
 
