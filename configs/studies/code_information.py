@@ -1,7 +1,7 @@
-"""Does the number of codes limit reconstructions yet? FSQ, whose codes need no training, at three sizes.
+"""Does the number of codes limit reconstructions yet? FSQ, whose codes need no training, at two sizes.
 
-If 240 codes reconstruct as well as 64,000 after so few steps, the networks are what is still to be trained, and a
-larger codebook in use cannot show. What came out is in docs/codebook_scaling.md, with sixteen codes next to it:
+If 240 codes reconstructed as well as 64,000 after so few steps, the networks would be what is still to be trained, and
+a larger codebook in use could not show. What came out is in docs/codebook_scaling.md, with sixteen codes next to it:
 `--over codebook.size=16 --config.quantizer.levels="(4,4)"` and the fields below.
 
 python -m ibq_jax prepare openmoji
@@ -12,7 +12,7 @@ python -m ibq_jax sweep --study=configs/studies/code_information.py --workdir=ru
 CONFIG = "configs/tokenizer.py:openmoji32"
 OVER = {
     "data.name": ("openmoji", "photos32"),
-    "codebook.size": (240, 4_375, 64_000),
+    "codebook.size": (240, 64_000),
 }
 SEEDS = 2
 OVERRIDES = {
