@@ -27,6 +27,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ibq_jax.base.batched_draws import draw_together
 from ibq_jax.base.compiler import compiler_options
 from ibq_jax.base.errors import UsageError
 from ibq_jax.base.processes import barrier, joined
@@ -274,7 +275,7 @@ def abstract_everywhere(create: Callable, mesh: Mesh, *args):
 def create_sharded(create: Callable, mesh: Mesh, *args):
     """Returns `create(*args)` with every array computed directly in its final placement."""
     _, shardings = abstract_state(create, mesh, *args)
-    return jit_on_mesh(lambda *a: nn.meta.unbox(create(*a)), mesh, out_shardings=shardings)(*args)
+    return jit_on_mesh(draw_together(lambda *a: nn.meta.unbox(create(*a))), mesh, out_shardings=shardings)(*args)
 
 
 def jit_step(

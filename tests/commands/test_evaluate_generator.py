@@ -55,6 +55,7 @@ def test_an_imported_generator_is_evaluated_and_trained_on(run, codes, tmp_path,
     assert "reads a token cache: --token-cache" in refused(["evaluate", f"--run={imported}", "--data=openmoji"], capsys)
 
 
+@pytest.mark.usefixtures("optimized")  # the features of all originals take longer than to compile their network
 def test_drawn_samples_are_compared_with_the_originals_and_kept(run, tmp_path, capsys):
     command = ["evaluate", f"--run={run}", "--num=16", "--batch-size=8", f"--json={tmp_path / 'numbers.json'}"]
     assert main(command) == 0

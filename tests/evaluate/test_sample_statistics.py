@@ -21,7 +21,8 @@ from ibq_jax.evaluate.sample_statistics import FeatureExtractor, ImageSet, compa
 from ibq_jax.evaluate.statistics import FeatureStatistics
 from ibq_jax.pretrained.weight_files import WEIGHT_FILES
 
-pytestmark = pytest.mark.slow
+# Feature nets run longer than it takes to optimize them.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 
 RNG = np.random.default_rng(0)
 SMOOTH = np.kron(RNG.integers(0, 256, (24, 4, 4, 3)), np.ones((1, 8, 8, 1))).astype(np.uint8)  # [24, 32, 32, 3]
