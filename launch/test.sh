@@ -8,7 +8,7 @@ bash launch/setup.sh tests torch hub
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: "megatron-core==0.16.1" || true
 # Programs for TPUs and GPUs are compiled by XLA's own compilers, which need neither, in an environment of their own:
 # JAX looks for a TPU wherever libtpu is installed. apache-beam needs older versions of protobuf and other packages.
-# Both are installed while the main part runs: pip spends a third of its time waiting for files.
+# Both are installed while the main part runs: pip by itself would leave one of two cores idle.
 installing=
 if [ $# -eq 0 ] && [ "$(uname -sm)" = "Linux x86_64" ]; then
   (VENV=.venv-compilers bash launch/setup.sh pytest tpu cuda && VENV=.venv-beam bash launch/setup.sh pytest beam) &

@@ -23,7 +23,8 @@ FOLD_IN, BITS = "random_fold_in", "random_bits"  # makes a key of a key and a nu
 class _Operation:
     """An equation of a jaxpr, where the values that it reads come from, and its results once they are known."""
 
-    jaxpr: core.Jaxpr  # of this equation alone
+    equation: core.JaxprEqn
+    jaxpr: core.Jaxpr  # which has the equation
     inputs: Sequence["_Source"]
     results: list = field(default_factory=list)  # empty: not evaluated yet
 
@@ -43,8 +44,8 @@ def _value(source: _Source):
 def draw_together(function: Callable) -> Callable:
     """Returns a function with the same values, to be jitted, which makes its draws of equal size by one operation each.
 
-    Nested jits are dissolved, with the placements that they ask for. Draws inside of loops, with keys of other kinds
-    than Threefry's, or of more than LARGEST numbers are made as they were.
+    Nested jits are dissolved, and any placements that they ask for are left out. Draws inside of loops, with keys of
+    other kinds than Threefry's, or of more than LARGEST numbers are made as they were.
     """
 
     def together(*arguments):
@@ -72,7 +73,7 @@ def _sources(traced: core.ClosedJaxpr, arguments: Sequence[_Source], operations:
         if equation.primitive.name in JITS:
             known |= zip(equation.outvars, _sources(equation.params["jaxpr"], inputs, operations), strict=True)
         else:
-            operation = _Operation(_alone(equation, traced.jaxpr), inputs)
+            operation = _Operation(equation, traced.jaxpr, inputs)
             operations.append(operation)
             known |= {variable: (operation, index) for index, variable in enumerate(equation.outvars)}
     return [found(variable) for variable in traced.jaxpr.outvars]
@@ -97,15 +98,15 @@ def _evaluate(operations: Sequence[_Operation]) -> None:
                 draws[kind].append(operation)
             elif operation.ready:
                 operation.results = _applied(operation)
-        keys = {kind: drawn for kind, drawn in draws.items() if kind[0] == FOLD_IN}
-        for kind, drawn in (keys or draws).items():  # bits wait until there are all keys
+        folds = {kind: drawn for kind, drawn in draws.items() if kind[0] == FOLD_IN}
+        for kind, drawn in (folds or draws).items():  # bits wait until all keys are there
             _draw(kind, drawn)
         waiting = [operation for operation in waiting if not operation.results]
 
 
 def _kind(operation: _Operation) -> tuple | None:
     """Returns what operations have in common that are evaluated together, None for one that is evaluated alone."""
-    (equation,), values = operation.jaxpr.eqns, list(map(_value, operation.inputs))
+    equation, values = operation.equation, list(map(_value, operation.inputs))
     name = equation.primitive.name
     if name not in (FOLD_IN, BITS) or str(values[0].dtype) != "key<fry>" or any(map(jnp.shape, values)):
         return None
@@ -123,21 +124,18 @@ def _draw(kind: tuple, operations: Sequence[_Operation]) -> None:
     else:
         _, size, dtype = kind
         bits = jax.vmap(lambda key: jax.random.bits(key, (size,), dtype))(keys)
-        shapes = [operation.jaxpr.eqns[0].params["shape"] for operation in operations]
+        shapes = [operation.equation.params["shape"] for operation in operations]
         drawn = [row.reshape(shape) for row, shape in zip(bits, shapes, strict=True)]
     for operation, value in zip(operations, drawn, strict=True):
         operation.results = [value]
 
 
-def _alone(equation: core.JaxprEqn, jaxpr: core.Jaxpr) -> core.Jaxpr:
-    """Returns a jaxpr of one of a jaxpr's equations, with the variables that it reads as arguments."""
-    variables = [variable for variable in equation.invars if not isinstance(variable, core.Literal)]
-    return jaxpr.replace(constvars=[], invars=variables, outvars=equation.outvars, eqns=[equation])
-
-
 def _applied(operation: _Operation) -> list:
-    """Returns the results of an operation."""
-    (equation,) = operation.jaxpr.eqns
-    inputs = zip(equation.invars, operation.inputs, strict=True)
-    values = [_value(source) for variable, source in inputs if not isinstance(variable, core.Literal)]
-    return core.jaxpr_as_fun(core.ClosedJaxpr(operation.jaxpr, []))(*values)
+    """Returns the results of an operation, as those of a jaxpr that has its equation alone."""
+    equation, variables, values = operation.equation, [], []
+    for variable, source in zip(equation.invars, operation.inputs, strict=True):
+        if not isinstance(variable, core.Literal):
+            variables.append(variable)
+            values.append(_value(source))
+    alone = operation.jaxpr.replace(constvars=[], invars=variables, outvars=equation.outvars, eqns=[equation])
+    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, []))(*values)

@@ -31,7 +31,7 @@ KINDS = {
 
 
 def check(function, *arguments):
-    """The values of `function`, and how many loops (each is Threefry's) its programs have, plainly and together."""
+    """Checks that draws made together give the same bits; returns the number of Threefry's loops without and with."""
     plain, together = (jax.jit(made).lower(*arguments).compile() for made in (function, draw_together(function)))
     jax.tree.map(np.testing.assert_array_equal, together(*arguments), plain(*arguments))
     return [program.as_text().count(" while(") for program in (plain, together)]
@@ -43,7 +43,7 @@ def test_bits_are_the_same_and_draws_of_one_size_are_one_operation():
     assert together == 2 + 2 * 3  # two generations of keys; three sizes, of 32 and of 16 bits
 
 
-def test_draws_in_a_loop_over_layers_and_of_two_numbers_stay():
+def test_draws_in_a_loop_over_layers_and_split_keys_stay():
     def layers(seed):
         def layer(key, number):
             return key, jax.random.normal(jax.random.fold_in(key, number), (4,))
