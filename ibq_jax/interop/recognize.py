@@ -87,10 +87,11 @@ def check(shapes: Mapping[str, tuple[int, ...]], contents: Contents) -> None:
 
 
 def _tokenizer_architecture(shapes: Mapping[str, Shape]) -> dict:
-    channels, levels = shapes[EVIDENCE[TOKENIZER]][0], _count(shapes, r"encoder\.down\.(\d+)\.")
+    # Levels are counted in the decoder: it has a block at each of them even where the encoder has none.
+    channels, levels = shapes[EVIDENCE[TOKENIZER]][0], _count(shapes, r"decoder\.up\.(\d+)\.")
     resolution = GRID_SIDE * 2 ** (levels - 1)
-    widths = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
-    attending = [i for i in range(levels) if f"encoder.down.{i}.attn.0.norm.weight" in shapes]
+    widths = [shapes[f"decoder.up.{i}.block.0.conv1.weight"][0] for i in range(levels)]
+    attending = [i for i in range(levels) if f"decoder.up.{i}.attn.0.norm.weight" in shapes]
     codes, dim = shapes["quantize.embedding.weight"]
     architecture = {
         "ddconfig": {
@@ -99,7 +100,7 @@ def _tokenizer_architecture(shapes: Mapping[str, Shape]) -> dict:
             "resolution": resolution,
             "ch": channels,
             "ch_mult": [width // channels for width in widths],
-            "num_res_blocks": _count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+            "num_res_blocks": _count(shapes, r"decoder\.up\.0\.block\.(\d+)\.") - 1,
             "attn_resolutions": [resolution // 2**i for i in attending],
         },
         "n_embed": codes,

@@ -42,7 +42,6 @@ CHOICES = {
 POSITIVE = (
     "data.image_size",
     "model.channels",
-    "model.num_res_blocks",
     "model.z_channels",
     "codebook.size",
     "codebook.dim",
@@ -53,6 +52,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "codebook.init_scale",
+    "model.num_res_blocks",
     "discriminator.ramp_steps",
     "discriminator.r1_weight",
     "discriminator.net_side",
@@ -100,6 +100,12 @@ def _check_images(config: ConfigDict) -> None:
         raise UsageError(f"data.resize={data.resize} is smaller than data.image_size={data.image_size}; no crop fits")
     if channels % NORM_GROUPS:
         raise UsageError(f"model.channels={channels} is not a multiple of {NORM_GROUPS}, the number of norm groups")
+    multipliers = config.model.channel_multipliers
+    if config.model.num_res_blocks == 0 and set(multipliers) != {1}:
+        raise UsageError(
+            f"model.num_res_blocks=0 leaves no block in which the channels could change, and "
+            f"model.channel_multipliers={multipliers} asks for it; write num_res_blocks=1, or multipliers of 1"
+        )
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh) -> None:

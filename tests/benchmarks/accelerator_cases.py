@@ -43,8 +43,9 @@ TOKENIZER = {
                 "model.channels=32",
                 "model.z_channels=16",
             ),
-            *("model.channel_multipliers=(1, 1)", "codebook.dim=8", "discriminator.channels=8"),
-            *("discriminator.num_layers=1", "loss.perceptual_weight=0.0", "quantizer.entropy_group_tokens=64"),
+            *("model.channel_multipliers=(1, 1)", "model.num_res_blocks=0", "codebook.dim=8"),
+            *("discriminator.channels=8", "discriminator.num_layers=1", "loss.perceptual_weight=0.0"),
+            "quantizer.entropy_group_tokens=64",
         ),
     ),
 }

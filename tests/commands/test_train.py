@@ -135,6 +135,8 @@ def test_convert_used_wrongly_is_one_line_and_writes_nothing(whole, tmp_path, ca
         ),
         (("mesh.codebook=3",), "openmoji32", "does not fit 8 devices"),
         (("data.image_size=17",), "openmoji32", "data.image_size=17 is not a multiple of the downsampling 2; try 16"),
+        (("model.channel_multipliers=(1,2)",), "openmoji32", "model.num_res_blocks=0 leaves no block in which"),
+        (("model.num_res_blocks=-1",), "openmoji32", "model.num_res_blocks=-1 is negative"),
         (("data.resize=8",), "openmoji32", "data.resize=8 is smaller than data.image_size=16"),
         (("data.name=photos",), "openmoji32", "no data set 'photos' in"),
         (("data.validation_split=test",), "openmoji32", "no split 'test'; it has "),

@@ -22,7 +22,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, data_dir) -> dict[str, Path]:
-    """Runs of a few steps: two tokenizers with different learning rates, and a generator."""
+    """Runs of a few steps: two tokenizers with different learning rates, one of them not finished, and a generator."""
     folder = tmp_path_factory.mktemp("runs")
     fields = ("train.steps=6", "evaluate.every=3", "log.images_every=6", "checkpoint.every=3", "checkpoint.keep_last=1")
     judged = (
@@ -34,7 +34,7 @@ def runs(tmp_path_factory, data_dir) -> dict[str, Path]:
     assert main(["evaluate", f"--run={folder / 'tok'}", "--examples=20"]) == 0
     shutil.copytree(folder / "tok", folder / "faster")
     config = json.loads((folder / "faster" / "config.json").read_text())
-    config["optimizer"]["learning_rate"] = 0.01
+    config["optimizer"]["learning_rate"], config["train"]["steps"] = 0.01, 12
     (folder / "faster" / "config.json").write_text(json.dumps(config))
     codes = ["tokenize", f"--tokenizer={folder / 'tok'}", f"--out={folder / 'codes'}"]
     assert main([*codes, "--splits=train[:96],validation[:40]"]) == 0
@@ -123,6 +123,7 @@ def test_several_runs_are_compared_on_one_page(pages):
         "Config of faster",
     ]
     assert re.search(r"<td>optimizer.learning_rate</td>\s*<td[^>]*>0.001</td>\s*<td[^>]*>0.01</td>", page)
+    assert '<b>The run is not finished</b> <span class="soft">(faster)</span>' in page and "Step 6 of 12" in page
     assert re.search(r"<td>PSNR</td>(<td[^>]*>[\d.]+ dB</td>){2}", page)
     assert "tok validation/psnr" in page and "faster validation/psnr" in page
 

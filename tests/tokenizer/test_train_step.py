@@ -109,6 +109,7 @@ def small_config(*overrides: str):
         "model.resolution": 16,
         "model.channels": 32,
         "model.channel_multipliers": (1, 1),
+        "model.num_res_blocks": 0,
         "model.z_channels": 16,
         "codebook.size": 64,
         "codebook.dim": 8,
