@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.jobs import finished, lines
 from support.small_runs import arguments
-from support.trials import PACE, STEPS, Trials
+from support.trials import PACE, STEPS, STEPS_OF_TWO, Trials
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def trials(record_property, tmp_path):
 
 @pytest.fixture(scope="session")
 def command(data_dir):
-    """Returns a function: a run folder and overrides -> the arguments of a run of STEPS steps."""
+    """Returns a function: a run folder and overrides -> the arguments of a run, by default of STEPS steps."""
 
     def command(workdir: Path, *overrides: str) -> list[str]:
         return arguments(workdir, data_dir, *PACE, *overrides)
@@ -44,8 +44,8 @@ def undisturbed(start, command, tmp_path_factory):
 def undisturbed_pair(start, command, tmp_path_factory):
     """Returns the scalars of an undisturbed run of two processes with one device each."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "pair"
-    finished(start(*[command(workdir)] * 2, devices=1))
-    assert len(lines(workdir)) > STEPS
+    finished(start(*[command(workdir, f"train.steps={STEPS_OF_TWO}")] * 2, devices=1))
+    assert len(lines(workdir)) > STEPS_OF_TWO
     return lines(workdir)
 
 

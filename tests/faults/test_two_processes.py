@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.jobs import ended, finished, last_step, lines, wait_for_step
-from support.trials import KILLS, STEPS, not_few
+from support.trials import KILLS, STEPS_OF_TWO, not_few
 
 pytestmark = pytest.mark.slow
 SECONDS_UNTIL_SAID = 30  # IBQ_PEER_TIMEOUT is 5, and where one has not come yet IBQ_START_TIMEOUT 20
@@ -16,7 +16,8 @@ SECONDS_UNTIL_SAID = 30  # IBQ_PEER_TIMEOUT is 5, and where one has not come yet
 @pytest.fixture
 def run(start, command, tmp_path):
     """Starts the run under tmp_path, in two processes with a device each."""
-    return lambda: start(*[command(tmp_path / "run")] * 2, devices=1, IBQ_START_TIMEOUT="20")
+    argv = command(tmp_path / "run", f"train.steps={STEPS_OF_TWO}")
+    return lambda: start(*[argv] * 2, devices=1, IBQ_START_TIMEOUT="20")
 
 
 def wait_for_a_save(job: list, workdir: Path) -> None:
@@ -31,7 +32,7 @@ def kill_and_continue(run, workdir: Path, trials, fault: str, victims) -> None:
     start; every third while a checkpoint is written.
     """
     chance = random.Random(fault)
-    places = sorted(chance.sample(range(1, STEPS - 4), KILLS - KILLS // 10))
+    places = sorted(chance.sample(range(1, STEPS_OF_TWO - 4), KILLS - KILLS // 10))
     for number, place in enumerate(places + [0] * (KILLS // 10)):
         job, killed = run(), victims(chance)
         if place:
@@ -53,7 +54,7 @@ def kill_and_continue(run, workdir: Path, trials, fault: str, victims) -> None:
             assert code == 1 and "process" in said, out
             assert time.monotonic() - since < SECONDS_UNTIL_SAID, out
         trials.injected(fault, said)
-        assert last_step(workdir) < STEPS
+        assert last_step(workdir) < STEPS_OF_TWO
     finished(run())
 
 

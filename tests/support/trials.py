@@ -8,8 +8,8 @@ import pytest
 from support.jobs import CALM
 
 FEW = os.environ.get("IBQ_FAULTS") == "few"
-# A step of two processes, which send each other every gradient by itself, costs both together 0.9 CPU seconds.
-STEPS, KILLS = (28, 1) if FEW else (40, 20)
+# A step of two processes, which send each other every gradient by itself, costs both together 0.7 CPU seconds.
+STEPS, STEPS_OF_TWO, KILLS = (28, 16, 1) if FEW else (40, 40, 20)
 not_few = pytest.mark.skipif(FEW, reason="left out by IBQ_FAULTS=few")
 PACE = (CALM, f"train.steps={STEPS}", "evaluate.every=20", "log.images_every=1_000")
 
