@@ -8,7 +8,6 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-from scipy.linalg import get_lapack_funcs
 
 from ibq_jax.base.errors import UsageError, one_line, printable
 from ibq_jax.base.files import atomic_file
@@ -271,6 +270,8 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
     This is Cholesky's decomposition with pivoting: of a covariance of few samples it costs a tenth of eigenvectors.
     """
+    from scipy.linalg import get_lapack_funcs  # not before it is needed: every command would take longer to start
+
     (decompose,) = get_lapack_funcs(("pstrf",), (covariance,))
     factor, order, rank, info = decompose(covariance, lower=True)
     assert info >= 0  # 1: the rank is below D
