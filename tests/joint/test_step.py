@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import released
 from support.made_up_weights import made_up_params
-from support.small_nets import small_net
+from support.small_nets import SMALL_TRUNK, small_net
 from support.small_runs import ROOT, SMALL_JOINT
 from torch.nn import functional as F
 
@@ -23,7 +23,7 @@ from ibq_jax.joint.hidden_alignment import aligned_layer, uses
 from ibq_jax.joint.parts import resolve, tokenizer_part
 from ibq_jax.joint.step import JointState, JointTrainer, abstract_arguments, jit_train_step
 from ibq_jax.pretrained.frozen_nets import NETS, grid_features
-from ibq_jax.pretrained.lpips import SCALE, SHIFT, TRUNKS, Convolution, Trunk, weight_shapes
+from ibq_jax.pretrained.lpips import SCALE, SHIFT, TRUNKS, weight_shapes
 from ibq_jax.tokenizer.net_losses import wanted_nets
 from ibq_jax.tokenizer.step import TokenizerTrainer
 from ibq_jax.tokenizer.step import jit_train_step as jit_tokenizer_step
@@ -62,7 +62,6 @@ ALIGNED = (
 READ = (*ALIGNED, "joint.hidden_alignment.position=read")
 GEAR = (*ALIGNED, "joint.next_token_gradient=false")
 STOPPED = (*ALIGNED, "joint.hidden_alignment.gradient=false")
-STAGES = ((Convolution(0, 8), Convolution(2, 8)), (Convolution(5, 12),))
 ONE = (1, 1, 1)
 
 
@@ -70,7 +69,7 @@ ONE = (1, 1, 1)
 def on_small_nets():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(NETS, "efficientnet", small_net()[0])
-        patch.setitem(TRUNKS, "vgg16", Trunk(STAGES, pooled=(1,), pool=2, min_side=4, heads=""))
+        patch.setitem(TRUNKS, "vgg16", SMALL_TRUNK)
         yield
     take_step.cache_clear()
 

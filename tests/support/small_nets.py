@@ -1,4 +1,4 @@
-"""A frozen network that compiles in a moment, to stand in for EfficientNet."""
+"""Frozen networks that compile in a moment: one to stand in for EfficientNet, and a trunk for LPIPS' VGG16."""
 
 import dataclasses
 
@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibq_jax.pretrained.frozen_nets import NETS, FrozenNet
+from ibq_jax.pretrained.lpips import Convolution, Trunk
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 SHAPES = (3, 3, 3, 4), (3, 3, 4, 5)
+SMALL_TRUNK = Trunk(
+    stages=((Convolution(0, 8), Convolution(2, 8)), (Convolution(5, 12),)), pooled=(1,), pool=2, min_side=4, heads=""
+)
 
 
 def maps(weights: dict, images: jax.Array, dtype: jnp.dtype = jnp.float32) -> list[jax.Array]:

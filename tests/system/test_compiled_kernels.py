@@ -44,8 +44,10 @@ from ibq_jax.tokenizer.tokenize import encoding_program
 pytestmark = pytest.mark.slow
 MESHES = ({"data": 8}, {"data": 2, "codebook": 4}, {"data": 2, "fsdp": 2, "codebook": 2})
 DTYPES = "bfloat16", "float32"
+# GPUs train in bfloat16; the three steps of float32 take the compiler as long again.
+TRAINED_DTYPES = "bfloat16", pytest.param("float32", marks=pytest.mark.long)
 COUNTED = CONVOLUTIONS, ATTENTIONS, CUBLAS_PRODUCTS, TRITON_PRODUCTS, TRANSPOSES, COPIES
-TOKENIZER = (*SMALL, "loss.perceptual_weight=0.0", "quantizer.entropy_group_tokens=0", "model.num_res_blocks=1")
+TOKENIZER = (*SMALL, "loss.perceptual_weight=0.0", "quantizer.entropy_group_tokens=0")
 GENERATOR = (
     "data.batch_size=8",
     "model.vocab_size=64",
@@ -124,7 +126,7 @@ def devices() -> list:
 
 
 @needs_gpu_compiler
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TRAINED_DTYPES)
 @pytest.mark.parametrize("stage", ["tokenizer", "generator"])
 def test_a_training_step_launches_what_it_did(stage, dtype, check_golden):
     found = {}

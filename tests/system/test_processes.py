@@ -59,14 +59,15 @@ def test_several_processes_train_as_one(processes, whole, start, data_dir, tmp_p
 @pytest.mark.slow
 def test_a_checkpoint_goes_on_elsewhere_and_back(whole, start, data_dir, tmp_path):
     workdir = tmp_path / "moved"
-    for steps, processes, devices, mesh in ((4, 2, 4, 4), (8, 1, 2, 1), (STEPS, 2, 4, 4)):
+    for steps, processes, devices, mesh in ((2, 2, 4, 4), (4, 1, 2, 1), (6, 2, 4, 4)):
         fields = (CALM, f"train.steps={steps}", f"mesh.codebook={mesh}")
         finished(start(*[arguments(workdir, data_dir, *fields)] * processes, devices=devices))
     losses = [
         {json.loads(line)["step"]: json.loads(line)["loss/total"] for line in lines(run) if "loss/total" in line}
         for run in (workdir, whole)
     ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0].keys() == {1, 2, 3, 4, 5, 6}
+    assert losses[0] == pytest.approx({step: losses[1][step] for step in losses[0]}, rel=1e-5)
 
 
 @pytest.mark.long
