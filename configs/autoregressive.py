@@ -10,7 +10,7 @@ command line, e.g. `--config.model.num_layers=8`. Vocabulary, grid and classes c
 | preset | layers, heads, width | parameters | length | published FID / IS (arXiv 2412.02692) | measured here |
 |---|---|---|---|---|---|
 | openmoji32 | 6, 4, 128 | 2.5 M | 800 steps of 8 | - | README: 2 CPU cores |
-| openmoji64 | 6, 4, 128 | 2.5 M | 800 steps of 8 | - | not measured |
+| openmoji64 | 6, 4, 128 | 2.5 M | 800 steps of 8 | - | README: 1 CPU core |
 | photos32 | 6, 4, 128 | 2.5 M | 800 steps of 8 | - | not measured |
 | photos64 | 6, 4, 128 | 2.5 M | 800 steps of 8 | - | not measured |
 | imagenet256_B | 16, 16, 1024 | 342,994,944 | 300 epochs | 2.88 / 254.73 | not measured |

@@ -8,7 +8,7 @@ command line, e.g. `--config.codebook.size=8192`. All presets turn an image into
 | preset | data | codebook size x dim | length | published (arXiv 2412.02692) | measured here |
 |---|---|---|---|---|---|
 | openmoji32 | openmoji, 32 px | 1,024 x 32 | 1,000 steps of 16 | - | README: 2 CPU cores |
-| openmoji64 | openmoji, 64 px | 1,024 x 32 | 4,000 steps of 16 | - | not measured |
+| openmoji64 | openmoji, 64 px | 1,024 x 32 | 4,000 steps of 16 | - | README: 2,500 steps, 1 CPU core |
 | photos32 | photos32, 32 px | 1,024 x 32 | 1,000 steps of 16 | - | not measured |
 | photos64 | photos64, 64 px | 1,024 x 32 | 4,000 steps of 16 | - | not measured |
 | imagenet256_1024 | imagenet2012 | 1,024 x 256 | 330 epochs | rFID 2.24, usage 99% | not measured |

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs every test. Arguments go to pytest:  bash launch/test.sh -m 'not slow'
+# Sets up .venv and runs every test but the long ones. Arguments go to pytest:  bash launch/test.sh -m 'not slow'
 set -euo pipefail
 cd "$(dirname "$0")/.."
 unset PYTHONDONTWRITEBYTECODE  # a hundred processes are started, which would each compile every module again
