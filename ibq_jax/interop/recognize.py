@@ -87,8 +87,9 @@ def check(shapes: Mapping[str, tuple[int, ...]], contents: Contents) -> None:
 
 
 def _tokenizer_architecture(shapes: Mapping[str, Shape]) -> dict:
-    # Levels are counted in the decoder: it has a block at each of them even where the encoder has none.
-    channels, levels = shapes[EVIDENCE[TOKENIZER]][0], _count(shapes, r"decoder\.up\.(\d+)\.")
+    # Sizes are read off the decoder: it has a block at each level, even where the encoder has none.
+    channels = shapes[EVIDENCE[TOKENIZER]][0]
+    levels = max(1, _count(shapes, r"(?:encoder\.down|decoder\.up)\.(\d+)\."))
     resolution = GRID_SIDE * 2 ** (levels - 1)
     widths = [shapes[f"decoder.up.{i}.block.0.conv1.weight"][0] for i in range(levels)]
     attending = [i for i in range(levels) if f"decoder.up.{i}.attn.0.norm.weight" in shapes]

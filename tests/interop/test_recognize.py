@@ -102,6 +102,10 @@ def test_the_abstract_state_of_a_preset_has_exactly_the_published_names_shapes_a
         ({"a": (1,)}, "neither a tokenizer .* nor a generator"),
         ({}, "neither a tokenizer"),
         ({"encoder.conv_in.weight": (128, 3, 3, 3)}, "holds a tokenizer without its tensor"),
+        (
+            {"encoder.conv_in.weight": (128, 3, 3, 3), "encoder.down.0.block.0.conv1.weight": (128, 128, 3, 3)},
+            r"holds a tokenizer without its tensor decoder.up.0.block.0.conv1.weight",
+        ),
         ({"transformer.blocks.0.attention.wqkv.weight": (96, 32)}, "holds a generator without its tensor head.weight"),
         (
             {"blocks.0.attention.wqkv.weight": (96, 32), "head.weight": (1,)},
