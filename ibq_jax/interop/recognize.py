@@ -87,7 +87,8 @@ def check(shapes: Mapping[str, tuple[int, ...]], contents: Contents) -> None:
 
 
 def _tokenizer_architecture(shapes: Mapping[str, Shape]) -> dict:
-    # Sizes are read off the decoder: it has a block at each level, even where the encoder has none.
+    # Sizes are read off the decoder, which has a block at each level even where the encoder has none. Levels are
+    # counted in both, and one is taken for granted: then the first tensor that is missing is named.
     channels = shapes[EVIDENCE[TOKENIZER]][0]
     levels = max(1, _count(shapes, r"(?:encoder\.down|decoder\.up)\.(\d+)\."))
     resolution = GRID_SIDE * 2 ** (levels - 1)

@@ -103,7 +103,7 @@ def _check_images(config: ConfigDict) -> None:
     multipliers = config.model.channel_multipliers
     if config.model.num_res_blocks == 0 and set(multipliers) != {1}:
         raise UsageError(
-            f"model.num_res_blocks=0 leaves no block in which the channels could change, and "
+            "model.num_res_blocks=0 leaves no block in which the channels could change, and "
             f"model.channel_multipliers={multipliers} asks for it; write num_res_blocks=1, or multipliers of 1"
         )
 

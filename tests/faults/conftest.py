@@ -32,6 +32,16 @@ def command(data_dir):
 
 
 @pytest.fixture(scope="session")
+def start_two(start, command):
+    """Returns a function: a run folder -> the started job, STEPS_OF_TWO steps of two processes with one device each."""
+
+    def start_two(workdir: Path, **environment: str) -> list:
+        return start(*[command(workdir, f"train.steps={STEPS_OF_TWO}")] * 2, devices=1, **environment)
+
+    return start_two
+
+
+@pytest.fixture(scope="session")
 def undisturbed(start, command, tmp_path_factory):
     """Returns the scalars of an undisturbed run of one process with one device."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
@@ -41,10 +51,10 @@ def undisturbed(start, command, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def undisturbed_pair(start, command, tmp_path_factory):
+def undisturbed_pair(start_two, tmp_path_factory):
     """Returns the scalars of an undisturbed run of two processes with one device each."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "pair"
-    finished(start(*[command(workdir, f"train.steps={STEPS_OF_TWO}")] * 2, devices=1))
+    finished(start_two(workdir))
     assert len(lines(workdir)) > STEPS_OF_TWO
     return lines(workdir)
 

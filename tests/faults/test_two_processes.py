@@ -14,10 +14,9 @@ SECONDS_UNTIL_SAID = 30  # IBQ_PEER_TIMEOUT is 5, and where one has not come yet
 
 
 @pytest.fixture
-def run(start, command, tmp_path):
+def run(start_two, tmp_path):
     """Starts the run under tmp_path, in two processes with a device each."""
-    argv = command(tmp_path / "run", f"train.steps={STEPS_OF_TWO}")
-    return lambda: start(*[argv] * 2, devices=1, IBQ_START_TIMEOUT="20")
+    return lambda: start_two(tmp_path / "run", IBQ_START_TIMEOUT="20")
 
 
 def wait_for_a_save(job: list, workdir: Path) -> None:

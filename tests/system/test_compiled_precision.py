@@ -52,7 +52,7 @@ def trainer_on(mesh: jax.sharding.Mesh, *fields: str) -> TokenizerTrainer:
 
 def encode_products(platform: str, precision: str) -> list[Product]:
     mesh = mesh_on(platform, {"data": 1})
-    model = trainer_on(mesh).model.for_encoding(precision)
+    model = trainer_on(mesh, "model.num_res_blocks=1").model.for_encoding(precision)
     images = jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.float32, sharding=batch_sharding(mesh))
     shapes = jax.eval_shape(
         lambda: model.clone(mesh=None).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), method="initialize")
@@ -76,7 +76,7 @@ def test_encoding_keeps_the_bits_that_were_asked_for(platform, precision):
 def test_bfloat16_is_seen_where_it_was_asked_for(platform):
     found = encode_products(platform, "bfloat16")
     low = [product for product in found if product.bits == BITS["bfloat16"]]
-    assert len(low) >= 13  # the encoder's convolutions and its attention
+    assert len(low) >= 15
     assert platform == "gpu" or any("nearest" in product.op_name for product in low)
     assert any("attention" in product.op_name for product in low)
 
